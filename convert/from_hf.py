@@ -61,7 +61,10 @@ def convert(source: str, target: str, *, fetch: bool = False, layers: int | None
 
 
 def _cut(model: ModelSource, layers: int) -> ModelSource:
-    """Returns the description of the first `layers` layers of a model without adapters or exits."""
+    """Returns the description of a model reduced to its first `layers` layers.
+
+    Raises UserError if `layers` is out of range, or if the model has adapters or exits.
+    """
     arch = model.architecture
     if not 1 <= layers < arch.layers:
         raise UserError(
@@ -94,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(command: Callable[[], str]) -> int:
-    """Prints the summary of a conversion, or its ValueError or OSError; returns the exit code."""
+    """Runs a conversion, prints its summary or its error message, and returns the exit code."""
     jax.config.update("jax_platforms", "cpu")  # a conversion should not occupy an accelerator
     storage_errors.say_once()
     try:

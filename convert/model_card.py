@@ -36,7 +36,8 @@ def model_card(
     `name` is OWNER/NAME or the name of the export's directory, and `adapter` says whether the
     export contains only a PEFT adapter. The results are read from `evaluation`, an `eval.json` or
     its directory, or else from the evaluation of the run that made the model, if there is one.
-    Raises MissingFile or UserError if the evaluation is missing or damaged.
+    Raises MissingFile if `evaluation` does not exist, and UserError if the results are damaged or
+    belong to a model with other layers or exits.
     """
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -119,10 +120,10 @@ def _evaluation(given: str, run: pathlib.Path | None) -> pathlib.Path | None:
 
 
 def _stages(run: pathlib.Path | None) -> Iterator[Mapping[str, Any]]:
-    """Yields each run that led to the model, from the first to `run`, the directory of the last.
+    """Yields a description of each run that led to the model, the last of which is `run`.
 
-    This is its command, the model from which it started, its task, and the settings that differ
-    from their defaults.
+    A description contains the command of the run, the model from which it started, its task, and
+    the settings that differ from their defaults.
     """
     if run is None:
         return
@@ -148,18 +149,18 @@ def _stages(run: pathlib.Path | None) -> Iterator[Mapping[str, Any]]:
 
 
 def _measured_name(measured: Evaluation) -> str:
-    """Returns the name of the model that was measured: its run's, or that of its directory."""
+    """Returns the name of the measured model: that of its run or, without one, its directory."""
     parts = pathlib.Path(measured.model.path).parts
     return parts[-2] if parts[-1] == "model" and len(parts) > 1 else parts[-1]
 
 
 def _task_name(name: Any) -> str:
-    """Returns a task's name without the directories of a task file, which are private."""
+    """Returns the name of a task; of a task file, only the file name, because paths are private."""
     return pathlib.Path(str(name)).name
 
 
 def _public(value: Any) -> Any:
-    """Returns a setting with only the last part of each path in it; directories are private."""
+    """Returns a setting with each path reduced to its last part, as directories are private."""
     if isinstance(value, (list, tuple)):
         return type(value)(map(_public, value))
     is_path = isinstance(value, str) and "/" in value and not value.startswith("hf:")

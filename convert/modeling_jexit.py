@@ -1,4 +1,4 @@
-"""Early exits of a jexit model in transformers; this file lies beside the weights.
+"""Early exits of a jexit model for transformers; exported models contain a copy of this file.
 
     model = AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)
     model.exit_policy = "threshold:0.5"  # or "sample", "fixed:12", "full"
@@ -7,11 +7,11 @@
 
 Without `trust_remote_code` the same directory loads as a plain model, which runs all layers.
 
-A token that leaves at an exit skips the layers above it. There its residual stays as it is, or goes
-through a linear map per layer, and each skipped layer still computes the token's key and value from
-that residual. A layer that no row of the batch needs computes nothing else. Prompts never leave:
-exits decide in steps that continue a cache by one token. `forward(..., depths=...)` prescribes the
-depth of every position instead.
+A token that leaves at an exit skips the layers above it. In these its residual stays as it is, or
+goes through a linear map per layer, and each skipped layer still computes the key and value of the
+token from that residual. A layer that every row of the batch skips computes nothing else. Prompt
+tokens never leave: exits decide only in steps that extend a cache by one token. `forward(...,
+depths=...)` prescribes the depth of every position instead.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ NOT_A_PASS_PER_TOKEN = (
 
 @dataclasses.dataclass
 class ExitOutput(CausalLMOutputWithPast):
-    """A causal language model's output, with depths [B, T] and hazard logits [B, T, E].
+    """The output of a causal language model, with depths [B, T] and hazard logits [B, T, E].
 
     Hazard logits are NaN at exits that a position did not reach.
     """
@@ -50,7 +50,7 @@ class ExitOutput(CausalLMOutputWithPast):
 
 
 class _Float32(nn.Module):
-    """Buffers that stay in float32 when the model is cast to another type."""
+    """A module whose buffers stay in float32 when the model is cast to another dtype."""
 
     def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class _Float32(nn.Module):
 
 
 class ExitHead(_Float32):
-    """z = w2 · relu(W1 · norm(h) + b1) + b2, or without the hidden layer, in float32."""
+    """An exit head in float32: z = w2 · relu(W1 · norm(h) + b1) + b2, or linear without W1."""
 
     def __init__(self, tensors: dict[str, torch.Tensor], eps: float) -> None:
         super().__init__(tensors)
@@ -78,7 +78,7 @@ class ExitHead(_Float32):
 
 
 class Continuation(_Float32):
-    """h ← h + update(h) of a token that skips one layer; `reduce` makes the update low-rank."""
+    """The map h ← h + update(h) for a token that skips a layer; `reduce` makes it low-rank."""
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         x = h.to(self.update_weight.dtype)
@@ -87,7 +87,7 @@ class Continuation(_Float32):
 
 
 class Exits(nn.Module):
-    """The exit heads and the continuation of one model, and the state of the pass at hand."""
+    """The exit heads and the continuation of a model, and the state of its current pass."""
 
     def __init__(self, config: dict[str, Any], tensors: dict[str, torch.Tensor], layers: int):
         super().__init__()
@@ -106,7 +106,10 @@ class Exits(nn.Module):
         )
 
     def begin(self, shape: torch.Size, device: torch.device, *, decides: bool, depths: Any) -> None:
-        """Starts a pass over [B, T] positions: exits decide, or depths are prescribed."""
+        """Starts a pass over [B, T] positions: exits decide, or depths are prescribed.
+
+        Raises ValueError for a depth that is neither an exit nor the number of layers.
+        """
         kind, _, argument = self.policy.partition(":")
         self._decides = decides and kind in ("threshold", "sample")
         if depths is None and decides and kind == "fixed":
@@ -124,7 +127,7 @@ class Exits(nn.Module):
         )
 
     def layer(self, run: Any, layer: nn.Module, number: int, h: torch.Tensor, kwargs: Any) -> Any:
-        """The residual after a layer: computed, or continued where tokens have left."""
+        """Returns the residual after a layer: computed, or continued where tokens have left."""
         if self.depth_BT is None:  # called by the layers alone
             return run(h, **kwargs)
         alive_BT = self.depth_BT > number
@@ -154,7 +157,7 @@ class Exits(nn.Module):
         return torch.rand_like(hazard_BT) < hazard_BT
 
     def check(self, policy: str) -> str:
-        """The policy, if it is one; raises ValueError for another text."""
+        """Returns `policy` if it names a valid policy; raises ValueError if not."""
         kind, _, argument = str(policy).partition(":")
         depths = (*self.exit_layers, self.layers)
         if policy in ("full", "sample"):
@@ -173,12 +176,12 @@ class Exits(nn.Module):
 
 
 def _under(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """The tensors whose names begin with a prefix, without it."""
+    """Returns the tensors whose names begin with `prefix`, with the prefix removed."""
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
 def _keys_and_values(layer: nn.Module, h: torch.Tensor, kwargs: Any) -> None:
-    """Writes the keys and values of positions that skip a layer into the cache."""
+    """Writes the keys and values of positions that skip a layer to the cache."""
     cache = kwargs.get("cache", kwargs.get("past_key_values"))
     if cache is None:
         return
@@ -196,7 +199,7 @@ def _keys_and_values(layer: nn.Module, h: torch.Tensor, kwargs: Any) -> None:
 
 @functools.cache
 def _layer_with_exits(layer_class: type) -> type:
-    """A decoder layer's class whose forward pass asks the exits first."""
+    """Returns a subclass of a decoder layer's class that lets the exits run or skip the layer."""
 
     class LayerWithExits(layer_class):
         def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
@@ -207,7 +210,7 @@ def _layer_with_exits(layer_class: type) -> type:
 
 
 class WithExits:
-    """A causal language model of transformers whose tokens may leave early."""
+    """A mix-in for causal language models of transformers that lets tokens leave early."""
 
     _passes = None
 
@@ -223,7 +226,7 @@ class WithExits:
         return loaded
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As the library's, with the exits."""
+        """Saves the model as transformers does, together with the files of the exits."""
         super().save_pretrained(save_directory, *args, **kwargs)
         for file in self.exit_files:
             target = os.path.join(save_directory, os.path.basename(file))
@@ -231,7 +234,7 @@ class WithExits:
                 shutil.copyfile(file, target)
 
     def add_exits(self, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-        """Puts exits into the layers: what exit_heads.json and exit_heads.safetensors contain."""
+        """Adds exits to the layers, from the data of exit_heads.json and exit_heads.safetensors."""
         self.exits = Exits(config, tensors, self.config.num_hidden_layers).to(self.device)
         self.last_depths, self._passes = None, None
         for layer in self.model.layers:
@@ -250,7 +253,11 @@ class WithExits:
     def forward(
         self, input_ids: Any = None, *args: Any, depths: Any = None, **kwargs: Any
     ) -> ExitOutput:
-        """As the library's, with `depths` [B, T] or one number, and `return_dict` always."""
+        """Runs the model like its base class; `depths` [B, T], or one number, prescribes depths.
+
+        Always returns an output object, whatever `return_dict` is. Raises ValueError if depths are
+        given while training with gradient checkpointing.
+        """
         kwargs["return_dict"] = True
         exits = getattr(self, "exits", None)
         if exits is None:  # a model without weights, from a config
@@ -274,10 +281,11 @@ class WithExits:
         return ExitOutput(**out, **found)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As the library's; afterwards `last_depths` [B, N] has each generated token's depth.
+        """Generates like the base class; sets `last_depths` [B, N] to the depth of each new token.
 
-        Rows that ended before others have depth 0 behind their end. Raises ValueError for beams,
-        of which a row would have several, and where passes are not one per token.
+        After the end of a row, the depths are 0. Raises ValueError for beam search, for options
+        with which a pass does not produce exactly one token, and without a cache unless the policy
+        is `full`.
         """
         own = self.generation_config
         config = kwargs.get("generation_config") or own
@@ -317,12 +325,12 @@ class WithExits:
 
 
 class JexitLlamaForCausalLM(WithExits, LlamaForCausalLM):
-    """Llama with exits."""
+    """A Llama model with exits."""
 
 
 class JexitQwen2ForCausalLM(WithExits, Qwen2ForCausalLM):
-    """Qwen2 with exits."""
+    """A Qwen2 model with exits."""
 
 
 class JexitQwen3ForCausalLM(WithExits, Qwen3ForCausalLM):
-    """Qwen3 with exits."""
+    """A Qwen3 model with exits."""

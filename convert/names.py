@@ -1,6 +1,7 @@
-"""A table of the parameter names of Hugging Face checkpoints and of jexit, for both directions.
+"""A table that maps parameter names of Hugging Face checkpoints to those of jexit, and back.
 
-A `Rule` connects one kind of tensor with one parameter and describes how their axes correspond:
+A `Rule` maps one kind of tensor in a checkpoint to one parameter and describes how their axes
+correspond:
 
     Rule("model.layers.{layer}.self_attn.q_proj.weight", "blocks.attn.q.kernel", "(N H) D -> D N H")
 
@@ -60,10 +61,10 @@ _AXES = {
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Connects one kind of tensor in a safetensors file with one parameter of jexit.
+    """Maps one kind of tensor in a safetensors file to one parameter of jexit.
 
-    `layout` describes how the axes correspond (see the module). In all methods, `sizes` maps axis
-    letters to lengths.
+    `layout` describes how the axes correspond (see the module docstring). In all methods, `sizes`
+    maps axis letters to lengths.
     """
 
     name: str  # in the file; {layer} stands for a layer's or an exit's number
@@ -72,11 +73,11 @@ class Rule:
 
     @property
     def stacked(self) -> bool:
-        """Whether the parameter stacks layers or exits, each of which is one tensor in the file."""
+        """Whether the parameter stacks layers or exits, each of which is a tensor in the file."""
         return LAYER in self.name
 
     def name_at(self, layer: int | None) -> str:
-        """Returns the name of the tensor of one layer or exit, or `name` for None."""
+        """Returns the name of the tensor for one layer or exit; for None, `name` itself."""
         return self.name if layer is None else self.name.replace(LAYER, str(layer))
 
     def file_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -98,7 +99,7 @@ class Rule:
         return split.transpose([flat.index(letter) for letter in letters])
 
     def to_hf(self, parameter: Any, sizes: Mapping[str, int]) -> Any:
-        """Converts one slice of the parameter to the tensor that the file stores."""
+        """Converts the slice of the parameter for one layer or exit to the tensor in the file."""
         groups, letters = _parse(self.layout)
         flat = [letter for group in groups for letter in group]
         ordered = parameter.transpose([letters.index(letter) for letter in flat])
@@ -106,9 +107,9 @@ class Rule:
 
 
 def axis_sizes(**sizes: Any) -> dict[str, int]:
-    """Returns the length of every axis letter, given the lengths by name; 0 for others.
+    """Returns {axis letter: length} for all letters, given lengths by name (0 if not given).
 
-    The names are the fields of an `Architecture`, rank, exit_width and continuation_rank.
+    The names are the fields of an `Architecture`, and rank, exit_width and continuation_rank.
     """
     return {letter: sizes.get(name, 0) for letter, name in _AXES.items()}
 
@@ -116,7 +117,7 @@ def axis_sizes(**sizes: Any) -> dict[str, int]:
 def base_rules(family: str, tied: bool) -> tuple[Rule, ...]:
     """Returns the rules of the base weights of a model family.
 
-    Qwen2 has biases of queries, keys and values. Qwen3 has norms of queries and keys. Llama has
+    Qwen2 has biases for queries, keys and values. Qwen3 has norms for queries and keys. Llama has
     neither. If `tied` is true, the output head shares the embedding and has no rule.
     """
     layer = f"model.layers.{LAYER}."
@@ -170,9 +171,10 @@ def adapter_rules(targets: Iterable[str]) -> tuple[Rule, ...]:
 
 
 def exit_rules(kind: str, norm: str) -> tuple[Rule, ...]:
-    """Returns the rules of the exit heads, which the file names as PyTorch modules by layer number.
+    """Returns the rules of the exit heads, which the file numbers by layer.
 
-    These are norm (RMSNorm, if `norm` is "rms"), hidden (Linear, if `kind` is "mlp") and out.
+    Each head consists of the PyTorch modules norm (RMSNorm, if `norm` is "rms"), hidden (Linear, if
+    `kind` is "mlp") and out (Linear).
     """
     prefix = f"exit_heads.{LAYER}"
     rules = []
@@ -193,7 +195,7 @@ def exit_rules(kind: str, norm: str) -> tuple[Rule, ...]:
 def continuation_rules(rank: int) -> tuple[Rule, ...]:
     """Returns the rules of the continuation, an affine map for each layer m that a token skips.
 
-    The file names the maps of layer m as PyTorch's Linear modules: update, or with `rank` above 0
+    The file stores the maps of layer m as PyTorch's Linear modules: update, or with `rank` above 0
     reduce followed by update.
     """
     prefix, path = f"continuation.{LAYER}", "blocks.continuation"
@@ -213,7 +215,10 @@ def _group(letters: tuple[str, ...]) -> str:
 
 @functools.cache
 def _parse(layout: str) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
-    """Returns the axes of a layout's two sides: groups of letters (none for `1`), and letters."""
+    """Parses a layout into its left side and its right side.
+
+    The left side has a group of letters per axis, empty for `1`; the right side has only letters.
+    """
     left, right = layout.split("->")
     groups = []
     for bracket, letter in re.findall(r"\(([^)]*)\)|(\S+)", left):

@@ -9,8 +9,8 @@ transformers loads. --adapter=peft writes only the adapter, in `peft`'s format, 
 its base model. The base is --base if given, otherwise the checkpoint from which the model was
 converted. If that checkpoint is not available, the base weights are written to HF_DIR/base. Either
 way, HF_DIR also contains the tokenizer with its chat template, and the exit heads in
-exit_heads.safetensors with their description in exit_heads.json. --dtype is the dtype of merged
-weights (auto: as stored).
+exit_heads.safetensors with their description in exit_heads.json. --dtype is the dtype of the base
+weights that are written, merged or not (auto: as stored).
 
 --card writes a model card as README.md, with the results of --eval (a directory of configs/eval.py;
 by default the run's own evaluation). --push writes the card too, and uploads HF_DIR to the Hugging

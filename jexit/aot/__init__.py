@@ -1,1 +1,1 @@
-"""Compilation for accelerators that this machine does not have."""
+"""Ahead-of-time compilation for accelerators that this machine does not have."""

@@ -1,4 +1,4 @@
-"""Counts a compiled module's FLOPs and collectives on one device, each loop as often as it runs.
+"""Counts the FLOPs and collectives of a compiled module on one device, including loop repetitions.
 
 FLOPs are twice the multiplications in matrix products and convolutions, plus the FLOPs that Pallas
 kernels declare. As usual for model FLOPs, additions, exponentials and other elementwise operations
@@ -33,10 +33,10 @@ COLLECTIVES = (
 class Cost:
     """The FLOPs and collectives of one run of a computation on one device.
 
-    `collectives` contains, for each kind, such as `all-gather`, the number of operations started
-    and the bytes that these produce. `at_most` names loops that may end before the trip count that
-    was assumed, `unknown` loops that are counted once because their trip count is not known, and
-    `kernels` kernels that do not declare their FLOPs, which `flops` leaves out.
+    `collectives` maps each kind, such as `all-gather`, to the number of operations started and the
+    bytes that these produce. `at_most` names loops that may end before the assumed trip count, and
+    `unknown` loops that count once because their trip count is not known. `kernels` names kernels
+    that do not declare their FLOPs; `flops` does not include these.
     """
 
     flops: float = 0.0
@@ -74,10 +74,10 @@ def cost_of(module: Module, *, branch_share: float = 1.0, loops: Mapping[str, in
     """Returns the cost of one run of the module on one device.
 
     `loops` maps the name of a `jax.named_scope` to the largest trip count of the loops inside it,
-    for loops whose trip count the module does not give. A conditional costs `branch_share` times
+    for loops whose trip count the module does not contain. A conditional costs `branch_share` times
     its most expensive branch plus 1 − `branch_share` times its cheapest. In the layer stack, only
-    the exit heads are conditional, and with E exits they run in E of the L layers, so
-    `branch_share` is E / L.
+    the exit heads are conditional; with E exits, they run in E of the L layers, so `branch_share`
+    is E / L.
     """
 
     @functools.cache
@@ -120,11 +120,11 @@ def cost_of(module: Module, *, branch_share: float = 1.0, loops: Mapping[str, in
 
 
 def largest_arrays(module: Module, count: int) -> list[tuple[Array, str]]:
-    """Returns the `count` largest arrays that the module makes besides its arguments, with origins.
+    """Returns the `count` largest arrays that the module makes, each with its origin.
 
-    The origin of an array is the `op_name` of the instruction that makes it, such as
-    `jit(step)/while/body/dot_general`, or of the nearest operation that uses it if the compiler
-    added that instruction. Arrays of equal type and shape are listed once.
+    Arguments do not count. The origin of an array is the `op_name` of the instruction that makes
+    it, such as `jit(step)/while/body/dot_general`, or of the nearest operation that uses it if the
+    compiler added that instruction. Arrays of equal type and shape are listed once.
     """
     found: dict[str, tuple[Array, str, Instruction]] = {}
     for name in _scheduled(module):
@@ -140,12 +140,12 @@ def largest_arrays(module: Module, count: int) -> list[tuple[Array, str]]:
 
 
 def _traced(instruction: Instruction) -> bool:
-    """Checks for an `op_name` from the traced program; such a name contains a slash."""
+    """Checks whether the instruction comes from the traced program: its `op_name` has a slash."""
     return "/" in instruction.op_name
 
 
 def _origin(module: Module, name: str, instruction: Instruction) -> str:
-    """Returns the traced program's name for an instruction of the computation `name`.
+    """Returns the name, in the traced program, of an instruction in the computation `name`.
 
     If the compiler added the instruction, this is the name of the nearest traced instruction that
     uses its result, or, without one, the compiler's own name.
@@ -180,7 +180,7 @@ _MAKES_NOTHING = (
 
 
 def _scheduled(module: Module) -> list[str]:
-    """Returns the computations, none inside fusions, whose results have memory of their own."""
+    """Returns the names of the computations outside fusions, whose results occupy memory."""
     found, waiting = [], [module.entry]
     while waiting:
         name = waiting.pop()
@@ -227,7 +227,7 @@ def _products(instruction: Instruction, computation: Computation) -> Cost:
 
 
 def _dot_flops(instruction: Instruction, computation: Computation, contracted: str) -> float:
-    """Returns the FLOPs of a matrix product that contracts the axes in the text `contracted`."""
+    """Returns the FLOPs of a matrix product over the axes `contracted`, such as "1,2"."""
     left = computation[instruction.operands[0]].arrays[0].dims
     depth = math.prod(left[int(axis)] for axis in re.findall(r"\d+", contracted))
     return 2.0 * math.prod(instruction.arrays[0].dims) * depth
@@ -250,7 +250,7 @@ def _convolution_flops(instruction: Instruction, computation: Computation) -> fl
     """Returns twice the number of products of a kernel element with an input element.
 
     TPUs compute matrix products as convolutions whose batch axes are windows over padding. Products
-    with padding are left out, because they are not multiplications of the matrix product.
+    with padding do not count, because they are not part of the matrix product.
     """
     left, right = (computation[name].arrays[0].dims for name in instruction.operands[:2])
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes).groups()
@@ -266,7 +266,7 @@ def _convolution_flops(instruction: Instruction, computation: Computation) -> fl
 
 
 def _window(attributes: str, axes: int) -> list[tuple[int, ...]]:
-    """Returns each spatial axis's stride, leading padding, left dilation and right dilation."""
+    """Returns stride, leading padding, left dilation and right dilation of each spatial axis."""
     found = re.search(r"window=\{([^}]*)\}", attributes)
     parts = dict(part.split("=") for part in found.group(1).split()) if found else {}
 
@@ -291,7 +291,7 @@ def _meetings(
     left_dilation: int,
     right_dilation: int,
 ) -> int:
-    """Counts the pairs of output and kernel positions that meet an input position on one axis."""
+    """Counts the pairs of output and kernel position, on one axis, that read an input element."""
     end = (left - 1) * left_dilation + 1
     return sum(
         0 <= (place := o * stride + k * right_dilation - padding) < end

@@ -24,7 +24,7 @@ from jexit.steps.state import SplitModel
 
 
 class EnginePrograms:
-    """The jitted programs of decoding: gathering of weights, prefill, ticks, larger caches."""
+    """The jitted programs of decoding: gathering of weights, prefill, ticks and cache growth."""
 
     def __init__(self, config: Config, mesh: Mesh, split: SplitModel, state: Any) -> None:
         self._mesh, self._split = mesh, split
@@ -47,10 +47,10 @@ class EnginePrograms:
         """Yields the programs that decode `samples` completions of `new` tokens per prompt.
 
         There is one prefill and, for each policy, one tick over the largest cache. If a run needs
-        them, the gathering of the weights comes first, and the last copy into a larger cache comes
-        last. Each prompt is followed by up to `forced` tokens of its completion, which exit under
-        the first policy. `name` begins every program's name. Without `adapters`, the teacher
-        decodes.
+        them, the gathering of the weights comes first, and the last enlargement of the cache comes
+        last. Each prompt is followed by up to `forced` given tokens of its completion, which exit
+        under the first policy. The names of all programs begin with `name`. Without `adapters`, the
+        teacher decodes.
         """
         split, mesh = self._split, self._mesh
         model = split.student(split.trainable)
@@ -129,7 +129,7 @@ class EnginePrograms:
         yield from self._growth(name, layout, most, pool.cache, held)
 
     def _by_rows(self, tree: Any) -> Any:
-        """Returns the tree's abstract arrays with their rows sharded over the data axes."""
+        """Returns the abstract arrays of `tree` with their rows sharded over the data axes."""
 
         def place(part: Any) -> Any:
             if isinstance(part, Cache):
@@ -141,7 +141,7 @@ class EnginePrograms:
     def _growth(
         self, name: str, layout: Layout, most: int, cache: Cache, resident: Any
     ) -> Iterator[Program]:
-        """Yields the last copy into a larger cache, if decoding starts with a smaller cache."""
+        """Yields the program that grows the cache to its largest size, if it starts smaller."""
         slots, smaller = cache.slots, layout.first_slots(most)
         if smaller >= slots:
             return

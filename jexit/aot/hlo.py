@@ -1,4 +1,4 @@
-"""Parses the text of a compiled module: its computations and its loops' trip counts.
+"""Parses the HLO text of a compiled module into computations, with the trip counts of loops.
 
 XLA's own cost analysis counts the body of a loop once, but a stack of layers is a loop. All sizes
 and counts are those of one device, because every device runs the partitioned module.
@@ -30,7 +30,7 @@ _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """An array that an instruction makes; `in_hbm` is false if it is in a TPU's on-chip memory."""
+    """An array that an instruction makes; `in_hbm` is False if it is in a TPU's on-chip memory."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -75,7 +75,7 @@ class Instruction:
 
     @property
     def called(self) -> tuple[str, ...]:
-        """The names of the computations that the instruction runs, except a loop's condition."""
+        """The names of the computations that the instruction runs, except for loop conditions."""
         branches = _BRANCHES.search(self.attributes)
         names = _CALLED.findall(self.attributes)
         return (*names, *(_NAME.findall(branches.group(1)) if branches else ()))
@@ -87,7 +87,7 @@ Source = Instruction | None
 
 @dataclasses.dataclass(frozen=True)
 class Trips:
-    """The number of times that a loop's body runs: exact, an upper bound, or unknown and 1."""
+    """How often the body of a loop runs: an exact number, an upper bound, or 1 if unknown."""
 
     count: int
     kind: Literal["exact", "at most", "unknown"]
@@ -101,7 +101,7 @@ class Module:
     entry: str
 
     def trips(self, loop: Instruction, computation: Computation) -> Trips:
-        """Returns how many times the `while` instruction `loop` of this computation runs its body.
+        """Returns how often the `while` instruction `loop` of this computation runs its body.
 
         For GPUs and CPUs, XLA writes the number into the module (`known_trip_count`). Otherwise it
         is derived from a counter that starts at a constant, grows by a constant and is compared
@@ -131,7 +131,7 @@ class Module:
     def _seen(self, computation: Computation) -> Iterator[tuple[Instruction, list[Source]]]:
         """Yields each instruction, also inside fusions, with the instructions of its operands.
 
-        A parameter of a fusion counts as the value that the computation passes to the fusion.
+        A parameter of a fusion is replaced by the value that the computation passes to the fusion.
         """
         for outer in computation.values():
             yield outer, [_source(name, computation) for name in outer.operands]
@@ -153,10 +153,10 @@ class Module:
     def _count(
         self, sources: list[Source], body: Computation, loop: Instruction, computation: Computation
     ) -> int | None:
-        """Returns the number of trips for which a loop's counter stays below a limit.
+        """Returns the trip count of a loop that runs while its counter is below a limit.
 
-        `sources` make the counter and the limit of the comparison. Returns None if the counter's
-        start, its step or the limit is not a constant.
+        `sources` are the instructions that make the counter and the limit of the comparison.
+        Returns None if the counter's start, its step or the limit is not a constant.
         """
         counter, limit = sources
         index = _tuple_index(counter)
@@ -170,7 +170,7 @@ class Module:
         return max(0, -(-(end - first) // step))
 
     def _step(self, body: Computation, index: int | None) -> int | None:
-        """Returns the constant, if any, that a loop's body adds to element `index` of its tuple."""
+        """Returns the constant that a loop adds to element `index` of its tuple, or None."""
         root = next((i for i in body.values() if i.is_root), None)
         if root is None or root.opcode != "tuple" or index is None:
             return None
@@ -191,7 +191,7 @@ class Module:
 
 
 def parse(text: str) -> Module:
-    """Parses the HLO text that a compiled module's `as_text()` returns."""
+    """Parses the HLO text that the method `as_text()` of a compiled module returns."""
     computations: dict[str, Computation] = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -221,7 +221,7 @@ def parse(text: str) -> Module:
 
 
 def _closing(text: str, start: int) -> int:
-    """Returns the position just after the bracket that closes the bracket at position `start`."""
+    """Returns the position just after the bracket that closes the one at position `start`."""
     depth = 0
     for match in re.compile(r"[()]").finditer(text, start):
         depth += 1 if match.group() == "(" else -1
@@ -234,7 +234,7 @@ _FORWARDING = ("copy", "bitcast", "convert", "copy-done", "reshape")
 
 
 def _source(name: str | None, computation: Computation) -> Instruction | None:
-    """Returns the instruction, if any, that makes the value `name`, behind any copies."""
+    """Returns the instruction, if any, that makes the value `name`, looking through copies."""
     instruction = computation.get(name or "")
     while instruction is not None and instruction.opcode in _FORWARDING and instruction.operands:
         instruction = computation.get(instruction.operands[0])
@@ -254,7 +254,7 @@ def _tuple_index(instruction: Instruction | None) -> int | None:
 
 
 def _element(loop: Instruction, index: int | None, computation: Computation) -> Instruction | None:
-    """Returns the instruction, if found, that makes element `index` of a loop's carried tuple."""
+    """Returns the instruction that makes element `index` of a loop's carried tuple, or None."""
     if index is None:
         return None
     carried = _source(loop.operands[0], computation)

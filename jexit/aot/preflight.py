@@ -59,11 +59,11 @@ class Report:
 
 
 def preflight(config: Config, topology_name: str) -> list[Report]:
-    """Compiles the config's jitted steps for a topology, prints a table and returns its rows.
+    """Compiles the jitted steps of `config` for a topology; prints a table and returns its rows.
 
     `topology_name` names absent devices, such as `v5e:4x4`. Raises UserError if the topology does
     not exist or if the config does not divide over its devices, and DoesNotFit if a step needs more
-    than the chip's memory.
+    than the memory of a chip.
     """
     topology = get_topology(topology_name)
     config, notes = _on_mesh(config, topology)
@@ -90,7 +90,7 @@ def _on_mesh(config: Config, topology: Topology) -> tuple[Config, list[str]]:
     common divisor of the number of devices and the rows of a micro-batch, and `tensor` takes the
     rest. For decoding alone, `tensor` is the greatest common divisor of the number of devices and
     the number of query heads, and `data` takes the rest; `fsdp` stays 1, because decoding would
-    gather the weights that it shards. Raises UserError if the config sets a mesh with another
+    have to gather weights sharded over it. Raises UserError if the config sets a mesh with another
     number of devices.
     """
     count, mesh = len(topology.devices), config.mesh
@@ -157,7 +157,7 @@ def _resident(program: Program, arguments: int) -> int:
 def _refused(
     program: Program, lowered: jax.stages.Lowered, mesh: Mesh, error: str, seconds: float
 ) -> Report:
-    """Returns a report of a step that does not fit, from the compiler's message `error`."""
+    """Returns the report of a step that does not fit, from the compiler's message `error`."""
     arguments = device_bytes(program.inputs)
     used = [
         float(number) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[unit]
@@ -182,7 +182,7 @@ def _refused(
 
 
 def _largest_inputs(program: Program) -> list[str]:
-    """Returns the names and sizes of the largest arrays that lie on the devices before the step."""
+    """Returns the names and sizes of the largest arrays on the devices before the step."""
     sized = {}
     for path, leaf in reversed(on_devices((program.inputs, program.resident))):
         names = [name for name in names_of(path) if name not in _UNSAID and name[0] != "["]
@@ -201,7 +201,7 @@ def _array(leaf: jax.ShapeDtypeStruct, shape: tuple[int, ...]) -> Array:
 
 
 def _largest_types(program: Program, lowered: jax.stages.Lowered) -> list[Array]:
-    """Returns the largest arrays that a step makes besides its arguments, over all devices."""
+    """Returns the largest arrays, before partitioning, that a step makes besides its arguments."""
     found = {
         Array(_STABLEHLO.get(dtype, dtype), tuple(map(int, dims.split("x")[:-1])))
         for dims, dtype in re.findall(r"tensor<((?:\d+x)+)(\w+)>", lowered.as_text())
@@ -288,7 +288,7 @@ def _collectives(cost: Cost | None) -> str:
 
 
 def _footnotes(reports: list[Report]) -> list[str]:
-    """Returns notes that explain the table's columns and name the figures that are only bounds."""
+    """Returns notes that explain the table's columns, and name figures that are only bounds."""
     notes = [
         "resident: the run's state on a device that is not an argument of this step; peak: the sum "
         "of arguments, resident state, temporaries and new outputs",

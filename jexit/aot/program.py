@@ -21,8 +21,8 @@ class Program:
 
     `options` are the keyword arguments. `resident` is the state that the run keeps on the devices
     besides this step's arguments. `loops` maps the name of a `jax.named_scope` to the trip count of
-    the loops inside it, where the compiled module does not give one. `note` is a sentence to print
-    about the step.
+    the loops inside it, where the compiled module does not contain one. `note` is a sentence to
+    print about the step.
     """
 
     name: str
@@ -38,19 +38,19 @@ class Program:
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """The step's arguments by parameter name, keyword arguments included."""
+        """The arguments of the step by parameter name, including keyword arguments."""
         bound = inspect.signature(self.function).bind(*self.arguments, **self.options)
         return bound.arguments
 
 
 def on_devices(tree: Any) -> list[tuple[tuple, Any]]:
-    """Returns the tree's abstract arrays that have shardings, as pairs of tree path and array."""
+    """Returns (path, array) for each abstract array in `tree` that has a sharding."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return [(path, leaf) for path, leaf in leaves if getattr(leaf, "sharding", None) is not None]
 
 
 def device_bytes(tree: Any) -> int:
-    """Returns the bytes that the tree's arrays take on one device, given their shardings."""
+    """Returns the bytes that the arrays in `tree` take on one device, given their shardings."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for _, leaf in on_devices(tree)
@@ -58,7 +58,10 @@ def device_bytes(tree: Any) -> int:
 
 
 def placed_parameters(tree: Any, mesh: Mesh, *, whole_width: bool = False) -> Any:
-    """Returns parameters, moments or counters as abstract arrays with the shardings of a run."""
+    """Returns parameters, moments or counters as abstract arrays with their shardings in a run.
+
+    With `whole_width`, the model width is not sharded.
+    """
 
     return map_parameters(
         lambda leaf, axes: placed(leaf, mesh, axes.replace("D", ".") if whole_width else axes), tree

@@ -1,6 +1,6 @@
 """Every jitted step that a config's command runs, with abstract arguments of the largest shapes.
 
-The steps can be compiled for absent devices, because abstract arguments have no values.
+Abstract arguments have no values, so the steps can be compiled for absent devices.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from jexit.steps.state import Fixed, SplitModel, new_state, parameter_labels, sp
 
 
 def rows_of(config: Config) -> int:
-    """Returns the number of rows of a training step's micro-batch."""
+    """Returns the number of rows in a micro-batch of a training step."""
     samples = config.rl.rollouts if config.command == "rl" else 1
     return config.batch_size * samples // config.optim.accumulate
 
@@ -116,7 +116,7 @@ def programs(config: Config, mesh: Mesh) -> Iterator[Program]:
 def _measurements(
     config: Config, mesh: Mesh, split: SplitModel, rollouts: EnginePrograms
 ) -> Iterator[Program]:
-    """Yields the steps of the measures `config.eval.measures` of an evaluation."""
+    """Yields the jitted steps of the evaluation measures in `config.eval.measures`."""
     prompts, new = config.eval.problems, config.eval.max_new_tokens
     layers = split.student(split.trainable).arch.layers
     measures = set(config.eval.measures)
@@ -173,10 +173,11 @@ def _measurements(
 def _labelled(
     config: Config, name: str, rows: int, columns: int, layers: int
 ) -> tuple[str, Policy]:
-    """Returns the policy called `name` as a pair of its label in step names and its abstract form.
+    """Returns (label, policy) for the policy called `name`; step names contain the label.
 
-    A control, which prescribes the depth of every token, gets abstract depths [rows, columns].
-    Raises UserError for a confidence, whose exits are not those of the config's model.
+    The policy has abstract arrays. A control, which prescribes the depth of every token, gets
+    abstract depths [rows, columns]. Raises UserError for a confidence policy, whose exits are not
+    those of the config's model.
     """
     if is_confidence(name):
         raise UserError(
@@ -188,7 +189,7 @@ def _labelled(
 
 
 def _policy(config: Config, name: str, layers: int) -> Policy:
-    """Returns the policy called `name` with abstract arrays, since no device can hold values."""
+    """Returns the policy `name` with abstract arrays, as absent devices cannot hold values."""
     return jax.eval_shape(lambda: make_policy(name, layers, sample_policy(config)))
 
 
@@ -200,9 +201,9 @@ def _prompts(config: Config) -> int:
 
 
 def architecture(config: Config) -> Architecture:
-    """Returns the architecture of the config's preset, or of its model for the tiny preset.
+    """Returns the architecture of the config's preset or, if it has none, of the config's model.
 
-    Raises UserError if the weights there do not fit the architecture.
+    Raises UserError if the weights of that model do not fit its architecture.
     """
     if config.preset in PRESETS:
         return PRESETS[config.preset].architecture
@@ -233,7 +234,7 @@ def _abstract_model(config: Config) -> Transformer:
 def _optimized(
     config: Config, mesh: Mesh, model: Transformer, split: SplitModel, *, full: bool
 ) -> tuple[Any, Any]:
-    """Returns the optimiser of a run and the abstract state of its training."""
+    """Returns the optimiser of a run, and its training state with abstract arrays."""
     optimizer = make_optimizer(config.optim, config.steps, parameter_labels(model, full=full))
 
     def begun() -> Any:
@@ -303,7 +304,7 @@ def _fit(config: Config, mesh: Mesh, split: SplitModel, state: Any) -> Program:
 def _heads(
     config: Config, mesh: Mesh, split: SplitModel, state: Any, optimizer: Any
 ) -> Iterator[Program]:
-    """Yields the two steps of training only the exit heads: states at the exits, and training."""
+    """Yields the steps that compute the states at the exits and train only the exit heads."""
     with jax.set_mesh(mesh):
         size = rows_at_a_time(config, config.sft.pool // config.sft.completions)
     batch = _trajectories(config, mesh, size)
@@ -342,7 +343,7 @@ def _calibration(
 
 
 def _packed(config: Config, mesh: Mesh, count: int, new: int, *, shared: bool) -> Completions:
-    """Returns abstract rows with room for `count` completions of `new` tokens, however packed."""
+    """Returns abstract rows that can hold `count` completions of `new` tokens in any packing."""
     with jax.set_mesh(mesh):
         unit = data_shards() * config.optim.accumulate
     return _completions(config, mesh, -(-count // unit) * unit, new, shared=shared)

@@ -1,8 +1,8 @@
-"""Descriptions of accelerators by name, to compile for accelerators that this machine lacks.
+"""Named descriptions of accelerators, for compilation on machines that lack them.
 
 `v5e:2x2`, `v5p:2x2x1` and `v6e:4x4` name a TPU generation and a slice of it, and need libtpu.
-`h100:8` names the GPUs of one node, and needs JAX's CUDA plugin but not CUDA itself.
-`launch/run.sh --aot=NAME` installs what the name needs.
+`h100:8` names the GPUs of one node, and needs JAX's CUDA plugin but not CUDA itself. The command
+`launch/run.sh --aot=NAME` installs the packages that the name needs.
 """
 
 from __future__ import annotations
@@ -69,10 +69,10 @@ class Topology:
 
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:
-        """Makes code that is traced inside choose implementations and tile sizes for these devices.
+        """Makes code traced in this context select implementations and tile sizes for the devices.
 
-        JAX reads the chip from the abstract mesh to lower Pallas kernels, where the code sets no
-        mesh of these devices.
+        To lower Pallas kernels, JAX reads the chip from the abstract mesh. This context sets such a
+        mesh, for code that sets none itself.
         """
         device = AbstractDevice(self.device_kind, None, self.platform)
         mesh = AbstractMesh((), (), abstract_device=device)
@@ -86,11 +86,11 @@ class Topology:
 
 @contextlib.contextmanager
 def _described_cudnn() -> Iterator[None]:
-    """Lets cuDNN's attention be traced on a machine without cuDNN.
+    """Allows cuDNN's attention to be traced on a machine without cuDNN.
 
-    JAX asks the installed cuDNN for its version, records the version and refuses what an old
-    version lacks. Inside this context it gets version 9.8. The compiled program passes the
-    attention to cuDNN only when the program runs.
+    JAX asks the installed cuDNN for its version, records the version and refuses features that an
+    old version lacks. In this context the answer is version 9.8. The compiled program calls cuDNN
+    only when it runs.
     """
     asked = cudnn.check_cudnn_version
     cudnn.check_cudnn_version = lambda: CUDNN

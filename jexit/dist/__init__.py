@@ -1,4 +1,4 @@
-"""The mesh of devices, the rules that shard arrays over the mesh, and exchange between hosts."""
+"""The device mesh, the rules that shard arrays over it, and communication between hosts."""
 
 from jexit.dist.mesh import (
     HostRows,

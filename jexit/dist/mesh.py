@@ -1,4 +1,4 @@
-"""The mesh of devices, and the placement of batches and parameters on it."""
+"""The device mesh, and the placement of batches and parameters on it."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ THREADS_A_DEVICE = 8
 def make_mesh(
     data: int = 1, fsdp: int = 1, tensor: int = 1, devices: list[jax.Device] | None = None
 ) -> Mesh:
-    """Makes a mesh with the axes `data`, `fsdp` and `tensor`, with close devices along `tensor`.
+    """Makes a mesh of devices with the axes `data`, `fsdp` and `tensor`.
 
-    The mesh uses the first data × fsdp × tensor of `devices` (None: all devices of the run). Raises
-    UserError if there are too few devices, or if a run on several hosts would leave some unused.
+    The mesh uses the first data × fsdp × tensor of `devices` (None: all devices of the run), with
+    neighbouring devices along `tensor`. Raises UserError if there are too few devices, or if a run
+    on several hosts would leave some unused.
     """
     devices = jax.devices() if devices is None else devices
     sizes = (data, fsdp, tensor)
@@ -58,11 +59,11 @@ def make_mesh(
 
 
 def provide_threads() -> None:
-    """Makes XLA start 8 threads for each simulated CPU device; must be called before JAX starts.
+    """Makes XLA start 8 threads per simulated CPU device; call this before JAX starts.
 
     XLA runs independent collectives at the same time, and each occupies one thread of every device
-    until all devices have joined. With one thread per device, collectives can wait for each other
-    for ever. A number of threads in PJRT_NPROC is kept.
+    until all devices have joined. With one thread per device, collectives can deadlock. If
+    PJRT_NPROC is already set, it is kept.
     """
     pretended = re.search(
         r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", "")
@@ -73,7 +74,7 @@ def provide_threads() -> None:
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh) -> Iterator[None]:
-    """Sets `mesh` for everything traced inside; a mesh of one device changes nothing."""
+    """Sets `mesh` for all code traced in this context; a mesh of one device changes nothing."""
     if mesh.size == 1:
         yield
         return
@@ -86,8 +87,8 @@ class HostRows:
     """The rows of a batch that one host prepares, given by their indices in the whole batch.
 
     `total` is the number of rows of the whole batch, and `index_B` contains this host's indices in
-    ascending order. `first_B` is False for rows that a host of lower number has too: a sum over
-    hosts of the other rows counts no row twice.
+    ascending order. `first_B` is False for rows that a lower-numbered host prepares too. A sum over
+    all hosts that uses only rows with `first_B` counts each row once.
     """
 
     total: int
@@ -95,12 +96,12 @@ class HostRows:
     first_B: np.ndarray
 
     def find(self, rows: np.ndarray) -> np.ndarray:
-        """Returns the positions among this host's rows of `rows`, indices in the whole batch."""
+        """Converts `rows`, indices in the whole batch, to positions among this host's rows."""
         return np.searchsorted(self.index_B, rows)
 
 
 def host_rows(total: int) -> HostRows:
-    """Returns which rows of a batch of `total` rows this host prepares and fetches.
+    """Returns the rows of a batch of `total` rows that this host prepares and fetches.
 
     If the data shards of the mesh do not divide `total`, every host prepares all rows.
     """
@@ -122,9 +123,9 @@ def _host_rows(mesh: Mesh, total: int) -> HostRows:
 
 
 def place_rows(tree: Any, rows: HostRows | None = None) -> Any:
-    """Puts this host's arrays, whose first axis is the rows, on the devices of the mesh.
+    """Places this host's rows, the first axis of each array in `tree`, on the mesh.
 
-    `rows` says which rows of the whole batch the arrays contain (None: all rows).
+    `rows` states which rows of the whole batch the arrays contain (None: all rows).
     """
 
     def place(array: np.ndarray) -> jax.Array:
@@ -146,7 +147,7 @@ def place_rows(tree: Any, rows: HostRows | None = None) -> Any:
 def fetch_rows(tree: Any) -> Any:
     """Returns this host's rows (the first axis) of device arrays as NumPy arrays.
 
-    If an array is spread over several hosts, only its rows may be sharded.
+    If an array is spread over several hosts, only its first axis may be sharded.
     """
 
     def fetch(array: jax.Array) -> np.ndarray:
@@ -163,7 +164,7 @@ def fetch_rows(tree: Any) -> Any:
 
 
 def place_parameter(path: str, array: np.ndarray) -> jax.Array:
-    """Places a parameter on the mesh by its dotted path; it is never whole on one device."""
+    """Places a parameter, given its dotted path, on the mesh; each device gets only its shard."""
     return _place(array, parameter_axes(path.split("."), np.ndim(array)))
 
 
@@ -173,16 +174,16 @@ def place_parameters(tree: Any) -> Any:
 
 
 def data_shards() -> int:
-    """Returns the number of parts into which the current mesh divides the rows of a batch."""
+    """Returns the number of shards into which the current mesh divides the rows of a batch."""
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(mesh.shape[name] for name in data_axes())
 
 
 @jax.jit
 def gathered_width(tree: Any) -> Any:
-    """Gathers parameters over `fsdp`, so that the model width is whole on every device.
+    """Gathers parameters over `fsdp`, so that every device has the full model width.
 
-    One gathering then serves many uses of the parameters, such as all tokens of a rollout.
+    Gathering once saves time if the parameters are used many times, as for all tokens of a rollout.
     """
     return map_parameters(lambda leaf, axes: constrain(leaf, axes.replace("D", ".")), tree)
 

@@ -1,9 +1,9 @@
 """Several processes as one run: startup, exchange of small values, and waits with a timeout.
 
 A *host* is one process of JAX's distributed runtime. Every host runs the same program. Each host
-prepares, verifies and records its own rows, and the primary host (number 0) writes the files that
-are written once. Every wait for other hosts has a timeout, and the error message after a timeout
-names the place in the run where the host waited.
+prepares, verifies and records its own rows; the primary host (number 0) writes the files shared by
+all hosts. Every wait for other hosts has a timeout, and the error message after a timeout names the
+place in the run where the host waited.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _numbers = itertools.count()
 
 
 class HostLost(RunEnded):
-    """Raised if another host did not arrive or was lost; says where in the run this host waited."""
+    """Raised if another host is late or was lost; the message says where this host waited."""
 
     exit_code = HOST_LOST
 
@@ -59,7 +59,7 @@ def initialize(
     *,
     timeout: float = TIMEOUT_SECONDS,
 ) -> None:
-    """Joins the hosts of this run; does nothing in a process that runs alone.
+    """Connects the hosts of this run; does nothing in a process that runs alone.
 
     On Cloud TPU, under SLURM with several tasks and under Open MPI, JAX finds the other hosts.
     Elsewhere all arguments are needed: `coordinator` is HOST:PORT of process 0, `processes` the
@@ -138,8 +138,8 @@ def initialize(
 def _call_roll(coordinator: str, processes: int, process: int, timeout: float) -> None:
     """Lets all processes meet at the coordinator's port and compare their values of `processes`.
 
-    JAX itself makes no such comparison. It ends a process if the port never opens, and crashes on
-    process 0 if the port is taken.
+    JAX itself does not compare them. It ends a process if the port never opens, and crashes on
+    process 0 if the port is in use.
     """
     if process == 0:
         told = _hear_all(coordinator, processes, timeout)
@@ -159,7 +159,7 @@ def _call_roll(coordinator: str, processes: int, process: int, timeout: float) -
 
 
 def _hear_all(coordinator: str, processes: int, timeout: float) -> dict[int, int]:
-    """Collects every process's value of `--processes` on process 0; returns the values by process.
+    """Collects, on process 0, each process's value of `--processes`; returns {process: value}.
 
     Stops when all have reported, when a value differs, or after `timeout` seconds; then sends all
     values to the processes that have reported.
@@ -186,7 +186,7 @@ def _hear_all(coordinator: str, processes: int, timeout: float) -> dict[int, int
 
 
 def _report(coordinator: str, processes: int, process: int, timeout: float) -> dict[int, int]:
-    """Sends this process's value of `--processes` to process 0; returns all values by process."""
+    """Sends this process's value of `--processes` to process 0; returns {process: value} of all."""
     host, _, port = coordinator.rpartition(":")
     end = time.monotonic() + timeout
     while True:
@@ -251,7 +251,7 @@ def _task_of_several() -> bool:
 
 
 def _cluster_present() -> bool:
-    """Checks whether the run may have other processes that JAX can find without arguments."""
+    """Checks whether there may be other processes, which JAX can find without arguments."""
     if _task_of_several():
         return True
     if os.environ.get("JAX_PLATFORMS", "tpu") == "cpu" or not importlib.util.find_spec("libtpu"):
@@ -265,15 +265,15 @@ def several_hosts() -> bool:
 
 
 def is_primary() -> bool:
-    """Checks whether this host is number 0, which writes the files that are written once."""
+    """Checks whether this is host 0, the only host that writes files shared by all hosts."""
     return jax.process_index() == 0
 
 
 def gather(place: str, value: Any) -> list[Any]:
-    """Returns a list of every host's `value`, a JSON value, ordered by process index.
+    """Returns the `value` of every host, a JSON value, as a list ordered by process index.
 
     `place` names this wait in error messages. The values go through JAX's coordinator and not
-    through the devices, so the call does not wait for a computation. Raises HostLost if a host does
+    through the devices, so the call does not wait for computations. Raises HostLost if a host does
     not arrive within the timeout.
     """
     if not several_hosts():
@@ -308,12 +308,12 @@ def barrier(place: str) -> None:
 
 @contextlib.contextmanager
 def waiting(place: str) -> Iterator[None]:
-    """Ends the process if the block inside takes longer than the timeout; `place` names the wait.
+    """Ends the process if the code in this context takes longer than the timeout.
 
-    The message on stderr says where the host waited. The limit is for waits without any other one:
+    A message on stderr names the wait, `place`. This limits waits that have no limit of their own:
     a collective with a host that hangs never returns, and neither does a jitted call that the
-    runtime delays until earlier collectives are done. If JAX is compiling when the time is over,
-    the time starts anew, because compiling may take long and involves no other host.
+    runtime delays until earlier collectives are done. If JAX is compiling at the end of the
+    timeout, the timeout starts anew, because compiling may take long and involves no other host.
     """
     if not several_hosts():
         yield
@@ -341,7 +341,7 @@ def _main_stack() -> traceback.StackSummary:
 
 
 def whole(tree: Any, place: str) -> Any:
-    """Returns the whole of each array of `tree` as a NumPy array on every host.
+    """Returns each array of `tree` in full, as a NumPy array on every host.
 
     The arrays must be small. `place` names this wait in error messages.
     """
@@ -356,7 +356,7 @@ def _whole(array: jax.Array) -> Any:
 
 
 def ended(error: BaseException) -> str | None:
-    """Returns a sentence for the user if `error` comes from the loss of a host, or else None."""
+    """Returns a sentence for the user if `error` comes from the loss of a host, else None."""
     if isinstance(error, HostLost):
         return str(error)
     lost = re.search(

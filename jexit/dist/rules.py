@@ -1,6 +1,6 @@
 """The logical axes of every array, and the mesh axes over which each logical axis is sharded.
 
-A logical axis is a letter, such as D for the model width. An axis is sharded only if the mesh axes
+A logical axis is a letter, such as D for the model width. It is sharded only if the mesh axes
 divide its size: Qwen3's 8 key/value heads stay whole on every device with `tensor=16`, and so does
 every array on a mesh of one device.
 """
@@ -49,9 +49,10 @@ for _name, _inputs, _outputs in (
 
 
 def spec(axes: str, shape: Sequence[int], mesh: Any = None) -> P:
-    """Returns the partition spec of an array with the logical axes `axes`, where these divide.
+    """Returns the partition spec of an array whose logical axes are the letters in `axes`.
 
-    `mesh` defaults to the mesh that `jax.set_mesh` has set.
+    An axis whose size the mesh axes do not divide stays whole. `mesh` defaults to the mesh set by
+    `jax.set_mesh`.
     """
     sizes = free_axes(jax.sharding.get_abstract_mesh()) if mesh is None else dict(mesh.shape)
     entries: list[tuple[str, ...] | None] = []
@@ -63,18 +64,18 @@ def spec(axes: str, shape: Sequence[int], mesh: Any = None) -> P:
 
 
 def free_axes(mesh: Any) -> dict[str, int]:
-    """Returns the sizes of the mesh axes by name, without axes that are manual in a `shard_map`."""
+    """Returns {name: size} of the mesh axes, without axes that are manual in a `shard_map`."""
     return {name: size for name, size in mesh.shape.items() if name not in mesh.manual_axes}
 
 
 def divides() -> bool:
-    """Checks whether the current mesh's axes outside `shard_map` have several devices."""
+    """Checks whether the current mesh, without manual axes, has more than one device."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and math.prod(free_axes(mesh).values()) > 1
 
 
 def per_device(function: Callable, *, in_specs: Any, out_specs: Any) -> Callable:
-    """Returns `function` applied on each device of the current mesh to that device's shards."""
+    """Returns a function that applies `function` on each device to the shards of that device."""
     mesh = jax.sharding.get_abstract_mesh()
     return jax.shard_map(
         function,
@@ -94,9 +95,9 @@ def data_axes() -> tuple[str, ...]:
 
 
 def parameter_axes(path: Sequence[str], ndim: int) -> str:
-    """Returns the logical axes of a parameter or its moment, by the last two names of `path`.
+    """Returns the logical axes of a parameter or its moments, by the last two names of `path`.
 
-    Arrays with other names get only dots; a dot stands for an axis that is never sharded.
+    Each axis is a letter, or a dot if it is never sharded. Arrays with unknown names get only dots.
     """
     axes = PARAMETERS.get(tuple(path[-2:]), "." * ndim)
     return axes if len(axes) == ndim else "." * ndim
@@ -110,17 +111,17 @@ def constrain(array: jax.Array, axes: str) -> jax.Array:
 
 
 def constrain_parameters(tree: Any) -> Any:
-    """Constrains parameters, moments or gradients, so that a step does not move them."""
+    """Constrains parameters, moments or gradients to the shardings of the parameters."""
     return map_parameters(constrain, tree)
 
 
 def map_parameters(function: Callable[[Any, str], Any], tree: Any) -> Any:
-    """Returns a tree of `function(leaf, axes)`, where `axes` are the leaf's `parameter_axes`."""
+    """Maps `function(leaf, axes)` over a tree, where `axes` are the leaf's `parameter_axes`."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: function(leaf, parameter_axes(names_of(path), leaf.ndim)), tree
     )
 
 
 def names_of(path: tuple) -> list[str]:
-    """Returns the keys and attribute names of a JAX tree path as strings."""
+    """Returns the keys and attribute names in a JAX tree path as strings."""
     return [str(getattr(key, "key", getattr(key, "name", key))) for key in path]

@@ -1,4 +1,4 @@
-"""Ops on the vocabulary without [tokens, vocabulary] arrays in memory, and decoding attention."""
+"""Decoding attention, and vocabulary ops that never store [tokens, vocabulary] arrays."""
 
 from jexit.kernels.decode_attention import decode_attention
 from jexit.kernels.dispatch import using

@@ -1,11 +1,10 @@
-"""Choice of an op's implementation, by name or by the platform that the computation is for.
+"""Selects the implementation of an op, by name or by the platform to compile for.
 
-Each op owns one `Operation`. An implementation registers under a name and, if it is written for
-some platforms only, with those platforms. A call without a name tries the implementations for the
-current platform: first those for the fewest platforms, then those that run anywhere. If an
-implementation raises `NotImplementedError` for a shape or a chip that it does not support, the call
-tries the next implementation. A call with a name runs the named implementation or raises that
-implementation's error.
+Each op owns one `Operation`. An implementation registers under a name, together with the platforms
+that it is written for. A call without a name tries the implementations for the current platform:
+first those for the fewest platforms, then those that run anywhere. If an implementation raises
+`NotImplementedError` for a shape or a chip that it does not support, the call tries the next one. A
+call with a name runs the named implementation; errors of that implementation reach the caller.
 """
 
 import contextlib
@@ -32,7 +31,7 @@ _TARGET: contextvars.ContextVar[Target | None] = contextvars.ContextVar("target"
 
 
 def target() -> Target:
-    """Returns the target that `compiling_for` has set, or else this process's first device."""
+    """Returns the target set by `compiling_for`, or else the first device of this process."""
     chosen = _TARGET.get()
     if chosen is not None:
         return chosen
@@ -41,11 +40,11 @@ def target() -> Target:
 
 @contextlib.contextmanager
 def compiling_for(platform: str, device_kind: str) -> Iterator[None]:
-    """Chooses implementations and tile sizes for a chip that this process need not have.
+    """Selects implementations and tile sizes for a chip that need not be present.
 
     `device_kind` is the chip's name in JAX, such as `TPU v5 lite`. Functions traced inside this
     context can be compiled ahead of time for the chip. JAX caches traces by function and shapes,
-    not by chip: if a function was traced outside before, call `jax.clear_caches()` first.
+    not by chip: if a function was traced before, call `jax.clear_caches()` first.
     """
     token = _TARGET.set(Target(platform, device_kind))
     try:
@@ -60,10 +59,10 @@ _PREFERRED: contextvars.ContextVar[str] = contextvars.ContextVar("preferred", de
 
 @contextlib.contextmanager
 def using(implementation: str) -> Iterator[None]:
-    """Makes op calls that name no implementation run `implementation` while the context is active.
+    """Sets the implementation for all op calls in this context that do not name one.
 
-    An example is `xla` on a chip where a kernel fails. The default, `auto`, chooses by the
-    platform. JAX caches traces: if a function was traced before, call `jax.clear_caches()` first.
+    An example is `xla` on a chip where a kernel fails. The default, `auto`, chooses by platform.
+    JAX caches traces: if a function was traced before, call `jax.clear_caches()` first.
     """
     token = _PREFERRED.set(implementation)
     try:
@@ -73,14 +72,14 @@ def using(implementation: str) -> Iterator[None]:
 
 
 class Implementation(NamedTuple):
-    """One way to compute an op, and the platforms on which it may be chosen without being named."""
+    """An implementation of an op, and the platforms on which calls without a name may use it."""
 
     function: Callable[..., Any]
     platforms: tuple[str, ...]
 
 
 class Operation:
-    """An op with several named implementations, all of which take the same arguments."""
+    """An op with several named implementations, which all take the same arguments."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -94,20 +93,19 @@ class Operation:
     def register(
         self, name: str, function: Callable[..., Any], *, platforms: tuple[str, ...] = ANYWHERE
     ) -> None:
-        """Adds an implementation.
+        """Registers `function` as an implementation of this op.
 
         Args:
           name: the value of `implementation` that selects this function in a call.
-          function: takes the op's arguments, and raises `NotImplementedError` for arguments that it
-            does not support.
-          platforms: the platforms on which a call that names no implementation may choose this
-            function. The fewer the platforms, the earlier the function is tried.
+          function: takes the op's arguments; raises `NotImplementedError` for unsupported ones.
+          platforms: the platforms on which calls that name no implementation may use this function.
+            The fewer the platforms, the earlier it is tried.
         """
         assert name not in self._implementations, f"{self.name} already has {name}"
         self._implementations[name] = Implementation(function, platforms)
 
     def candidates(self, platform: str) -> tuple[str, ...]:
-        """Returns the names to try on `platform`, in order, if a call names no implementation.
+        """Returns the implementations that a call without a name tries on `platform`, in order.
 
         Implementations for the fewest platforms come first.
         """
@@ -123,8 +121,8 @@ class Operation:
 
         Raises:
           UserError: if no implementation with this name is registered.
-          NotImplementedError: if the named implementation does not support the call or, without a
-            name, if no implementation supports the call.
+          NotImplementedError: if the named implementation (without a name: every one that is tried)
+            does not support the call.
         """
         implementation = implementation or _PREFERRED.get()
         if implementation != AUTO:

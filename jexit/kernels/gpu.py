@@ -1,14 +1,14 @@
-"""Code that the GPU kernels share: the loop over tiles, tile sizes for Hopper, products and masks.
+"""Code shared by the GPU kernels: the loop over tiles, tile sizes for Hopper, and masked access.
 
 The kernels are written in Triton. A tile of logits has the shape [tokens, vocabulary], so that
-reductions over the vocabulary stay within a few threads. A piece of the output head is read once
-and multiplied with all sets of hidden states, such as student and teacher, of a tile of tokens.
+reductions over the vocabulary stay within a few threads. Each piece of the output head is read once
+and multiplied by all sets of hidden states, such as student and teacher, of a tile of tokens.
 
-To compute statistics, each program loops over the vocabulary. If the tokens are too few to fill the
-chip, the vocabulary is split over several programs and the splits are merged afterwards. To compute
+To compute statistics, each program loops over the vocabulary. If there are too few tokens to fill
+the chip, several programs share the vocabulary, and their results are merged afterwards. To compute
 gradients, the vocabulary is cut into chunks. A kernel recomputes a chunk's logits and writes the
-gradient with respect to these logits, and XLA multiplies this gradient with the head and the hidden
-states. No sum is atomic, so repeated runs give identical results.
+gradient with respect to them, which XLA multiplies by the head and the hidden states. No sum is
+atomic, so repeated runs give identical results.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ VOCAB_CHUNK = 2048  # columns of logits whose gradient is held at a time
 
 
 class Tile(NamedTuple):
-    """The sizes of a tile of logits, all powers of two; a size of None is chosen for the chip."""
+    """The sizes of a tile of logits, all powers of two; None means a size chosen for the chip."""
 
     tokens: int | None = None
     vocab: int | None = None
@@ -62,7 +62,7 @@ MAX_SETS = 8
 
 
 class Set(NamedTuple):
-    """One set of logits in a tile: the hidden states and the output head whose product it is.
+    """One set of logits in a tile: the product of one array of hidden states and one output head.
 
     `hidden` and `head` are positions in `Operands.hidden` and `Operands.heads`.
     """
@@ -73,7 +73,7 @@ class Set(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """The arrays that an op reads.
+    """The arrays that an op reads, and the sets of logits that it computes from them.
 
     Attributes:
       hidden: arrays of hidden states, each [N, D] or [E, N, D].
@@ -89,7 +89,7 @@ class Operands(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """The part of an op's operands that a kernel has loaded for a tile of T tokens × C vocabulary.
+    """The data of one tile of T tokens × C vocabulary entries, as loaded by a kernel.
 
     Attributes:
       logits: one float32 array [T, C] for each set of logits; columns beyond the vocabulary are
@@ -112,10 +112,9 @@ def statistics(
 ) -> Any:
     """Computes `of_tile` on every tile of logits and merges the results over the vocabulary.
 
-    `of_tile` returns a pytree of arrays [T, 1] for the T tokens of a tile; the returned arrays are
-    [N]. `merge` combines two such pytrees, with the part that comes first in the vocabulary on the
-    left. `neutral` is a pytree of numbers that change nothing when they are merged with other
-    statistics.
+    `of_tile` returns a pytree of arrays [T, 1] for the T tokens of a tile; the arrays in the result
+    are [N]. `merge` combines two such pytrees, of which the left one comes first in the vocabulary.
+    `neutral` is a pytree of numbers that change nothing when merged with other statistics.
     """
     layout = _Layout.of(operands, tile)
     tokens, vocab_tiles = layout.tile.tokens, layout.grid[1]
@@ -176,8 +175,8 @@ def _dlogits(
 ) -> jax.Array:
     """Returns the gradient [N, chunk] with respect to the logits of one chunk of the vocabulary.
 
-    `start` is the chunk's first vocabulary index. The dtype is the wider one of those of hidden
-    states and head, with which XLA then multiplies the gradient.
+    `start` is the first vocabulary index of the chunk. The result has the wider of the dtypes of
+    hidden states and head, by which XLA then multiplies it.
     """
     layout = _Layout.of(operands, tile)
 
@@ -195,7 +194,7 @@ def _dlogits(
 
 
 class _Layout(NamedTuple):
-    """The division of an op's operands into tiles, and their order in a kernel call."""
+    """How the operands of an op are divided into tiles and ordered in a kernel call."""
 
     tile: Tile
     tokens: int
@@ -228,10 +227,10 @@ class _Layout(NamedTuple):
         vocab_tile: jax.Array,
         start: jax.Array | int = 0,
     ) -> Blocks:
-        """Returns, inside a kernel, the operands' part for one tile.
+        """Loads, inside a kernel, the part of the operands that belongs to one tile.
 
-        `token` is the tile's first token, `vocab_tile` the tile's number along the vocabulary, and
-        `start` the vocabulary index of the first row of the heads.
+        `token` is the first token of the tile, `vocab_tile` the position of the tile along the
+        vocabulary, and `start` the vocabulary index of the first row of the heads.
         """
         rows = [
             _load(ref, (token,), (self.tile.tokens,))[:, None]
@@ -278,8 +277,8 @@ class _Layout(NamedTuple):
         """Runs the kernel over a grid of programs, each of which can read every array in full.
 
         `more` are arrays that the kernel gets after the operands. On a CPU the kernel is
-        interpreted, for tests. Raises NotImplementedError on any other platform that is not a
-        Hopper GPU.
+        interpreted, for tests. Raises NotImplementedError on other platforms than CPUs and Hopper
+        GPUs.
         """
         hidden = [operands.hidden[set_.hidden] for set_ in self.sets]
         arrays = (*operands.heads, *jax.tree.leaves(operands.rows), *more)
@@ -314,9 +313,9 @@ def _interpreted() -> bool:
 
 
 def choose_tile(operands: Operands) -> Tile:
-    """Returns the tile from `TILES` for these operands, with its sizes reduced for smaller arrays.
+    """Returns the tile from `TILES` for these operands, reduced in size for smaller arrays.
 
-    Raises NotImplementedError if there are more sets of logits than the registers have room for.
+    Raises NotImplementedError if the registers cannot hold that many sets of logits.
     """
     sets = len(operands.sets)
     if sets > MAX_SETS:
@@ -335,9 +334,9 @@ def choose_tile(operands: Operands) -> Tile:
 
 
 def _load(ref: Any, starts: tuple[jax.Array, ...], sizes: tuple[int, ...]) -> jax.Array:
-    """Loads the tile at `starts`, with zeros beyond the array.
+    """Loads the tile at `starts`, with zeros beyond the end of the array.
 
-    `starts` are multiples of `sizes`.
+    `starts` must be multiples of `sizes`.
     """
     mask = _mask(ref.shape, starts, sizes)
     index = (*map(pl.ds, starts, sizes),)
@@ -358,7 +357,7 @@ def _store(
 def _mask(
     shape: tuple[int, ...], starts: tuple[jax.Array, ...], sizes: tuple[int, ...]
 ) -> jax.Array | None:
-    """Returns a mask of a tile's entries inside the array, or None if tiles divide the array."""
+    """Returns a mask of the tile entries inside the array, or None if tiles divide it evenly."""
     mask = None
     for axis, (end, start, size) in enumerate(zip(shape, starts, sizes, strict=True)):
         if end % size:
@@ -368,10 +367,10 @@ def _mask(
 
 
 def _splits(token_tiles: int, vocab_tiles: int) -> int:
-    """Returns the number of parts of the vocabulary for which the estimated time is least.
+    """Returns the number of parts to split the vocabulary into for the least estimated time.
 
     The estimate is the number of waves, in which every multiprocessor runs one program, times the
-    vocabulary tiles of a program.
+    number of vocabulary tiles per program.
     """
 
     def time(splits: int) -> int:
@@ -382,9 +381,9 @@ def _splits(token_tiles: int, vocab_tiles: int) -> int:
 
 
 def _merge_all(parts: Any, merge: Callable[[Any, Any], Any], count: int) -> Any:
-    """Merges the `count` parts along the first axis, in order.
+    """Merges the `count` parts along the first axis, in order, by a tree of pairwise merges.
 
-    Neighbours are merged in pairs, so the number of steps grows with the logarithm of `count`.
+    The number of steps therefore grows with the logarithm of `count`.
     """
     while count > 1:
         left, right, rest = (

@@ -1,4 +1,4 @@
-"""Checks of the arrays that callers pass to the ops."""
+"""Checks of the shapes and dtypes of arrays that callers pass to the ops."""
 
 from typing import NoReturn
 
@@ -17,8 +17,8 @@ def check_hidden(
 ) -> None:
     """Raises UserError unless `h_ND` and `head_VD` are floating-point matrices of the same width.
 
-    The head must also have at least one row. The message names the op `op` and the arrays `name`
-    and `head_name`.
+    The head must also have at least one row. `op`, `name` and `head_name` name the op and the
+    arrays in the error message.
     """
     for label, array in ((name, h_ND), (head_name, head_VD)):
         if array.ndim != 2 or not jnp.issubdtype(array.dtype, jnp.floating):

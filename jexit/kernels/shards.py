@@ -1,10 +1,9 @@
 """Sharding of the vocabulary ops over a mesh: tokens over the data axes, vocabulary over `tensor`.
 
-Each device computes the statistics of its tokens over its part of the vocabulary. The statistics
-are a few numbers per token, which are gathered over the tensor axis and merged. In the backward
-pass each device recomputes the logits of its tokens and vocabulary. The gradient with respect to
-the hidden states is summed over the tensor axis, and the gradient with respect to the head over the
-data axes.
+Each device computes the statistics of its tokens over its part of the vocabulary. These are a few
+numbers per token; they are gathered over the tensor axis and merged. In the backward pass each
+device recomputes the logits of its tokens and vocabulary. The gradient for the hidden states is
+summed over the tensor axis, and the gradient for the head over the data axes.
 """
 
 import functools
@@ -37,7 +36,7 @@ class Shards(NamedTuple):
 
     @classmethod
     def current(cls, vocab: int) -> "Shards":
-        """Returns the sharding over the mesh that `jax.set_mesh` has set, without its manual axes.
+        """Returns the sharding over the current mesh (see `jax.set_mesh`), except for manual axes.
 
         Tokens are sharded over `data` and `fsdp`, and the `vocab` entries of the vocabulary over
         `tensor`. If the size of `tensor` does not divide `vocab`, every device has the whole
@@ -73,12 +72,12 @@ class Shards(NamedTuple):
 
     @property
     def tokens(self) -> P:
-        """The partition spec that shards an array's first axis, the tokens, over `token_axes`."""
+        """The partition spec of arrays whose first axis (tokens) is sharded over `token_axes`."""
         return P(self.token_axes or None)
 
     @property
     def vocab(self) -> P:
-        """The partition spec that shards the rows of the head or its gradient over `vocab_axis`."""
+        """The partition spec of the head and its gradient: rows sharded over `vocab_axis`."""
         return P(self.vocab_axis)
 
     def pad_tokens(self, array: jax.Array) -> jax.Array:
@@ -108,10 +107,7 @@ class Shards(NamedTuple):
         return 0 if self.vocab_axis is None else jax.lax.axis_index(self.vocab_axis) * rows
 
     def merged(self, part: Partial, merge: Callable[[Partial, Partial], Partial]) -> Partial:
-        """Gathers every device's statistics `part` over the vocabulary axis and merges them.
-
-        The statistics are merged in the order of the vocabulary.
-        """
+        """Gathers the statistics `part` of all vocabulary shards and merges them in order."""
         if self.vocab_axis is None:
             return part
         parts = jax.lax.all_gather(part, self.vocab_axis)

@@ -1,7 +1,7 @@
 """Loops over chunks of tokens and tiles of the vocabulary, in plain XLA.
 
 The vocabulary is cut into equal tiles and, if there is a remainder, one smaller last tile, so that
-the head is neither padded nor masked.
+the head needs neither padding nor a mask.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ class Chunks(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """A platform's limits for a tile: the number of float32 logits, and the vocabulary entries."""
+    """A platform's limits for a tile: the number of float32 logits, and of vocabulary entries."""
 
     size: int
     vocab: int
@@ -44,7 +44,7 @@ def _tile() -> Tile:
 def choose_chunks(tokens: int, vocab: int, sets: int) -> Chunks:
     """Returns the tile size for an op that computes `sets` logits per token and vocabulary entry.
 
-    Every chunk of tokens reads the whole head, so as many tokens as fit share a chunk.
+    Every chunk of tokens reads the whole head, so a chunk contains as many tokens as fit.
     """
     chunk_vocab = min(vocab, _tile().vocab)
     return _with_tokens(chunk_vocab, tokens, sets)
@@ -56,16 +56,16 @@ def _with_tokens(chunk_vocab: int, tokens: int, sets: int) -> Chunks:
 
 
 def override(chunks: Chunks, tokens: int | None, vocab: int | None) -> Chunks:
-    """Returns `chunks` with the sizes `tokens` and `vocab` where the caller has set these."""
+    """Returns `chunks` with `tokens` and `vocab` in place of its sizes, unless they are None."""
     return Chunks(chunks.tokens if tokens is None else tokens, vocab or chunks.vocab)
 
 
 def slice_head(head_VD: jax.Array, start: jax.Array | int, size: int) -> jax.Array:
     """Returns the rows `start … start + size − 1` of the head.
 
-    XLA:CPU converts bfloat16 to float32 before it slices. The barrier makes the head depend on
-    `start`; otherwise XLA would convert the whole head before the loop and keep the result in
-    memory.
+    XLA:CPU converts bfloat16 to float32 before it slices. The optimisation barrier makes the head
+    depend on `start`; otherwise XLA would convert the whole head before the loop and keep the
+    result in memory.
     """
     head_VD, start = lax.optimization_barrier((head_VD, jnp.asarray(start)))
     return lax.dynamic_slice_in_dim(head_VD, start, size)
@@ -74,17 +74,18 @@ def slice_head(head_VD: jax.Array, start: jax.Array | int, size: int) -> jax.Arr
 def take_rows(head_VD: jax.Array, rows_N: jax.Array) -> jax.Array:
     """Returns the rows `rows_N` of the head, with indices clipped to valid ones.
 
-    The optimisation barrier has the purpose that `slice_head` explains.
+    See `slice_head` for the reason for the optimisation barrier.
     """
     head_VD, rows_N = lax.optimization_barrier((head_VD, rows_N))
     return jnp.take(head_VD, rows_N, axis=0, mode="clip")
 
 
 def product(left: jax.Array, right: jax.Array, contract: tuple[int, int]) -> jax.Array:
-    """Multiplies matrices with float32 accumulation over axes `contract[0]` and `contract[1]`.
+    """Multiplies matrices, contracting axis `contract[0]` of `left` with `contract[1]` of `right`.
 
-    Operands of two dtypes are converted to the wider one. Float32 operands are multiplied in full
-    precision, because accelerators would otherwise round them to bfloat16 or TF32.
+    Operands of two dtypes are converted to the wider one. The sums are float32. Float32 operands
+    are multiplied in full precision, because accelerators would otherwise round them to bfloat16 or
+    TF32.
     """
     dtype = jnp.promote_types(left.dtype, right.dtype)
     return lax.dot_general(
@@ -102,7 +103,7 @@ def logits(h: jax.Array, head_CD: jax.Array) -> jax.Array:
 
 
 def over_tokens(function: Callable[..., Any], arguments: tuple[Any, ...], chunk: int) -> Any:
-    """Applies `function` to chunks of at most `chunk` tokens, and joins the results.
+    """Applies `function` to chunks of at most `chunk` tokens, and concatenates the results.
 
     `arguments` and the results are pytrees of arrays whose first axis is the tokens.
     """
@@ -120,7 +121,7 @@ def _tokens(arguments: tuple[Any, ...]) -> int:
 
 
 def _split(tree: Any, tokens: int, chunk: int) -> Any:
-    """Splits and pads arrays [N, …] into [steps, rows, …] with `rows` at most `chunk`.
+    """Splits arrays [N, …] into [steps, rows, …], where `rows` is at most `chunk`, with padding.
 
     The number of steps is the least possible, and the padding the least for this number of steps.
     """
@@ -138,7 +139,7 @@ def _split(tree: Any, tokens: int, chunk: int) -> Any:
 def _pick(tree: Any, step: jax.Array) -> Any:
     """Returns chunk number `step` of the arrays that `_split` returned.
 
-    The optimisation barrier has the purpose that `slice_head` explains.
+    See `slice_head` for the reason for the optimisation barrier.
     """
     tree, step = lax.optimization_barrier((tree, step))
     return jax.tree.map(lambda array: lax.dynamic_index_in_dim(array, step, keepdims=False), tree)
@@ -156,7 +157,7 @@ def over_vocab(
 ) -> Partial:
     """Computes `tile(start, size)` for every vocabulary tile and merges the results in order.
 
-    `vocab` is the size of the vocabulary, and `chunk` the size of every tile but the last.
+    `vocab` is the size of the vocabulary; `chunk` is the size of every tile but the last.
     """
     chunk = min(chunk, vocab)
     full, rest = divmod(vocab, chunk)
@@ -186,12 +187,12 @@ def gradients(
 
     Args:
       dlogits: takes `(start, size, *arguments of a chunk of tokens)` and returns two arrays: the
-        gradient of the loss with respect to a tile's logits, dz_NC, and the rows of the head in the
-        tile.
+        gradient of the loss with respect to a tile's logits, dz_NC, and the tile's rows of the
+        head.
       arguments: pytrees with tokens as the first axis; the first pytree is the hidden states.
       head_VD: the output head.
       chunks: the numbers of tokens and vocabulary entries in a tile.
-      head_dtype: the dtype of the head's gradient, or None to leave out this gradient. Each tile of
+      head_dtype: the dtype of the head's gradient, or None to omit this gradient. Each tile of
         the head's gradient is summed over all tokens in float32 before it is written.
 
     Returns:

@@ -1,12 +1,12 @@
-"""Code that the TPU kernels share: the loop over tiles, tile sizes by chip, products and masks.
+"""Code shared by the TPU kernels: the loop over tiles, tile sizes by chip, and masked products.
 
 A tile of logits has the shape [vocabulary, tokens]. The vocabulary lies along the sublanes, so that
-reductions over the vocabulary are plain vector operations, and a statistic with one number per
-token is a row of lanes.
+reductions over it are plain vector operations, and a statistic with one number per token is a row
+of lanes.
 
-The kernels for the statistics and for the gradient with respect to the hidden states loop over the
-vocabulary inside each tile of tokens, so that a tile of tokens reads the head once. The kernel for
-the gradient with respect to the head loops over the tokens inside each tile of the vocabulary.
+The kernels for the statistics and for the gradient of the hidden states loop over the vocabulary
+inside each tile of tokens, so that the head is read once per tile of tokens. The kernel for the
+gradient of the head loops over the tokens inside each tile of the vocabulary.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ TOKEN_TILES = (1024, 512, 256, 128)
 
 
 class Tile(NamedTuple):
-    """The tokens and vocabulary entries in a tile of logits; a size of None depends on the chip."""
+    """The tokens and vocabulary entries per tile of logits; the chip determines those left None."""
 
     tokens: int | None = None  # a multiple of 128
     vocab: int | None = None  # a multiple of 16, or the whole vocabulary
@@ -46,8 +46,8 @@ class Operands(NamedTuple):
     """The arrays that an op reads; inside a kernel, the blocks of these arrays for one tile.
 
     Attributes:
-      hidden: arrays of hidden states, each [N, D] or [E, N, D]; references inside a kernel.
-      heads: output heads, each [V, D], with the same vocabulary; references inside a kernel.
+      hidden: arrays of hidden states, each [N, D] or [E, N, D]; inside a kernel, references.
+      heads: output heads, each [V, D], with the same vocabulary; inside a kernel, references.
       rows: a pytree of arrays [N] with one number per token; inside a kernel, rows of lanes [1, T].
       start: the index of the first vocabulary entry of the block.
       vocab: the size of the whole vocabulary.
@@ -62,14 +62,13 @@ class Operands(NamedTuple):
     def logits(self, h_TD: jax.Array, head: int = 0) -> jax.Array:
         """Returns the logits [C, T] of a tile: head number `head` times the hidden states `h_TD`.
 
-        Logits beyond the vocabulary are −1e30, whatever the block of the head contains in these
-        rows.
+        Logits beyond the vocabulary are −1e30, whatever the head's block contains there.
         """
         z_CT = product(self.heads[head][...], h_TD, (1, 1))
         return jnp.where(self.index(z_CT.shape) < self.vocab, z_CT, MASKED)
 
     def index(self, shape: tuple[int, ...]) -> jax.Array:
-        """Returns the vocabulary index of each entry of a tile with the shape [C, …], int32."""
+        """Returns the int32 vocabulary index of each entry of a tile with the shape [C, …]."""
         return self.start + lax.broadcasted_iota(jnp.int32, shape, 0)
 
 
@@ -81,9 +80,9 @@ def statistics(
 ) -> Any:
     """Computes `of_tile` on every tile of logits and merges the results over the vocabulary.
 
-    `of_tile` returns a pytree of arrays [k, T] for the T tokens of a tile; the returned arrays are
-    [k, N]. `merge` combines two such pytrees, with the part that comes first in the vocabulary on
-    the left.
+    `of_tile` returns a pytree of arrays [k, T] for the T tokens of a tile; the arrays in the result
+    are [k, N]. `merge` combines two such pytrees, of which the left one comes first in the
+    vocabulary.
     """
     layout = _Layout.of(operands, tile)
     shapes, treedef = jax.tree.flatten(jax.eval_shape(lambda: of_tile(layout.example(operands))))
@@ -138,9 +137,10 @@ def gradients(
 
 
 def check_covers(operands: Operands) -> None:
-    """Raises NotImplementedError for operands that a kernel or its gradient kernels do not support.
+    """Raises NotImplementedError if a kernel or its gradient kernels do not support the operands.
 
-    On a TPU, widths must be multiples of 128. Everywhere, the smallest tiles must fit in VMEM.
+    On a TPU, widths must be multiples of 128. On all platforms, the smallest tiles must fit in
+    VMEM.
     """
     for array in (*operands.hidden, *operands.heads):
         if dispatch.target().platform == "tpu" and array.shape[-1] % LANES:
@@ -229,7 +229,7 @@ def _to_head(
 
 
 class _Layout(NamedTuple):
-    """The division of an op's operands into blocks, and their order in a kernel call."""
+    """How the operands of an op are divided into blocks and ordered in a kernel call."""
 
     tile: Tile
     tokens: int
@@ -250,11 +250,11 @@ class _Layout(NamedTuple):
 
     @property
     def padded(self) -> int:
-        """The number of tokens, rounded up to a multiple of the tile's tokens."""
+        """The number of tokens, rounded up to a multiple of the tokens per tile."""
         return _round_up(self.tokens, self.tile.tokens)
 
     def example(self, operands: Operands) -> Operands:
-        """Returns zeros in the shapes of a tile's blocks, to derive a kernel's output shapes."""
+        """Returns zeros in the shapes of a tile's blocks, to infer a kernel's output shapes."""
         return operands._replace(
             hidden=tuple(
                 jnp.zeros((*h.shape[:-2], self.tile.tokens, h.shape[-1]), h.dtype)
@@ -270,9 +270,9 @@ class _Layout(NamedTuple):
         )
 
     def blocks(self, refs: tuple[Any, ...], vocab_tile: jax.Array) -> tuple[Operands, tuple]:
-        """Returns, inside a kernel, the operands' blocks and the references that follow in `refs`.
+        """Splits a kernel's references into the blocks of the operands and all later references.
 
-        `vocab_tile` is the number of the tile along the vocabulary.
+        `vocab_tile` is the position of the tile along the vocabulary.
         """
         heads, rows = self.hidden, self.hidden + self.heads
         end = rows + self.rows.num_leaves
@@ -300,8 +300,8 @@ class _Layout(NamedTuple):
 
         If `vocab_first`, the parallel axis is the vocabulary; otherwise it is the tokens.
         `products` is the number of the kernel's matrix products besides those that compute logits.
-        On a CPU the kernel is interpreted, for tests. Raises NotImplementedError on any other
-        platform that is not a TPU.
+        On a CPU the kernel is interpreted, for tests. Raises NotImplementedError on other platforms
+        than TPUs and CPUs.
         """
         platform = dispatch.target().platform
         if platform not in ("tpu", "cpu"):
@@ -409,7 +409,7 @@ def _round_up(size: int, multiple: int) -> int:
 
 
 def _pad(array: jax.Array, tile: int, axis: int) -> jax.Array:
-    """Pads `axis` with zeros up to a multiple of `tile`."""
+    """Pads `axis` of `array` with zeros up to a multiple of `tile`."""
     widths = [(0, 0)] * array.ndim
     widths[axis] = (0, -array.shape[axis] % tile)
     return jnp.pad(array, widths) if any(widths[axis]) else array

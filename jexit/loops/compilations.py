@@ -1,4 +1,4 @@
-"""Counts XLA compilations during training, where an unneeded compilation costs minutes."""
+"""Counts XLA compilations during training, where each unnecessary one costs minutes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _COMPILED = "/jax/core/compile/backend_compile_duration"
 class Compilations:
     """A context manager that counts XLA compilations; the training loop enters it for each step.
 
-    Within a step, the loop assigns the step's array shapes to `shapes`. In a later step with the
-    same shapes, a compilation counts as a recompilation, which is a fault of the program.
+    Within a step, the loop assigns the array shapes of the step to `shapes`. If a later step with
+    the same shapes compiles again, this counts as a recompilation, which indicates a bug.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class Compilations:
         jax.monitoring.unregister_event_duration_listener(self._listen)
 
     def of_step(self) -> dict[str, int]:
-        """Returns the counts of the step that ends here as metrics, and resets the count."""
+        """Returns metrics with the counts of the step that ends here, and resets the count."""
         count, self._count = self._count, 0
         again = count if self.shapes in self._seen else 0
         self._seen.add(self.shapes)

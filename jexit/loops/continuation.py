@@ -1,6 +1,6 @@
 """Fits the linear continuation, one map per skipped layer, by ridge regression.
 
-The fit uses the residuals of the teacher's trajectories.
+The fit uses the residuals of the model on the teacher's trajectories.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _WHAT = "the continuation's fit"
 
 
 def fitted_continuation(stage: Stage, trajectories: Trajectories, trainable: Params) -> Params:
-    """Returns `trainable` with a linear continuation fitted by ridge regression to the trunk.
+    """Returns `trainable` with a linear continuation that is fitted by ridge regression.
 
-    Returns `trainable` unchanged if the continuation is frozen or no longer the identity, because
-    adapters may have learnt to work with its maps. The fit uses every trajectory once, except for a
-    remainder smaller than a batch. Raises UserError if there are too few.
+    Returns `trainable` unchanged if the continuation is frozen, or if it is no longer the identity:
+    adapters may then have learnt to work with its maps. The fit uses every trajectory once, except
+    for a remainder smaller than a batch. Raises UserError if there are too few trajectories.
     """
     flat = {
         tuple(names_of(path)): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(trainable)
@@ -69,7 +69,7 @@ def fitted_continuation(stage: Stage, trajectories: Trajectories, trainable: Par
 
 
 def rows_at_a_time(config: Config, rows: int) -> int:
-    """Returns the rows per batch of the fit, of `rows` in all: a multiple of the data shards."""
+    """Returns the rows per batch for a fit to `rows` rows, as a multiple of the data shards."""
     shards = data_shards()
     return max(1, min(rows_of_batch(config), rows // HELD_BACK) // shards) * shards
 

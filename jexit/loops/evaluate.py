@@ -28,9 +28,10 @@ from jexit.steps.state import split_model
 def evaluate(config: Config, workdir: pathlib.Path) -> None:
     """Evaluates the policies `eval.policies`, then runs the measures `eval.measures`.
 
-    Writes `eval.json`, `problems.csv`, `completions.json` and a report to `workdir`. `eval.json` is
-    first written before the measures start, with `complete` set to false. A model from a training
-    run is evaluated with that run's settings of the depth distribution, whatever `config` says.
+    Writes `eval.json`, `problems.csv`, `completions.json` and a report to `workdir`. A first
+    `eval.json`, in which `complete` is false, is written before the measures start. For a model
+    from a training run, the depth distribution has the settings of that run, whatever `config`
+    says.
     """
     given, config = config, with_trained_exits(config)
     measurer, flops = _open(config)

@@ -22,10 +22,11 @@ from jexit.steps.state import TrainState, new_state, step_key
 
 
 def finetune(config: Config, workdir: pathlib.Path) -> None:
-    """Runs `config.steps` steps and writes the model to `WORKDIR/model`.
+    """Fine-tunes for `config.steps` steps and writes the model to `WORKDIR/model`.
 
-    With `finetune.policy=full`, the model is a trunk without exits, in which adapters are merged.
-    With `sample`, depths are drawn as in the run that trained the exits.
+    With `finetune.policy=full`, the written model is a trunk without exits, with the adapters
+    merged into it. With `sample`, depths are drawn with the settings under which the exits were
+    trained.
     """
     policy: Policy = Full()
     if config.finetune.policy == "sample":

@@ -52,7 +52,7 @@ from jexit.rollout import Rollouts
 
 
 def mfu(flops: float, seconds: float, devices: int) -> dict[str, float]:
-    """Returns {"mfu": utilisation} of a step, or {} if the chip's peak is not known.
+    """Returns {"mfu": utilisation} of a step, or {} if the peak speed of the chip is not known.
 
     `flops` are those of the step on all `devices` together, and `seconds` is its duration.
     """
@@ -61,14 +61,14 @@ def mfu(flops: float, seconds: float, devices: int) -> dict[str, float]:
 
 
 class PassSize(NamedTuple):
-    """The size of a pass: its number of tokens and its number of query-key pairs."""
+    """The size of a forward pass: its number of tokens and its number of query-key pairs."""
 
     tokens: int
     pairs: int
 
     @classmethod
     def of(cls, lengths_B: np.ndarray) -> PassSize:
-        """Returns the size of a pass over rows with `lengths_B` tokens each."""
+        """Returns the size of a pass over separate rows of `lengths_B` tokens each."""
         lengths_B = np.asarray(lengths_B, np.int64)
         return cls(int(lengths_B.sum()), int((lengths_B * (lengths_B + 1) // 2).sum()))
 
@@ -109,7 +109,7 @@ class ModelFlops:
         )
 
     def forward(self, size: PassSize, *, adapters: bool = True, hazards: bool = False) -> float:
-        """Returns the FLOPs of a forward pass, with the exit heads at every token if `hazards`."""
+        """Returns the FLOPs of a forward pass, with all exit heads on every token if `hazards`."""
         token = self._base() + (self._adapters() if adapters else 0.0)
         layers = self.arch.layers * (token * size.tokens + self._pair() * size.pairs)
         return layers + (len(self.exit_layers) * self._exit_head() * size.tokens if hazards else 0)
@@ -122,7 +122,7 @@ class ModelFlops:
         return layers + (heads if hazards else 0.0)
 
     def logits(self, tokens: int, *, trained: bool = False) -> float:
-        """Returns the FLOPs of the output head at `tokens` states, and backward if `trained`."""
+        """Returns the FLOPs of the output head on `tokens` tokens, plus backward if `trained`."""
         products = 1 + (2 if self.full else 1) * trained
         return products * 2.0 * self.arch.width * self.arch.vocab_size * tokens
 
@@ -143,7 +143,7 @@ class ModelFlops:
         return measured + samples * self._student(size, completion_tokens)
 
     def lens_step(self, tokens: int) -> float:
-        """Returns the FLOPs of a step that trains only the exit heads, all on `tokens` tokens."""
+        """Returns the FLOPs of a step that trains only the exit heads, all of them per token."""
         return 3.0 * len(self.exit_layers) * self._exit_head() * tokens
 
     def finetune_step(self, size: PassSize, completion_tokens: int) -> float:
@@ -157,9 +157,9 @@ class ModelFlops:
         return scored + updates * self._student(size, completion_tokens)
 
     def rollouts(self, rollouts: Rollouts, rows_B: np.ndarray, *, samples: int) -> float:
-        """Returns the FLOPs of decoding those rows of `rollouts` that the mask `rows_B` selects.
+        """Returns the FLOPs of decoding the rows of `rollouts` that the mask `rows_B` selects.
 
-        Each prompt has `samples` adjacent rows; its FLOPs count with the first of these.
+        Each prompt has `samples` adjacent rows, the first of which carries the prompt's FLOPs.
         """
         length_B, prompt_B = rollouts.lengths_B, rollouts.prompt_lengths_B
         first_B = rows_B & (rollouts.host_rows.index_B % samples == 0)
@@ -177,7 +177,7 @@ class ModelFlops:
         return flops + reached * self._exit_head() + self.logits(passes)
 
     def skipped_layer(self) -> float:
-        """Returns the FLOPs of one token in a skipped layer: keys, values and the continuation."""
+        """Returns the FLOPs of a token in a skipped layer: keys, values and the continuation."""
         width, head = self.arch.width, self.exit_head
         maps = 2.0 * width * (2 * head.continuation_rank or width)
         maps = maps if head.continuation == "linear" else 0.0
@@ -187,8 +187,8 @@ class ModelFlops:
         """Returns the FLOPs of the layers at a mean depth, as a fraction of those at full depth.
 
         `depth_fraction` is the mean depth divided by the number of layers. Attention scores are not
-        counted. `logits` is how often a token computes all logits at exits, on average, in order to
-        decide whether to leave.
+        counted. `logits` is the mean number of times that a token computes all logits at an exit,
+        in order to decide whether to leave.
         """
         layer = self._base() + self._adapters()
         skipped = self.skipped_layer() / layer
@@ -200,7 +200,7 @@ class ModelFlops:
         return passes + self.logits(completion_tokens, trained=True)
 
     def _projections(self) -> dict[str, tuple[int, int]]:
-        """Returns the input and output widths of each projection of a layer, by name."""
+        """Returns {name: (input width, output width)} of the projections in a layer."""
         arch = self.arch
         queries, keys = arch.query_heads * arch.head_dim, arch.kv_heads * arch.head_dim
         return {
@@ -214,7 +214,7 @@ class ModelFlops:
         }
 
     def _base(self, *names: str) -> float:
-        """Returns the FLOPs of one token in one layer's projections: the named ones, or all."""
+        """Returns the FLOPs of one token in the named projections (default: all) of one layer."""
         projections = self._projections()
         return sum(2.0 * math.prod(projections[name]) for name in names or projections)
 

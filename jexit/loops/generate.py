@@ -10,7 +10,7 @@ from jexit.rollout import generate
 
 
 def print_generations(config: Config) -> None:
-    """Completes the prompts in `generate.prompts`; prints texts and depths in layers."""
+    """Completes the prompts in `generate.prompts`; prints the texts, and each token's depth."""
     config = with_trained_exits(config)
     model, tokenizer = load_model(config, trains=False)
     g = config.generate

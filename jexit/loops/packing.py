@@ -34,7 +34,7 @@ class PackedShape:
         return self.rows * self.length
 
     def cost(self, model_width: int) -> float:
-        """Returns the cost of a pass at this shape; a position without attention costs 1.
+        """Returns the cost of a pass at this shape, in units of one position without attention.
 
         With D = `model_width`, a position costs about 12·D² multiply-adds in matrix products and
         2·T·D in attention over T keys.
@@ -43,9 +43,10 @@ class PackedShape:
 
 
 class Lengths(NamedTuple):
-    """The lengths, in tokens, of a batch's completions J and of each completion's prompt.
+    """The lengths, in tokens, of a batch's completions J and of the prompt of each completion.
 
-    `number_J` is the number of each completion's prompt; those of a prompt are adjacent.
+    `number_J` is the number of each completion's prompt. Completions of the same prompt are
+    adjacent.
     """
 
     prompt_J: np.ndarray
@@ -76,7 +77,7 @@ class Packed:
         numbers: np.ndarray,
         prompt_of: np.ndarray,
     ) -> Completions:
-        """Packs this host's prompts and completions into rows and places the rows on the devices.
+        """Packs this host's prompts and completions into rows and places them on the devices.
 
         `numbers` contains each completion's index in the whole batch, and `prompt_of` the number of
         its prompt.
@@ -98,12 +99,12 @@ class Packed:
 class PackedShapes:
     """The batch shapes of a run; a new shape is added only if it saves about a tenth of the work.
 
-    `shards` is the number of parts into which the mesh divides rows. A completion stays in its part
-    if the completions divide equally among the parts; otherwise every device has all completions.
+    `shards` is the number of parts into which the mesh divides rows. If the completions divide
+    equally among the parts, each stays in its part; otherwise every device has all completions.
     Prompts with completions, and rows, have at most `longest` tokens, which bounds the memory of
-    attention scores. `shares(length)` returns whether attention over rows of `length` tokens lets
-    completions share a copy of their prompt. The chosen shapes depend on earlier batches, so
-    checkpoints save them (`state`, `load`).
+    attention scores. `shares(length)` returns whether completions in rows of `length` tokens can
+    share a copy of their prompt. The chosen shapes depend on earlier batches, so checkpoints save
+    them (`state`, `load`).
     """
 
     def __init__(
@@ -127,7 +128,7 @@ class PackedShapes:
         self._known = [PackedShape(*row) for row in rows if row[0]]
 
     def fit(self, asked: Lengths) -> Packed:
-        """Returns a placement of completions with the lengths `asked`, in a known or a new shape.
+        """Places completions with the lengths `asked` in rows of a known or a new shape.
 
         Every host must pass the lengths of the whole batch, and then gets the same result.
         """
@@ -165,7 +166,7 @@ class PackedShapes:
         return dataclasses.replace(packed, shape=shape, row_of_J=row_of_J)
 
     def _new(self, need: PackedShape, completions: int) -> PackedShape:
-        """Returns a shape with more rows or width than `need`, so that similar batches fit too."""
+        """Returns a shape with more rows and width than `need`, so that similar batches fit too."""
         most = -(-completions // self.unit) * self.unit  # one row per completion
         rows = min(-(-int(np.ceil(SLACK * need.rows)) // self.unit) * self.unit, most)
         widths = [known.width for known in self._known if known.length == need.length]

@@ -1,7 +1,4 @@
-"""Schedules the coefficients λ and μ of the RL penalties, and detects when RL fails.
-
-λ is the coefficient of depth and μ that of length.
-"""
+"""Schedules the RL penalties' coefficients, λ (depth) and μ (length), and detects failing runs."""
 
 from __future__ import annotations
 
@@ -23,11 +20,11 @@ PATIENCE = 5  # consecutive updates with a collapse after which the run stops
 
 @dataclasses.dataclass(frozen=True)
 class AccuracyFloor:
-    """The least accuracy that the depth and length penalties must preserve (0: no floor).
+    """The lowest accuracy that the depth and length penalties must preserve (0: no floor).
 
-    `rollouts` is the floor in training rollouts, and `held_out` the floor on held-out problems. If
-    they are a share of the initial model's accuracy, `length` is the mean length of its completions
-    in tokens; otherwise it is 0.
+    `rollouts` is the floor for training rollouts, and `held_out` that for held-out problems. If the
+    floors are a share of the initial model's accuracy, `length` is the mean length of that model's
+    completions in tokens; otherwise it is 0.
     """
 
     rollouts: float
@@ -39,10 +36,11 @@ class AccuracyFloor:
 class PenaltySchedule:
     """Computes the coefficients λ (depth) and μ (length) of the RL penalties for the next update.
 
-    Without `dual_ascent`, λ and μ rise linearly over the warm-up. While accuracy, a moving average
-    over updates, is below the floor or not known yet, they are 0. With `dual_ascent`, a multiplier
-    in [0, 1] scales λ and μ. It rises by `dual_rate` per update while accuracy is at or above the
-    floor, and falls by it otherwise (projected dual ascent on the constraint accuracy ≥ floor).
+    Without `dual_ascent`, λ and μ rise linearly over the warm-up; they are 0 while accuracy, a
+    moving average over updates, is below the floor or not known yet. With `dual_ascent`, a
+    multiplier in [0, 1] scales λ and μ. It rises by `dual_rate` per update while accuracy is at or
+    above the floor, and falls by `dual_rate` otherwise (projected dual ascent on the constraint
+    accuracy ≥ floor).
     """
 
     config: RLConfig
@@ -67,7 +65,7 @@ class PenaltySchedule:
         return 0.0 if under_floor else ramp
 
     def observe(self, accuracy: float) -> None:
-        """Updates the moving average and the multiplier from the `accuracy` of one batch."""
+        """Updates the moving average and the multiplier with the `accuracy` of one batch."""
         self.accuracy = _moved(self.accuracy, accuracy)
         over = self.accuracy >= self.floor.rollouts
         change = self.config.dual_rate if over else -self.config.dual_rate
@@ -87,10 +85,10 @@ def penalised_reward(
 ) -> float:
     """Returns the mean reward of `completions`, minus a penalty for accuracy below `floor`.
 
-    The reward is that of `losses.rloo.rewards` without the KL to the teacher, with the full,
-    configured λ and μ. Each percentage point of accuracy below `floor` subtracts 1. Models above
-    the floor are therefore ranked by their reward, and models below the floor mainly by their
-    accuracy.
+    The reward is that of `losses.rloo.rewards` without the KL to the teacher and with the
+    configured λ and μ, not the scheduled ones. Each percentage point of accuracy below `floor`
+    subtracts 1. Models above the floor are therefore ranked by reward, and models below it mainly
+    by accuracy.
     """
     lengths_J1 = np.asarray([[len(completion.depths)] for completion in completions])
     depth_JW = np.zeros((len(completions), lengths_J1.max()))
@@ -126,7 +124,8 @@ class FailureWatch:
 
     - Collapse: nearly every token leaves at the first exit, and accuracy is below half of the best.
     - Text collapse: completions are shorter than 0.4 of the floor's length (or of the first
-      batch's, if the floor has none), and accuracy is below half of the floor or of the best.
+      batch's, if the floor has none), and accuracy is below half of the best or of the floor,
+      whichever is higher.
     - Shut exits: hardly any token leaves early.
 
     Accuracy and length are moving averages. With `stops`, the run should stop after a collapse or
@@ -153,7 +152,7 @@ class FailureWatch:
             setattr(self, name, type(getattr(self, name))(value))
 
     def observe(self, step: int, depth_fraction: float, length: float) -> str:
-        """Records an update's rollouts; returns why the run should stop, or an empty string.
+        """Records the rollouts of an update; returns the reason to stop the run, or "" to go on.
 
         `depth_fraction` is mean depth / layers, and `length` the mean number of tokens.
         """

@@ -1,4 +1,4 @@
-"""Pretrains the trunk of the shipped model on text made from the tasks."""
+"""Pretrains the trunk of the shipped model on texts generated from the tasks."""
 
 from __future__ import annotations
 
@@ -64,9 +64,9 @@ def new_model(config: Config, tokenizer: Tokenizer) -> Transformer:
 
 
 def first_model(config: Config, tokenizer: Tokenizer) -> Transformer:
-    """Returns the model in the directory `config.pretrain.start`, or a new model if that is empty.
+    """Loads the model in directory `config.pretrain.start`, or makes a new one if that is empty.
 
-    Raises UserError if the stored model has another size than the configured one, or has adapters.
+    Raises UserError if the loaded model differs in size from the configured one, or has adapters.
     """
     fresh = new_model(config, tokenizer)
     if not config.pretrain.start:
@@ -93,7 +93,7 @@ def first_model(config: Config, tokenizer: Tokenizer) -> Transformer:
 
 
 def mixture(config: Config) -> list[tuple[Task, float]]:
-    """Returns the tasks that provide the training text, with each task's share of the texts.
+    """Returns the tasks that provide the training text, each with its share of the texts.
 
     `sums` and `tom` use prompts of every kind (`steps="mixed"`).
     """
@@ -108,7 +108,7 @@ def mixture(config: Config) -> list[tuple[Task, float]]:
 
 
 def pretrain(config: Config, workdir: pathlib.Path) -> None:
-    """Trains for `config.steps` steps and writes the trunk to `WORKDIR/model`."""
+    """Pretrains for `config.steps` steps and writes the trunk to `WORKDIR/model`."""
     tokenizer = Tokenizer.load(find_model(config.model.path))
     tokenizer.system, tokenizer.thinking = config.task.system, config.task.thinking
     model = first_model(config, tokenizer)

@@ -34,9 +34,9 @@ ROLLOUT_STREAM = 2  # stream of `step_key` for the sampler's noise
 def reinforce(config: Config, workdir: pathlib.Path) -> None:
     """Runs stage 2, reinforcement learning, and writes the trained model to `WORKDIR/model`.
 
-    The written model consists of a reference to the base model, the adapters and the exit heads. If
-    `rl.stop_on_collapse` stops the run, it writes the last kept checkpoint before the collapse, and
-    raises Collapsed.
+    With LoRA, the written model consists of a reference to the base model, the adapters and the
+    exit heads. If `rl.stop_on_collapse` stops the run, this writes the last kept checkpoint from
+    before the collapse, if any, and raises Collapsed.
     """
     rl = config.rl
     stage = Stage.open(config, workdir, updates=config.steps * rl.updates_per_batch)
@@ -146,7 +146,7 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Judged:
-    """This host's rollouts, with the problem and the judged attempt of each row."""
+    """The rollouts of this host, with the problem, the attempt and the verdict of each row."""
 
     rollouts: Rollouts
     problems: list[Problem]
@@ -165,7 +165,7 @@ class Judged:
         return cls(rollouts, problems, made, verdicts)
 
     def sample(self, row: int, tokenizer: Tokenizer) -> dict[str, Any]:
-        """Returns the completion in row `row` as an entry for `samples.jsonl`."""
+        """Returns row `row` as an entry for `samples.jsonl`: prompt, text, depths and verdict."""
         attempt, verdict = self.attempts[row], self.verdicts[row]
         return {
             "prompt": self.problems[row].prompt,
@@ -201,7 +201,7 @@ class Totals:
         """Returns the totals over all hosts; every host calls this with its own rollouts `here`.
 
         `samples` is the number of completions per prompt, `skipped` the number of prompts that this
-        host skipped, and `rollout_flops` the FLOPs that its rollouts count.
+        host skipped, and `rollout_flops` the FLOPs of this host's rollouts.
         """
         rollouts, own = here.rollouts, np.flatnonzero(here.rollouts.host_rows.first_B)
         lengths_B, total = rollouts.lengths_B[own], rollouts.host_rows.total
@@ -251,7 +251,7 @@ class Totals:
 
     @property
     def pass_size(self) -> PassSize:
-        """The size of a pass over all completions, in which each prompt counts once."""
+        """The size of a forward pass over all completions, in which each prompt counts once."""
         prompt_J, number_J, completion_J = self.lengths
         first_J = np.diff(number_J, prepend=-1) > 0
         return PassSize.of_branches(prompt_J, completion_J, first_J)
@@ -262,7 +262,7 @@ class Totals:
 
 
 def rl_batch(own: Judged, pad_id: int, packed: Packed) -> RLBatch:
-    """Returns this host's judged rollouts as the packed batch of an RL step, on the devices."""
+    """Packs this host's judged rollouts into the batch of an RL step, on the devices."""
     rollouts = own.rollouts
     rows = packed.placed(
         [rollouts.prompts[index] for index in rollouts.prompt_B],

@@ -51,7 +51,7 @@ def load_model(config: Config, *, trains: bool) -> tuple[Transformer, Tokenizer]
 
 
 def execution_of(config: Config) -> Execution:
-    """Returns the settings by which the layers are computed, after `check_attention`."""
+    """Returns `config.model.execution`, after a check that its attention runs on this platform."""
     check_attention(config.model.attention)
     return config.model.execution
 
@@ -75,7 +75,7 @@ def sample_policy(config: Config) -> Sample:
 def make_decoder(
     config: Config, parts: tuple[Any, ...], layers: int, tokenizer: Tokenizer, **changed: Any
 ) -> Decoder:
-    """Returns a decoder with the settings of `config`, some of them replaced by `changed`."""
+    """Returns a decoder with the settings of `config`, except those given in `changed`."""
     settings = {
         "sample": sample_policy(config),
         "size": config.engine,
@@ -87,7 +87,7 @@ def make_decoder(
 
 
 def load_task(config: TaskConfig, split: str) -> Task:
-    """Returns the task that `config` names; raises UserError if its split `split` is empty."""
+    """Returns the task that `config` names; raises UserError if the split `split` is empty."""
     rewards = Rewards(
         strict=config.reward_strict,
         lenient=config.reward_lenient,

@@ -104,7 +104,7 @@ def calibrate(config: Config, workdir: pathlib.Path) -> None:
 def exit_states(
     stage: Stage, trajectories: Trajectories, trainable: Params
 ) -> tuple[ExitStates, np.ndarray]:
-    """Returns the training data of the exit heads, and the indices V of its usable positions.
+    """Returns the training data of the exit heads, and the indices V of usable positions in it.
 
     A position is usable if its pass could leave early. The model runs once over trajectories with
     up to `sft.lens_tokens` usable positions.

@@ -1,4 +1,4 @@
-"""The code that fine-tuning, calibration and RL share: opening, measuring and ending a run."""
+"""Code shared by fine-tuning, calibration and RL: opening, measuring and ending a run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from jexit.untrusted import read_json
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """The parts that a run of fine-tuning, calibration or RL uses from its beginning to its end."""
+    """The objects that a run of fine-tuning, calibration or RL needs from beginning to end."""
 
     config: Config
     workdir: pathlib.Path
@@ -54,7 +54,8 @@ class Stage:
         """Loads the task and the model of `config`, and makes the optimiser.
 
         `updates` is the number of optimiser steps in the whole run. Raises UserError, before
-        anything is written to `workdir`, if a prompt is too long.
+        anything is written to `workdir`, if a prompt is too long or if fine-tuning with the policy
+        `sample` lacks trained exits.
         """
         task = load_task(config.task, "train")
         model, tokenizer = load_model(config, trains=True)
@@ -102,7 +103,7 @@ class Stage:
         )
 
     def packed_shapes(self, *, shared: bool) -> PackedShapes:
-        """Returns the shapes of this run's packed batches, with `shared` prompts if possible."""
+        """Returns this run's batch shapes; with `shared`, completions share prompts if possible."""
         config, new = self.config, getattr(self.config, self.config.command).max_new_tokens
         return PackedShapes(
             data_shards(),
@@ -115,8 +116,8 @@ class Stage:
     def learning_rates(self, step: int, *, updates: int = 0) -> dict[str, Any]:
         """Returns the learning rates at training step `step` as metrics `lr/NAME`.
 
-        `updates` is the number of steps in a phase with its own schedule, in which `step` counts
-        from the phase's start; 0 means the schedule of the whole run.
+        A phase with a schedule of its own passes its number of steps as `updates`, and `step`
+        counts from the start of the phase; 0 means the schedule of the whole run.
         """
         optim, per_step = self.config.optim, 1 if updates else self.updates // self.config.steps
         peaks = {"base": optim.full_lr} if self.config.lora.rank == 0 else {"lora": optim.lora_lr}
@@ -130,9 +131,9 @@ class Stage:
         }
 
     def measure_before(self) -> PolicyResult:
-        """Returns the measurement of the model before training, and writes it to `before.json`.
+        """Measures the model before training, and writes the result to `before.json`.
 
-        A resumed run reads `before.json` instead of measuring.
+        A resumed run reads `before.json` instead of measuring again.
         """
         path = self.workdir / "before.json"
         if not from_primary("before.json", path.exists()):
@@ -143,16 +144,17 @@ class Stage:
         return checked(PolicyResult, found, str(path))
 
     def measure(self, trainable: Params) -> PolicyResult:
-        """Returns accuracy, depth and compute on the evaluation split, under `self.policy`."""
+        """Measures accuracy, depth and compute on the evaluation split, under `self.policy`."""
         result = self._measured(trainable)[0]
         compute = self.flops.compute_fraction(result.depth_fraction)
         return result.model_copy(update={"compute_fraction": compute})
 
     def initial_floor(self) -> AccuracyFloor:
-        """Returns floors of `rl.accuracy_floor` times the accuracy at full depth before training.
+        """Returns accuracy floors relative to the accuracy at full depth before training.
 
-        The evaluation split is decoded with the rollouts' settings for the floor in rollouts, and
-        with those of `config.eval` for the floor on held-out problems.
+        The share is `rl.accuracy_floor`. The evaluation split is decoded twice: with the settings
+        of the rollouts for the floor of rollouts, and with those of `config.eval` for held-out
+        problems.
         """
         rl, evaluation = self.config.rl, self.config.eval
         sampled, _ = self._measured(
@@ -177,7 +179,7 @@ class Stage:
         return floor
 
     def validation(self, state: TrainState, floor: float) -> dict[str, float]:
-        """Returns metrics on the evaluation split, by which RL chooses its best checkpoint."""
+        """Returns the evaluation-split metrics that RL uses to choose its best checkpoint."""
         result, made = self._measured(state.trainable)
         reward = penalised_reward(self.config.rl, floor, made, self.layers)
         names = ("accuracy", "depth_fraction", "layers_per_problem")
@@ -193,7 +195,7 @@ class Stage:
 
     @property
     def policy(self) -> str:
-        """The halting policy that measures the run: `finetune.policy`, otherwise `sample`."""
+        """The halting policy under which the run is measured: `finetune.policy`, else `sample`."""
         return self.config.finetune.policy if self.config.command == "finetune" else "sample"
 
     def finish(self, trainer: Trainer, state: TrainState, before: PolicyResult) -> None:
@@ -228,7 +230,7 @@ def check_prompts(task: Task, tokenizer: Tokenizer, config: Config, positions: i
     """Raises UserError if a prompt is too long for `config` or for the model.
 
     A prompt is too long if it exceeds `task.max_prompt_tokens`, or if it and the longest allowed
-    completion together exceed the model's `positions`. Checks the held-out problems and the
+    completion together exceed the model's `positions`. Checks the held-out problems, and the
     training problems: all of a finite task, otherwise those of the first batch.
     """
     _, held_out_prompts = held_out(task, tokenizer, config, config.eval.problems)

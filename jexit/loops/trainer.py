@@ -1,4 +1,4 @@
-"""The code that all training loops share: resuming, logging, checkpoints and clean stops."""
+"""Code shared by all training loops: resuming, logging, checkpoints and clean stops."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OneStep = Callable[[TrainState, int], tuple[TrainState, dict[str, Any]]]
 
 
 class Kept(Protocol):
-    """A part of a training loop with state on the host that checkpoints save, by unique names."""
+    """A part of a training loop whose host state checkpoints save; the names must be unique."""
 
     def state(self) -> dict[str, np.ndarray]: ...
 
@@ -43,11 +43,11 @@ class Diverged(RunEnded):
 
 
 class Collapsed(RunEnded):
-    """Raised when RL collapses; the message names the failure and the model that remains."""
+    """Raised when RL collapses; the message names the failure and the model that was kept."""
 
 
 class Interrupted(RunEnded):
-    """Raised when a signal has stopped the run after a step; the same command continues the run."""
+    """Raised after a signal has stopped the run between steps; the same command resumes the run."""
 
     exit_code = INTERRUPTED
 
@@ -58,9 +58,9 @@ class Trainer:
 
     Step n is dispatched before the metrics of step n − 1 are fetched, so the device never waits for
     the log. The metrics `tokens` and `model_flops` of a step are logged as `tokens_per_second` and,
-    if the chip's peak is known, `mfu`. `shown` maps the metrics on the progress bar to their short
-    names there. At each step whose checkpoint gets a score, `measure(state)` is called, and its
-    metrics are logged as well.
+    if the chip's peak is known, `mfu`. `shown` maps metrics to the short names that the progress
+    bar shows. Before each checkpoint that gets a score, `measure(state)` is called, and the metrics
+    that it returns are logged as well.
     """
 
     config: Config
@@ -106,7 +106,7 @@ class Trainer:
         self._compilations.shapes = shapes
 
     def chosen(self, state: TrainState) -> TrainState:
-        """Returns the state of the run's model: `state`, or the best checkpoint's if configured."""
+        """Returns the final state: the best checkpoint's if so configured, otherwise `state`."""
         step = self.checkpoints.best_step() if self.config.checkpoint.final == "best" else None
         if step is None:
             return state
@@ -124,9 +124,10 @@ class Trainer:
     def run(self, state: TrainState, one_step: OneStep) -> TrainState:
         """Trains from `state` to the last step and returns the last state.
 
-        Raises Diverged after `optim.max_skipped` consecutive skipped (not finite) steps, or if all
-        steps were skipped, and Interrupted after a signal. While steps are skipped, no checkpoint
-        is written, so the newest checkpoint is always good.
+        A step is skipped if its loss, gradients or updated parameters are not finite. Raises
+        Diverged after `optim.max_skipped` skipped steps in a row, or if all steps were skipped, and
+        Interrupted after a signal. While steps are skipped, no checkpoint is written, so the newest
+        checkpoint is always good.
         """
         start, total = int(state.step), self.steps or self.config.steps
         stop = _StopSignals()
@@ -186,7 +187,7 @@ class Trainer:
     def _kept_until(
         self, error: SharedUserError, step: int, state: TrainState, pending: Pending | None
     ) -> UserError:
-        """Saves the state before the failed step `step`; returns `error` with the saved step added.
+        """Saves the state before the failed step; returns a UserError that names the saved step.
 
         Nothing is saved if the step before was skipped because it was not finite.
         """
@@ -208,7 +209,7 @@ class Trainer:
         return {"state": state, "host": host, "scores": self._scores}
 
     def _save(self, step: int, state: TrainState, *, scored: bool) -> None:
-        """Saves a checkpoint, with a score if `scored`, so that it can become the best one."""
+        """Saves a checkpoint; with `scored`, it gets a score and can become the best one."""
         score = None
         if scored:
             total, count = self._scores
@@ -254,7 +255,7 @@ class Trainer:
 
     @property
     def _last_good(self) -> str:
-        """The newest checkpoint in words; it is good, because skipped steps are not saved."""
+        """The newest checkpoint, as text; it is good, because skipped steps are not saved."""
         latest = self.checkpoints.latest_step()
         return f"step {latest} in {self.checkpoints.directory}" if latest else "none was written"
 
@@ -282,8 +283,8 @@ def peak_memory() -> dict[str, float]:
 class _StopSignals:
     """A context manager in which SIGTERM and SIGINT request a stop after the current step.
 
-    A second signal raises KeyboardInterrupt at once, except a SIGTERM within `ECHO_SECONDS` of the
-    first, because launchers often signal a process and then its whole group.
+    A second signal raises KeyboardInterrupt at once. A SIGTERM within `ECHO_SECONDS` of the first
+    signal is ignored, because launchers often signal a process and then its whole group.
     """
 
     ECHO_SECONDS = 1.0

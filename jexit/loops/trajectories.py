@@ -29,7 +29,7 @@ TEACHER_STREAM = 1  # stream of `step_key` for the teacher's own generations
 
 @dataclasses.dataclass(frozen=True)
 class Trajectories:
-    """The teacher's trajectories as rows for batches; a row contains completions of one prompt."""
+    """The teacher's trajectories grouped into rows; a row contains completions of one prompt."""
 
     rows: list[list[Trajectory]]
     buckets: LengthBuckets
@@ -58,7 +58,7 @@ class Trajectories:
         return cls(rows, buckets, config.seed, pad_id, shared)
 
     def batch(self, step: int, here: HostRows) -> tuple[Completions, list[list[Trajectory]]]:
-        """Returns this host's rows `here` of a step's batch, packed, and all its rows."""
+        """Returns a step's batch: this host's rows (`here`) packed, and all rows unpacked."""
         index_B, shape = self.buckets.batch(seed=self.seed, step=step, batch_size=here.total)
         mine = [self.rows[index] for index in index_B[here.index_B]]
         row_of = [index for index, row in enumerate(mine) for _ in row]
@@ -74,16 +74,16 @@ class Trajectories:
 
 
 def rows_of_batch(config: Config) -> int:
-    """Returns the number of rows per training step, which contain `batch_size` sequences in all."""
+    """Returns the number of rows per training step; together they hold `batch_size` completions."""
     return config.batch_size // config.sft.completions
 
 
 def teacher_trajectories(stage: Stage) -> Trajectories:
-    """Returns up to `sft.pool` trajectories, with the teacher's completions or the references.
+    """Returns up to `sft.pool` trajectories, with completions by the teacher or references.
 
-    `sft.trajectories` selects between them. Completions of one token are left out. Trajectories
-    that a run with the same settings has stored in the working directory are read from disk. Raises
-    UserError if no completion has more than one token.
+    `sft.trajectories` selects the source. Completions of one token are left out. Trajectories that
+    an earlier run with the same settings has stored in the working directory are read from disk.
+    Raises UserError if no completion has more than one token.
     """
     config, sft, split, tokenizer = stage.config, stage.config.sft, stage.split, stage.tokenizer
     prompts = max(1, min(sft.generate_batch, sft.pool) // sft.completions)
@@ -131,7 +131,10 @@ def teacher_trajectories(stage: Stage) -> Trajectories:
 
 
 def _references(stage: Stage, batch: PromptBatch) -> list[Trajectory]:
-    """Returns the data set's completions of this host's prompts, cut to `sft.max_new_tokens`."""
+    """Returns this host's prompts with the reference completions of the data set.
+
+    The completions are cut to `sft.max_new_tokens` tokens.
+    """
     remedy = "set config.sft.trajectories=generate"
     references = encode_references(stage.tokenizer, batch.problems, remedy=remedy)
     most = stage.config.sft.max_new_tokens
@@ -143,7 +146,10 @@ def _references(stage: Stage, batch: PromptBatch) -> list[Trajectory]:
 def _generated(
     stage: Stage, step: int, batch: PromptBatch, total: int
 ) -> tuple[list[Trajectory], HostRows]:
-    """Returns the teacher's completions of this host's prompts (of `total`), and their rows."""
+    """Returns this host's prompts, completed by the teacher, and their rows in the batch.
+
+    `total` is the number of prompts in the whole batch.
+    """
     config, sft, tokenizer = stage.config, stage.config.sft, stage.tokenizer
     made = rollout(
         stage.split.decodable_teacher(stage.split.trainable),

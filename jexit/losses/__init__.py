@@ -1,1 +1,1 @@
-"""Loss functions that take plain arrays, not a model or a `Config`."""
+"""Loss functions, which take plain arrays instead of a model or a `Config`."""

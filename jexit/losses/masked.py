@@ -1,4 +1,4 @@
-"""Sums and means over masked positions; NaN and infinity where the mask is 0 have no effect."""
+"""Sums and means over masked positions; NaN and infinity at positions with mask 0 are ignored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The functions of RLOO on arrays: rewards with a depth penalty, advantages and policy losses."""
+"""RLOO on plain arrays: rewards with a depth penalty, advantages and policy losses."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from jexit.losses.masked import masked_mean
 
 
 class Reward(NamedTuple):
-    """The total reward of each rollout J and three parts of the total.
+    """The total reward of each rollout J, and the three penalties that it contains.
 
-    total_J = verifier reward + depth_J + kl_J + length_J. The three parts are penalties, already
-    multiplied by their coefficients and with a minus sign.
+    total_J = verifier reward + depth_J + kl_J + length_J. The penalties include their coefficients
+    and their minus signs.
     """
 
     total_J: Float[Array, "J"]
@@ -40,7 +40,7 @@ def depth_cost(
     selects the cost:
 
     - `mean` (arXiv:2603.21376): the mean of depth/L over `action_JW`, or 1 for a rollout of one
-      token, which has no such pass. Additional shallow tokens lower this mean.
+      token, which has no such pass. Adding shallow tokens lowers this mean.
     - `total`: the sum of depth/L over `token_JW`, divided by `length_ref`, which measures the
       compute of the whole answer.
     """
@@ -64,10 +64,10 @@ def rewards(
     """Returns R = verifier − λ·depth cost − β·KL − μ·T/T_ref of each rollout, with its penalties.
 
     λ is `depth_coef`, β `kl_coef`, μ `length_coef` and T_ref `length_ref`. T is the number of
-    generated tokens. KL is the mean over them of `log_ratio_JW`, log π_student − log π_teacher.
-    Because the policy determines T, the gradient of the KL penalty is not exactly β times the
-    gradient of a KL per token: it also favours lengths T at which the student happens to stay near
-    the teacher.
+    generated tokens, and KL is the mean of `log_ratio_JW` = log π_student − log π_teacher over
+    these tokens. Because the policy determines T, the gradient of the KL penalty is not exactly β
+    times that of a KL per token: it also favours lengths T at which the student happens to stay
+    near the teacher.
     """
     kl_J = masked_mean(log_ratio_JW, token_JW, axis=1)
     parts = (
@@ -81,7 +81,7 @@ def rewards(
 def group_advantages(
     rewards_J: Float[Array, "J *X"], rollouts: int, kind: str, keep_J: Array | None = None
 ) -> Float[Array, "J *X"]:
-    """Returns each row's advantage within its group, the `rollouts` adjacent rows of one prompt.
+    """Returns the advantage of each row within its group, the `rollouts` adjacent rows of a prompt.
 
     `kind` selects the advantage A_i of row i with reward R_i:
 
@@ -90,9 +90,9 @@ def group_advantages(
     - `group_mean_std` (arXiv:2402.03300): the advantage of `group_mean`, divided by the group's
       standard deviation (with n − 1) plus 1e-4.
 
-    Rows with keep_J = 0 get advantage 0 and are left out of the group's means and deviations. The
-    only kept row of a group gets advantage 0, too. Each index along the extra axes X has its own
-    advantages. Raises UserError if `rollouts` is below 2.
+    Rows with keep_J = 0 get advantage 0 and do not count in the group's means and deviations. If a
+    group keeps only one row, this row also gets advantage 0. Advantages are separate for each index
+    along the extra axes X. Raises UserError if `rollouts` is below 2.
     """
     if rollouts < 2:
         raise UserError(
@@ -126,19 +126,19 @@ def causal_depth_cost(
     norm: str,
     length_ref: float,
 ) -> Float[Array, "J W"]:
-    """Returns, for each token t, the row's depth cost minus the part of the cost from before t.
+    """Returns the depth cost charged to each token: its rollout's cost minus the part before it.
 
-    The result is Σ_s d_s / n − Σ_{s<t} d_s / n̄, where d_s = depth/L of the pass that produced
-    token s. Token t is thus charged only for d_t and later depths (causal credit).
+    The cost of token t is Σ_s d_s / n − Σ_{s<t} d_s / n̄, where d_s = depth/L of the pass that
+    produced token s. Token t is thus charged only for d_t and later depths (causal credit).
 
     - `norm="total"`: n = n̄ = `length_ref`, so the result is exactly Σ_{s≥t} d_s / `length_ref`.
-    - `norm="mean"`: s runs over the row's action positions (`action_JW`), and n is their number. n̄
-      is the mean of n over the other rows of the prompt, a group of `rollouts` adjacent rows,
-      without rows where `keep_J` is 0. If all rows have the same n, the result is Σ_{s≥t} d_s / n.
-      Dividing by n instead of n̄ would reward ending the text: n depends on tokens after t, so
-      Σ_{s<t} d_s / n would not be a baseline.
+    - `norm="mean"`: s runs over the action positions (`action_JW`) of the rollout, and n is their
+      number. n̄ is the mean of n over the other rollouts of the prompt, a group of `rollouts`
+      adjacent rows, without rows where `keep_J` is 0. If all rows have the same n, the result is
+      Σ_{s≥t} d_s / n. Dividing by n instead of n̄ would reward ending the text: n depends on tokens
+      after t, so Σ_{s<t} d_s / n would not be a baseline.
 
-    A row without action positions ran at full depth and costs 1, as in `depth_cost`.
+    A rollout without action positions ran at full depth and costs 1, as in `depth_cost`.
     """
     total_J = depth_cost(depth_fraction_JW, action_JW, token_JW, norm=norm, length_ref=length_ref)
     spent_JW = depth_fraction_JW * (token_JW if norm == "total" else action_JW)
@@ -162,11 +162,11 @@ def policy_loss_terms(
     clip: float | None,
     importance_cap: float = 0.0,
 ) -> Float[Array, "B C"]:
-    """Returns the loss of each pair of token and depth; the caller masks, weights and sums it.
+    """Returns the loss of each (token, depth) pair; the caller masks, weights and sums the losses.
 
-    `log_prob_BC` is log π of a pair under the current student, `behaviour_BC` is log π_behaviour,
-    with which the pair was sampled, and `advantage_BC` is A. If `clip` is None, the loss is
-    REINFORCE, −A · log π; an `importance_cap` above 0 weights it by min(π/π_behaviour,
+    `log_prob_BC` is the log-probability log π of a pair under the current student, `behaviour_BC`
+    is log π_behaviour, with which the pair was sampled, and `advantage_BC` is A. If `clip` is None,
+    the loss is REINFORCE, −A · log π; an `importance_cap` above 0 weights it by min(π/π_behaviour,
     `importance_cap`), a factor without gradient. If `clip` is a number, the loss is that of PPO
     (arXiv:1707.06347), −min(r·A, clip(r, 1 ± `clip`)·A), with r = π/π_behaviour.
     """
@@ -185,7 +185,7 @@ def policy_loss_terms(
 def loss_weights(
     token_JW: Float[Array, "J W"], kind: str, token_budget: int
 ) -> Float[Array, "J W"]:
-    """Returns the weight w of each token in loss = Σ w·term; w is 0 where `token_JW` is 0.
+    """Returns the weight w of each token in the loss Σ w·term; w is 0 where `token_JW` is 0.
 
     With J rollouts, of which rollout i has T_i tokens in `token_JW`, `kind` selects w:
 
@@ -205,9 +205,9 @@ def loss_weights(
 
 
 def k2(log_student: Array, log_teacher: Array) -> Array:
-    """Returns δ²/2 at sampled tokens, δ = log s − log t: an estimate of KL(s ‖ t).
+    """Returns the KL estimate δ²/2 at sampled tokens, where δ = log s − log t.
 
-    s and t are a token's probabilities under student and teacher. Over tokens sampled from the
+    s and t are the probabilities of a token under student and teacher. Over tokens sampled from the
     student, the mean gradient of δ²/2 is the gradient of KL(s ‖ t), E[δ·∇log s] = ∇ Σ s·log(s/t).
     The mean value of δ²/2 agrees with KL(s ‖ t) only to second order (Schulman, "Approximating KL
     divergence").
@@ -216,9 +216,9 @@ def k2(log_student: Array, log_teacher: Array) -> Array:
 
 
 def k3(log_student: Array, log_teacher: Array) -> Array:
-    """Returns e^δ − δ − 1 ≥ 0 at sampled tokens, δ = log t − log s: an estimate of KL(s ‖ t).
+    """Returns the KL estimate e^δ − δ − 1 ≥ 0 at sampled tokens, where δ = log t − log s.
 
-    s and t are a token's probabilities under student and teacher. Over tokens sampled from the
+    s and t are the probabilities of a token under student and teacher. Over tokens sampled from the
     student, the mean value is exactly KL(s ‖ t). The mean gradient, however, is the gradient of
     KL(t ‖ s): E[(1 − t/s)·∇log s] = −Σ t·∇log s (Schulman, "Approximating KL divergence").
     """
@@ -227,7 +227,7 @@ def k3(log_student: Array, log_teacher: Array) -> Array:
 
 
 def zero_spread_groups(verifier_J: Float[Array, "J"], rollouts: int) -> Float[Array, ""]:
-    """Returns the share of groups (`rollouts` adjacent rows) whose verifier rewards are equal."""
+    """Returns the share of groups (`rollouts` adjacent rows) in which all rewards are equal."""
     groups = verifier_J.reshape(-1, rollouts)
     return jnp.mean((jnp.max(groups, 1) == jnp.min(groups, 1)).astype(jnp.float32))
 
@@ -240,10 +240,10 @@ def reached_decision_entropy(
     """Returns the entropy, in nats, of the leave/stay decisions at the exits that a token reached.
 
     `log_hazard` and `log_rest` are log h and log(1 − h) of the hazards h. The token reached the
-    exits up to `exit_index` (E: all). Over depths drawn from the policy, the mean of this entropy
-    is the entropy of the distribution of depths (chain rule), although no hazards after the token's
-    own exit are needed. Its gradient lacks one part, because the hazards also determine which exits
-    are reached; `depth_entropy_bonus` adds it.
+    exits up to `exit_index` (E: all). Averaged over depths drawn from the policy, this entropy is
+    the entropy of the distribution of depths (chain rule), although it needs no hazards beyond the
+    exit where the token left. Its gradient is incomplete, because the hazards also determine which
+    exits are reached; `depth_entropy_bonus` adds the missing part.
     """
     leave, rest = jnp.exp(log_hazard), jnp.exp(log_rest)
     safe_rest = jnp.where(rest > 0, log_rest, 0.0)
@@ -256,7 +256,7 @@ def reached_decision_entropy(
 def depth_entropy_bonus(
     reached_entropy: Float[Array, "*A"], depth_logprob: Float[Array, "*A"]
 ) -> Float[Array, "*A"]:
-    """Returns terms whose mean gradient is that of the entropy of the distribution of depths, P.
+    """Returns terms whose mean gradient is the gradient of the entropy of the depth distribution P.
 
     `reached_entropy` is h, from `reached_decision_entropy`. `depth_logprob` is log P(d) of depths d
     drawn from P. ∇E_P[h] = E_P[∇h + h·∇log P(d)] is the sum of a pathwise part and a score-function

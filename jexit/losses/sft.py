@@ -1,6 +1,6 @@
-"""Calibration losses on arrays: target hazards, draws of depths, and the exit loss.
+"""Calibration losses on arrays: target hazards, random draws of depths, and the exit loss.
 
-A hazard is the probability that a token leaves at an exit that it has reached.
+A hazard is the probability that a token which reaches an exit leaves there.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ def target_log_hazards(
     """Returns (log h*, log(1 − h*)) of target hazards h* = 2·(1 − σ(k·KL)) = 1 − tanh(k·KL/2).
 
     `kl_nats` contains KL(π_L ‖ π_e) in nats, between the next-token distributions of the last layer
-    and of exit e. k is `sharpness`. The results are computed in log space, as
-    log h* = log 2 + log σ(−k·KL) and log(1 − h*) = log(1 − e^(−k·KL)) − log(1 + e^(−k·KL)). At
-    KL = 0, h* is 1 and log(1 − h*) is −∞. Source: arXiv:2603.21376, calibration targets.
+    and of exit e; k is `sharpness`. The computation is in log space: log h* = log 2 + log σ(−k·KL)
+    and log(1 − h*) = log(1 − e^(−k·KL)) − log(1 + e^(−k·KL)). At KL = 0, h* is 1 and log(1 − h*) is
+    −∞. Source: arXiv:2603.21376, calibration targets.
     """
     x = sharpness * jnp.maximum(kl_nats.astype(jnp.float32), 0.0)
     leave = jnp.log(2.0) + jax.nn.log_sigmoid(-x)
@@ -61,9 +61,10 @@ def hazard_cross_entropy(
     """Returns −[h* log h + w (1 − h*) log(1 − h)] of a hazard h and its target h*.
 
     `log_hazard` is log h, `log_rest` is log(1 − h), `target_leave` is log h*, and w is
-    `stay_weight`. For inputs that a head cannot distinguish, the best h at w = 1 is the mean of
-    their targets; otherwise its odds are divided by w. A w above 1 helps sampling: a token can
-    leave too early at each exit that it passes, so heads should leave only when they are certain.
+    `stay_weight`. For inputs that a head cannot distinguish, the best h at w = 1 is the mean of the
+    targets; otherwise its odds are divided by w. A w above 1 suits sampling: a token passes many
+    exits, each of which may let it leave too early, so heads should leave only when they are
+    certain.
     """
     target = jnp.exp(target_leave)
     return -(target * log_hazard + stay_weight * (1.0 - target) * log_rest)
@@ -79,11 +80,11 @@ def expected_exit_loss(
 ) -> Float[Array, "*A"]:
     """Returns the sum of `hazard_cross_entropy` over the exits that a token reached.
 
-    The token reached the exits e ≤ `exit_index`, at the last of which it leaves (E: full depth).
-    Later exits do not count, because their inputs come from the continuation. With w =
-    `stay_weight` = 1 and depths drawn from the target hazards, the mean of this loss equals the
-    mean of −log P_student(d), with less noise. With explored depths, each hazard is still compared
-    with its own target.
+    The token reached the exits e ≤ `exit_index` and left at the last of them; index E means that it
+    reached all and never left. Later exits do not count, because their inputs come from the
+    continuation. With w = `stay_weight` = 1 and depths drawn from the target hazards, this loss has
+    the same mean as −log P_student(d), with less noise. With explored depths, each hazard is still
+    compared with its own target.
     """
     exits = log_hazard.shape[-1]
     reached = jnp.arange(exits) <= exit_index[..., None]

@@ -1,4 +1,4 @@
-"""Grouped-query attention: projections stacked over layers, and implementations chosen by name."""
+"""Grouped-query attention: the projections of all layers, and a choice of implementations."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class KeysValues(NamedTuple):
 
 
 class Attention(nnx.Module):
-    """The attention projections q, k, v and o of all layers, with biases or norms of the family."""
+    """The q, k, v and o projections of all layers, with the model family's biases and norms."""
 
     def __init__(self, arch: Architecture, lora: LoRA | None, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         query = (arch.query_heads, arch.head_dim)
@@ -55,7 +55,7 @@ class Attention(nnx.Module):
     def queries(
         self, x_BTD: HiddenBTD, cos: Array, sin: Array, *, adapters: bool, key: PRNGKey | None
     ) -> Float[Array, "B T N H"]:
-        """Returns queries of the normalised input, after the optional norm and rotary embedding."""
+        """Projects the normalised input to queries, with the optional norm and rotary embedding."""
         q_BTNH = self.q(x_BTD, adapters=adapters, dropout_key=key)
         if self.q_norm is not None:
             q_BTNH = self.q_norm(q_BTNH)
@@ -64,7 +64,7 @@ class Attention(nnx.Module):
     def keys_values(
         self, x_BTD: HiddenBTD, cos: Array, sin: Array, *, adapters: bool, key: PRNGKey | None
     ) -> KeysValues:
-        """Returns keys, after the optional norm and rotary embedding, and values."""
+        """Projects the normalised input to keys (optional norm, rotary embedding) and values."""
         keys = (None, None) if key is None else tuple(jax.random.split(key))
         k_BTKH = self.k(x_BTD, adapters=adapters, dropout_key=keys[0])
         v_BTKH = self.v(x_BTD, adapters=adapters, dropout_key=keys[1])
@@ -84,11 +84,11 @@ def check_attention(name: str) -> None:
 
 
 def choose_attention(name: str, length: int) -> str:
-    """Returns the implementation that `name` means for sequences of `length` positions.
+    """Resolves `auto` for sequences of `length` positions; returns any other name unchanged.
 
-    At 2,048 positions `xla` would need over 4·N·T² bytes per row for the attention scores (0.8 GB
-    for Qwen3-4B, and 3.2 GB at 4,096). The two implementations have not been timed on a chip. The
-    limit comes from the compiler's memory figures, which give no reason to use `splash` at 1,024.
+    `auto` means `splash` on TPUs from 2,048 positions on, and `xla` otherwise. At that length `xla`
+    would need over 4·N·T² bytes per sequence for the attention scores (0.8 GB for Qwen3-4B, and
+    3.2 GB at 4,096). The limit is based on the compiler's memory figures, not on measured times.
     """
     if name != "auto":
         return name
@@ -107,16 +107,16 @@ def attend(
 ) -> Float[Array, "B T N H"]:
     """Returns softmax(q·k / sqrt(H)) · v over the valid keys at or before each query.
 
-    Queries and keys are whole sequences with the same positions; for one query per row over a
-    cache, use `Cache.attend`. `valid_BT` is False at padding, which for cuDNN must be on the right;
-    results at padding are finite but have no meaning. `segment_BT` replaces `valid_BT` if several
-    texts share a row: attention stays within the positions of equal number. With `branches`, text
-    n·BRANCHES is a trunk, and the later texts n·BRANCHES + b in the same row also attend to this
-    trunk.
+    Queries and keys cover the same positions; to decode one query per row over a cache, use
+    `Cache.attend`. `valid_BT` is False at padding, which must be on the right for cuDNN; outputs at
+    padding are finite but meaningless. If a row packs several texts, `segment_BT` contains the
+    number of each position's text and replaces `valid_BT`; a query then attends only to the text
+    that contains it. With `branches`, text n·BRANCHES is a common prefix (the trunk) to which the
+    texts n·BRANCHES + b later in the row attend as well.
 
-    `implementation` is `xla`, `cudnn` (NVIDIA GPUs, 16-bit floats), `splash` (TPUs, no branches),
-    or `auto`; see `choose_attention`. Raises UserError if the current platform cannot run it.
-    `interpret` runs splash attention on any platform, very slowly.
+    `implementation` is `xla`, `cudnn` (NVIDIA GPUs, 16-bit floats), `splash` (TPUs, no branches)
+    or `auto` (see `choose_attention`). Raises UserError for an unknown name, or if the platform,
+    the dtype or `branches` is not supported. `interpret` runs `splash` anywhere, very slowly.
     """
     chosen = choose_attention(implementation, q_BTNH.shape[1])
     if chosen == "xla":
@@ -149,7 +149,7 @@ def attend(
 
 
 def _visible(segment_BT: Array, branches: bool) -> Array:
-    """Returns a mask [B, 1, T, S], True for keys in the query's text or in the text's trunk."""
+    """Returns a mask [B, 1, T, S] that is True for keys in the query's own text or in its trunk."""
     query_BNTS, key_BNTS = segment_BT[:, None, :, None], segment_BT[:, None, None, :]
     same_BNTS = query_BNTS == key_BNTS
     if not branches:
@@ -165,7 +165,7 @@ def _cudnn(
     *,
     branches: bool,
 ) -> Array:
-    """Runs cuDNN's flash attention, with a mask [B, 1, T, T] for segments."""
+    """Runs cuDNN's causal flash attention; `seen_BT` is a boolean mask or the segment numbers."""
     if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
         raise UserError(
             "config.model.attention=cudnn supports only bfloat16 and float16, but the dtype is "

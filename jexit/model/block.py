@@ -1,4 +1,4 @@
-"""The transformer block, whose module contains the parameters of all layers on a leading axis."""
+"""The transformer block: one module with the parameters of all layers on a leading axis."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ class Block(nnx.Module):
     ) -> tuple[HiddenBTD, KeysValues]:
         """Runs one layer over whole sequences; returns the new residual, and the keys and values.
 
-        `attend` is a function of queries [B, T, N, H] and `KeysValues`, such as
-        `jexit.model.attention.attend` with its other arguments set.
+        `attend` maps queries [B, T, N, H] and `KeysValues` to the attention output, such as
+        `jexit.model.attention.attend` with the remaining arguments bound.
         """
         keys = [None] * 4 if dropout_key is None else list(jax.random.split(dropout_key, 4))
         x_BTD = self.attn_norm(h_BTD)
@@ -65,7 +65,7 @@ class Block(nnx.Module):
         return self.finish(h_BTD, mixed_BTNH, adapters=adapters, keys=(keys[2], keys[3])), kv
 
     def skipped(self, h: Array) -> Array:
-        """Returns the residual [..., D] after this layer, for a token that skips the layer."""
+        """Returns the residual [..., D] after this layer for a token that skips the layer."""
         return h if self.continuation is None else self.continuation(h)
 
     def finish(
@@ -76,6 +76,6 @@ class Block(nnx.Module):
         adapters: bool = True,
         keys: tuple[PRNGKey | None, PRNGKey | None] = (None, None),
     ) -> HiddenBTD:
-        """Runs the block's steps after attention: output projection, residual, MLP, residual."""
+        """Runs the block after attention: output projection, MLP, and both residual additions."""
         h_BTD = h_BTD + self.attn.o(mixed_BTNH, adapters=adapters, dropout_key=keys[0])
         return h_BTD + self.mlp(self.mlp_norm(h_BTD), adapters=adapters, dropout_key=keys[1])

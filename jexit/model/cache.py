@@ -19,10 +19,10 @@ SMALLEST_PROMPT = 16
 
 @struct.dataclass
 class Cache:
-    """The keys, after rotary embedding, and the values [K, L, P, S, H] of P rows with S slots each.
+    """The KV cache of P rows with S token slots each; both arrays have shape [K, L, P, S, H].
 
-    A row is filled from slot 0 on. The slot axis comes after the head axis, so that attention is a
-    plain batched product per head.
+    Keys are stored after rotary embedding. Each row is filled from slot 0 on. The slot axis comes
+    after the head axis, so that attention is a plain batched product per head.
     """
 
     keys_KLPSH: CacheKLPSH
@@ -39,7 +39,7 @@ class Cache:
         return cls(*(constrain(jnp.zeros(shape, dtype), "K.B..") for _ in range(2)))
 
     def grown(self, slots: int) -> Cache:
-        """Returns the cache enlarged to `slots` tokens per row; the added slots contain zeros."""
+        """Returns the cache enlarged to `slots` token slots per row; new slots contain zeros."""
         room = [(0, 0), (0, 0), (0, 0), (0, slots - self.slots), (0, 0)]
         return jax.tree.map(lambda part: jnp.pad(part, room), self)
 
@@ -50,10 +50,10 @@ class Cache:
         slot_B: Int[Array, "B"],
         kv: KeysValues,
     ) -> Cache:
-        """Returns the cache after one layer's keys and values [B, 1, K, H] of B tokens are written.
+        """Returns the cache with one layer's keys and values [B, 1, K, H] of B new tokens added.
 
-        Token b goes to row `rows_B[b]` and slot `slot_B[b]`. The rows must differ. A token whose
-        slot is outside the cache is dropped.
+        Token b is written to row `rows_B[b]`, slot `slot_B[b]`. The rows must be distinct. A token
+        whose slot lies outside the cache is dropped.
         """
 
         def write(part_KLPSH: Array, new_B1KH: Array) -> Array:
@@ -63,10 +63,10 @@ class Cache:
         return Cache(write(self.keys_KLPSH, kv.keys), write(self.values_KLPSH, kv.values))
 
     def with_prompts(self, rows_B: Int[Array, "B"], kv: KeysValues) -> Cache:
-        """Returns the cache after the keys and values [L, B, T, K, H] of B prompts are written.
+        """Returns the cache with the keys and values [L, B, T, K, H] of B prompts added.
 
-        Prompt b begins at slot 0 of row `rows_B[b]`. A prompt whose row is outside the cache is
-        dropped.
+        Prompt b is written to row `rows_B[b]`, from slot 0 on. A prompt whose row lies outside the
+        cache is dropped.
         """
 
         def write(part_KLPSH: Array, new_LBTKH: Array) -> Array:
@@ -77,7 +77,7 @@ class Cache:
         return Cache(write(self.keys_KLPSH, kv.keys), write(self.values_KLPSH, kv.values))
 
     def with_row(self, row: Int[Array, ""], prompts: Cache, source: Int[Array, ""]) -> Cache:
-        """Returns the cache after row `source` of `prompts` is copied to the start of `row`."""
+        """Returns the cache with row `source` of `prompts` copied to the start of row `row`."""
 
         def copied(part_KLPSH: Array, prompts_KLQTH: Array) -> Array:
             prompt = jax.lax.dynamic_slice_in_dim(prompts_KLQTH, source, 1, axis=2)
@@ -95,15 +95,15 @@ class Cache:
     ) -> Float[Array, "B N H"]:
         """Returns softmax(q·k / sqrt(H)) · v for one query per row, in one layer.
 
-        The query attends to the first `length_B` (at least 1) slots of its row. `rows_B` None means
-        all rows, in order.
+        Query b attends to the first `length_B[b]` slots (at least 1) of row `rows_B[b]`. If
+        `rows_B` is None, there is one query for each row of the cache, in order.
         """
         cache = self.keys_KLPSH, self.values_KLPSH
         return decode_over_mesh(decode_attention, q_BNH, *cache, layer, rows_B, length_B)
 
 
 def token_bytes(arch: Architecture, dtype: jnp.dtype) -> int:
-    """Returns the bytes of one token's keys and values in all layers on each device of the mesh."""
+    """Returns the bytes per device that the keys and values of one token take in all layers."""
     mesh = jax.sharding.get_abstract_mesh()
     heads = cache_heads(arch.query_heads, arch.kv_heads)
     tensor = 1 if mesh.empty else mesh.shape["tensor"]
@@ -112,10 +112,10 @@ def token_bytes(arch: Architecture, dtype: jnp.dtype) -> int:
 
 
 def _write(part_KLPSH: Array, new_KBH: Array, layer: Array, rows_B: Array, slot_B: Array) -> Array:
-    """Returns the array after one token is written to each of B rows, head by head.
+    """Returns the cache array with one new token written to each of B rows, in one layer.
 
-    This follows the memory order of the cache. A single write across heads would make TPUs change
-    the layout of the whole cache in each layer.
+    The write goes head by head, which follows the memory order of the cache. A single write across
+    heads would make TPUs change the layout of the whole cache in each layer.
     """
     heads, layers, rows, slots, width = part_KLPSH.shape
     row_KB = (jnp.arange(heads)[:, None] * layers + layer) * rows + rows_B
@@ -130,12 +130,12 @@ def _write(part_KLPSH: Array, new_KBH: Array, layer: Array, rows_B: Array, slot_
 
 
 def _repeated(new: Array, part_KLPSH: Array) -> Array:
-    """Repeats the heads [K, …] to the cache's number of heads and casts to the cache's dtype."""
+    """Repeats heads [K, …] to the number of heads in the cache, and casts them to its dtype."""
     return jnp.repeat(new, part_KLPSH.shape[0] // new.shape[0], axis=0).astype(part_KLPSH.dtype)
 
 
 def bucket(size: int, least: int) -> int:
-    """Rounds `size` up to one of four sizes per doubling; the sizes are at least `least` apart."""
+    """Rounds `size` up to one of four sizes per power of two, which are at least `least` apart."""
     quantum = max(least, (1 << size.bit_length()) >> 3)
     return -(-size // quantum) * quantum
 
@@ -146,9 +146,9 @@ def prompt_bucket(length: int) -> int:
 
 
 def cache_bucket(used: int, most: int) -> int:
-    """Returns the slots per row of a cache that needs `used` slots now and `most` slots at the end.
+    """Returns the slots per row to allocate if `used` are needed now and `most` at the end.
 
-    The size is a power of two, at least 128 and at most `most` (padded like a prompt). Doubling
-    keeps compilations few, and memory within about twice what the longest row needs.
+    The result is a power of two, or `prompt_bucket(most)` if that is smaller, and at least 128.
+    Doubling limits compilations and keeps memory within about twice the need of the longest row.
     """
     return max(SMALLEST_CACHE, min(1 << (used - 1).bit_length(), prompt_bucket(most)))

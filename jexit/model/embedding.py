@@ -1,4 +1,4 @@
-"""Token embeddings, and their lookup in a table that is sharded over a mesh."""
+"""The token embeddings, and the lookup of tokens in a table that is sharded over a mesh."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Embedding(nnx.Module):
 
 
 def look_up(table_VD: Float[Array, "V D"], tokens: Int[Array, "B *T"]) -> Float[Array, "B *T D"]:
-    """Returns `table_VD[tokens]`; under a mesh, the result's rows are sharded as batch rows are.
+    """Returns `table_VD[tokens]`; under a mesh, the result is sharded like the batch.
 
-    The compiler alone would compute the whole result on every device. Here each device looks up the
-    tokens of all its neighbours along `fsdp` in its own shard of the table. A sum over `tensor`
-    combines the shards of the vocabulary; then the neighbours exchange slices of the width, so that
-    each device has its own rows at full width.
+    The compiler alone would compute the whole result on every device. Here each device gathers the
+    tokens of the devices along `fsdp` and looks them up in its own shard of the table. A sum over
+    `tensor` combines the shards of the vocabulary. Then the devices along `fsdp` exchange slices of
+    the width, so that each ends with its own rows at full width.
     """
     if not divides():
         return table_VD[tokens]
@@ -60,5 +60,5 @@ def look_up(table_VD: Float[Array, "V D"], tokens: Int[Array, "B *T"]) -> Float[
 
 
 def _names(entry: str | tuple[str, ...] | None) -> set[str]:
-    """Returns the mesh axes in an entry of a partition spec: a name, a tuple of names or None."""
+    """Returns the names of the mesh axes in one entry of a `PartitionSpec`."""
     return {entry} if isinstance(entry, str) else set(entry or ())

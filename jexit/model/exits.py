@@ -1,7 +1,7 @@
 """Exit heads, the linear continuation of tokens after an exit, and the distribution of depths.
 
-The hazard of an exit is the probability that a token at the exit leaves. Only
-`distribution_of_log_hazards` computes the resulting distribution of depths.
+The hazard of an exit is the probability that a token which reaches the exit leaves there. All
+code gets the resulting distribution of depths from `distribution_of_log_hazards`.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class ContinuationParam(ExitParam):
 
 
 class Continuation(nnx.Module):
-    """The linear map h ← h · S_m + b_m by which a token that has left skips layer m.
+    """The linear map h ← h · (I + A_m) + b_m that replaces layer m for a token that has left.
 
-    S_m = I + A_m. A and b start at zero, so before training the residual stays as it was at the
-    exit. The float32 parameters of all layers are stacked: the bias b [L, D], and either
-    A [L, D, D] or, with rank R > 0, the factors [L, D, R] and [L, R, D] of A. Sources of linear
-    maps between layers: arXiv:2303.08112, arXiv:2303.09435.
+    A and b start at zero, so before training the residual stays as it was at the exit. The float32
+    parameters of all layers are stacked: b [L, D], and either A [L, D, D] or, with rank R > 0, the
+    factors [L, D, R] and [L, R, D] of A. Linear maps between layers follow arXiv:2303.08112 and
+    arXiv:2303.09435.
     """
 
     def __init__(self, layers: int, width: int, *, rank: int, rngs: nnx.Rngs):
@@ -53,8 +53,8 @@ class Continuation(nnx.Module):
     ) -> tuple[Float[Array, "D D"], Float[Array, "D"]]:
         """Composes this layer's map with the map h ↦ h · (I + next_DD) + next_D of later layers.
 
-        Returns (Q', c'), with which the composed map is h ↦ h · (I + Q') + c'. With Q = `next_DD`
-        and c = `next_D`, Q' = A + Q + A·Q and c' = b·(I + Q) + c.
+        Returns (Q', c') such that the composed map is h ↦ h · (I + Q') + c'. With Q = `next_DD` and
+        c = `next_D`, Q' = A + Q + A·Q and c' = b·(I + Q) + c.
         """
         product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
         b_D, a = self.update.bias[...], self.update.kernel[...]
@@ -67,7 +67,7 @@ class Continuation(nnx.Module):
 def maps_to_end(
     continuation: Continuation, exit_layers: tuple[int, ...], layers: int
 ) -> tuple[Float[Array, "E D D"], Float[Array, "E D"]]:
-    """Returns (Q, c) of all exits: h ↦ h · (I + Q_e) + c_e continues exit e to the last layer."""
+    """Returns (Q, c) such that h ↦ h · (I + Q_e) + c_e continues h from exit e to the end."""
     graphdef, stacked = nnx.split(continuation)
     index_L = np.full(layers, len(exit_layers), np.int32)  # without an exit: outside, so dropped
     index_L[list(exit_layers)] = np.arange(len(exit_layers))
@@ -91,12 +91,12 @@ def maps_to_end(
 
 
 class ExitHeads(nnx.Module):
-    """The heads of all E exits, in float32, which map the residual h to the hazard logit z.
+    """The exit heads, in float32: each of the E heads maps the residual h to a hazard logit z.
 
     With kind "mlp", z = w2 · relu(W1 · norm(h) + b1) + b2; otherwise the head is linear, z = w2 ·
-    norm(h) + b2. norm is an RMS norm with a scale per exit, or the identity. The bias b2 starts
-    low, so that tokens almost never leave at an untrained head. If the heads are `detached`, their
-    gradients do not reach the trunk. Source: arXiv:2603.21376, exit heads.
+    norm(h) + b2. Here norm is an RMS norm with a scale per exit, or the identity. The bias b2
+    starts low, so that tokens almost never leave at an untrained head. With the setting `detached`,
+    gradients of the heads do not reach the trunk. Source: arXiv:2603.21376.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class ExitHeads(nnx.Module):
         self.b2 = ExitParam(jnp.full((exits,), head.bias))
 
     def __call__(self, h: Float[Array, "*A D"], exit_index: Int[Array, ""]) -> Float[Array, "*A"]:
-        """Returns float32 hazard logits z [...] of exit `exit_index` for residuals h [..., D]."""
+        """Returns float32 hazard logits z [...] at exit `exit_index`, from residuals h [..., D]."""
 
         def pick(parameter: ExitParam) -> Array:
             return jax.lax.dynamic_index_in_dim(parameter[...], exit_index, 0, keepdims=False)
@@ -144,9 +144,9 @@ def log_hazards(
 ) -> tuple[Float[Array, "*A E"], Float[Array, "*A E"]]:
     """Returns (log hazard, log(1 − hazard)), where hazard = m + (1 − m)·σ(z / temperature).
 
-    Here z is `hazard_logits`, and m is `min_hazard`: no hazard falls below m, so every exit is
-    explored. With m = 0 and temperature 1 the hazard is σ(z). The computation is in log space and
-    differentiable everywhere.
+    Here z is `hazard_logits`, and m is `min_hazard`, the lowest possible hazard, with which every
+    exit is explored. With m = 0 and temperature 1 the hazard is σ(z). The computation is in log
+    space and differentiable everywhere.
     """
     z = hazard_logits.astype(jnp.float32) / temperature
     log_rest = jnp.log1p(-jnp.asarray(min_hazard, jnp.float32))
@@ -161,7 +161,7 @@ def depth_log_distribution(
     """Returns log-probabilities [..., E + 1] of leaving at each exit and, last, of never leaving.
 
     log P(e) = log hazard_e + Σ_{j<e} log(1 − hazard_j);  log P(E) = Σ_j log(1 − hazard_j).
-    `hazards` are the settings of `log_hazards`.
+    The keyword arguments `hazards` are passed to `log_hazards`.
     """
     return distribution_of_log_hazards(*log_hazards(hazard_logits, **hazards))
 
@@ -169,7 +169,7 @@ def depth_log_distribution(
 def distribution_of_log_hazards(
     leave: Float[Array, "*A E"], stay: Float[Array, "*A E"]
 ) -> Float[Array, "*A E1"]:
-    """Returns the result of `depth_log_distribution` from log(hazard) and log(1 − hazard)."""
+    """Computes `depth_log_distribution` from the log(hazard) and log(1 − hazard) of each exit."""
     stayed = jnp.cumsum(stay, axis=-1)
     before = jnp.concatenate([jnp.zeros_like(stayed[..., :1]), stayed[..., :-1]], axis=-1)
     return jnp.concatenate([leave + before, stayed[..., -1:]], axis=-1)
@@ -178,14 +178,14 @@ def distribution_of_log_hazards(
 def exit_index_of_depth(
     depth: Int[Array, "*A"], exit_layers: tuple[int, ...], layers: int
 ) -> Int[Array, "*A"]:
-    """Returns the exit index e of each depth, or E (the number of exits) for full depth."""
+    """Returns the exit index of each depth (in layers); E, the number of exits, is full depth."""
     return jnp.searchsorted(jnp.asarray((*exit_layers, layers)), depth).astype(jnp.int32)
 
 
 def depth_of_exit_index(
     exit_index: Int[Array, "*A"], exit_layers: tuple[int, ...], layers: int
 ) -> Int[Array, "*A"]:
-    """Returns the depth, in layers, of each exit index; index E means all `layers`."""
+    """Returns the depth in layers of each exit index; E, the number of exits, means full depth."""
     return jnp.asarray(np.asarray((*exit_layers, layers), np.int32))[exit_index]
 
 
@@ -196,7 +196,7 @@ def depth_log_prob(
     layers: int,
     **hazards: Float[Array, ""] | float,
 ) -> Float[Array, "*A"]:
-    """Returns log P(depth) of each depth under `depth_log_distribution`."""
+    """Returns the log-probability of each depth (in layers) under `depth_log_distribution`."""
     log_probs = depth_log_distribution(hazard_logits, **hazards)
     index = exit_index_of_depth(depth, exit_layers, layers)
     return jnp.take_along_axis(log_probs, index[..., None], axis=-1)[..., 0]

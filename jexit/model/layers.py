@@ -17,7 +17,7 @@ from jexit.presets import Architecture, Llama3Rope, Yarn
 
 
 class RMSNorm(nnx.Module):
-    """One or several stacked RMS norms (arXiv:1910.07467), with scales of shape [..., width]."""
+    """An RMS norm (arXiv:1910.07467), or several stacked norms, with scales [..., width]."""
 
     def __init__(self, *shape: int, eps: float, dtype: jnp.dtype):
         self.scale = nnx.Param(jnp.ones(shape, dtype))
@@ -57,13 +57,12 @@ def rope_inverse_frequencies(arch: Architecture) -> tuple[np.ndarray, float]:
     """Returns the inverse frequencies [H/2] of the rotary embedding, and the factor on cos and sin.
 
     The factor is 1 except under YaRN. The plain inverse frequencies are θ^(−2i/H)
-    (arXiv:2104.09864). Scaled variants divide the frequencies that make few turns over the original
-    context by `factor`, keep the frequencies that make many turns, and interpolate linearly between
-    the two. In YaRN (arXiv:2309.00071, section 3.2) the interpolation runs from beta_slow to
-    beta_fast turns and is linear in the index; the attention factor is 0.1·ln(factor) + 1, unless
-    the checkpoint contains another. In llama3 (`apply_scaling` of meta-llama/llama-models) the
-    interpolation runs from low_freq_factor to high_freq_factor turns and is linear in the number of
-    turns.
+    (arXiv:2104.09864). The scaled variants divide frequencies with few turns over the original
+    context by `factor`, keep frequencies with many turns, and interpolate linearly in between.
+    In YaRN (arXiv:2309.00071, section 3.2) the interpolation runs from beta_slow to beta_fast turns
+    and is linear in the index; unless the checkpoint sets another attention factor, it is
+    0.1·ln(factor) + 1. In llama3 (`apply_scaling` of meta-llama/llama-models) the interpolation
+    runs from low_freq_factor to high_freq_factor turns and is linear in the number of turns.
     """
     half = arch.head_dim // 2
     plain = arch.rope_theta ** (-np.arange(half, dtype=np.float64) / half)
@@ -79,14 +78,14 @@ def rope_inverse_frequencies(arch: Architecture) -> tuple[np.ndarray, float]:
 
 
 def _llama3_ramp(scaling: Llama3Rope, plain: np.ndarray) -> np.ndarray:
-    """Returns how far [H/2] each frequency is scaled, from 0 (kept) to 1 (divided by `factor`)."""
+    """Returns llama3's weight [H/2] for each frequency: 0 keeps it, 1 divides it by `factor`."""
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     turns = scaling.original_max_positions * plain / (2.0 * math.pi)
     return np.clip((high - turns) / (high - low), 0.0, 1.0)
 
 
 def _yarn_ramp(arch: Architecture, yarn: Yarn) -> np.ndarray:
-    """Returns how far [H/2] YaRN scales each frequency: 0 keeps it, 1 divides it by `factor`."""
+    """Returns YaRN's weight [H/2] for each frequency: 0 keeps it, 1 divides it by `factor`."""
 
     def dimension(turns: float) -> float:  # of the frequency of `turns` turns in the context
         ratio = yarn.original_max_positions / (turns * 2.0 * math.pi)
@@ -108,14 +107,14 @@ def _yarn_attention(yarn: Yarn) -> float:
 def rope_table(
     arch: Architecture, positions_BT: PositionsBT
 ) -> tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]]:
-    """Returns float32 cosines and sines [B, T, H/2] for the given positions."""
+    """Returns float32 cosines and sines [B, T, H/2] of the rotary embedding at each position."""
     frequencies, factor = rope_inverse_frequencies(arch)
     angles = positions_BT[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
 def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotates the two halves of the head axis of x [B, T, heads, H] by cos and sin [B, T, H/2]."""
+    """Applies the rotary embedding given by cos and sin [B, T, H/2] to x [B, T, heads, H]."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

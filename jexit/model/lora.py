@@ -14,11 +14,11 @@ from jexit.config import LoRA
 
 
 class LoRAParam(nnx.Param):
-    """A float32 parameter of an adapter, which is trained while the base weights stay fixed."""
+    """A float32 parameter of a LoRA adapter, trained while the base weights stay fixed."""
 
 
 def merge_adapters(model: nnx.Module) -> None:
-    """Adds all adapters of `model` to their kernels in place and removes the adapters.
+    """Adds each LoRA adapter of `model` to its kernel, in place, and then removes the adapters.
 
     A kernel W becomes W + (alpha / rank) · A · B, computed in float32.
     """
@@ -40,16 +40,16 @@ def projection(
     outputs: tuple[int, ...],
     **settings: Any,
 ) -> StackedLinear:
-    """Returns a `StackedLinear`, with an adapter if `name` is among the targets of `lora`."""
+    """Returns a `StackedLinear`, with a LoRA adapter if `name` is among the targets of `lora`."""
     adapter = lora if lora and name in lora.targets else None
     return StackedLinear(layers, inputs, outputs, lora=adapter, **settings)
 
 
 class StackedLinear(nnx.Module):
-    """A linear projection that contains the parameters of all layers, stacked on a leading axis.
+    """A linear projection with the parameters of all layers, stacked on a leading axis.
 
-    The kernel is [L, *inputs, *outputs] and the optional bias is [L, *outputs]. `__call__` needs a
-    module with one layer's slice of the parameters, as the scan over layers provides.
+    The kernel is [L, *inputs, *outputs] and the optional bias is [L, *outputs]. `__call__` expects
+    the parameters of a single layer, without the axis L, as inside the scan over layers.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class StackedLinear(nnx.Module):
     def __call__(
         self, x: Array, *, adapters: bool = True, dropout_key: PRNGKey | None = None
     ) -> Array:
-        """Projects x [..., *inputs] to [..., *outputs]; `adapters=False` omits the adapter."""
+        """Projects x [..., *inputs] to [..., *outputs]; `adapters=False` omits the LoRA adapter."""
         axes = len(self.inputs)
         kernel = self.kernel[...].astype(x.dtype)
         y = self._turned_product(x, kernel) if self.turned else jnp.tensordot(x, kernel, axes)
@@ -98,7 +98,10 @@ class StackedLinear(nnx.Module):
         return y
 
     def turn(self) -> None:
-        """Transposes a layer's kernel to [*outputs, *inputs]; CPUs then project few rows faster."""
+        """Transposes one layer's kernel to [*outputs, *inputs].
+
+        CPUs then multiply few rows, as in decoding, faster.
+        """
         ahead = tuple(range(-len(self.outputs), 0))
         turned = jnp.moveaxis(self.kernel[...], ahead, tuple(range(len(ahead))))
         self.kernel = type(self.kernel)(turned)

@@ -1,10 +1,10 @@
-"""Halting policies: rules that decide when a token leaves, passed to the model as data.
+"""Halting policies: rules, passed to the model as data, that decide when a token leaves.
 
-Before any layer runs, `Policy.start` returns each token's depth, which is L if the exits decide. At
-an exit, `leaves` decides from the hazard logits which tokens leave. Afterwards, `log_prob` returns
-the log-probability of the chosen depths. The scalars of a policy apply to all tokens, and the
-arrays of a policy have one row per completion. `at` selects the entries of single tokens, and
-`map_rows` transforms the arrays.
+Before any layer runs, `Policy.start` returns the depth of each token, which is L if the exits
+decide. At an exit, `Policy.leaves` decides from the hazard logits which tokens leave. Afterwards,
+`Policy.log_prob` returns the log-probability of the chosen depths. Scalars in a policy apply to all
+tokens; arrays have one row per completion. `Policy.at` selects the array entries of single tokens,
+and `Policy.map_rows` transforms the arrays.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from jexit.model.exits import depth_log_prob, log_hazards
 
 
 class Policy:
-    """The base class of halting policies; with the defaults of this class, no token leaves early.
+    """The base class of halting policies; by default no token leaves early.
 
     Arrays over tokens have shape [B, T] or [B]. `depths` are the depths that a token can have: the
     model's exit layers and, last, the number of layers.
@@ -38,14 +38,14 @@ class Policy:
 
     @property
     def name(self) -> str:
-        """The policy's name in configs, such as `threshold:0.5`."""
+        """The policy's name in config files, such as `threshold:0.5`."""
         return type(self).__name__.lower()
 
     def check(self, depths: tuple[int, ...]) -> None:
-        """Raises UserError if a setting is invalid for `depths`; ignores traced numbers."""
+        """Raises UserError if a setting is invalid for these depths; ignores traced values."""
 
     def check_rows(self, rows: int, columns: int) -> None:
-        """Raises UserError unless all arrays have `rows` rows and at least `columns` columns."""
+        """Raises UserError unless per-token arrays have the shape [`rows`, `columns` or more]."""
 
     def start(self, shape: tuple[int, ...], layers: int) -> Int[Array, "*A"]:
         """Returns each token's depth before any layer runs: `layers` where the exits decide."""
@@ -58,7 +58,7 @@ class Policy:
     def log_prob(
         self, depth: Int[Array, "*A"], hazard_logits: Float[Array, "*A E"], depths: tuple[int, ...]
     ) -> Float[Array, "*A"]:
-        """Returns log P(depth) of depths from this policy; 0 for policies that do not draw."""
+        """Returns the log-probability of each depth; 0 if the policy decides without randomness."""
         return jnp.zeros(depth.shape)
 
     @property
@@ -67,11 +67,11 @@ class Policy:
         return any(np.ndim(leaf) for leaf in jax.tree.leaves(self))
 
     def at(self, row: Int[Array, "*A"], column: Int[Array, "*A"]) -> Policy:
-        """Returns the policy for the tokens in column `column` of the completions `row`."""
+        """Returns the policy for single tokens, given the completion and column of each token."""
         return self
 
     def map_rows(self, function: Callable[[Any], Any]) -> Self:
-        """Returns a copy with `function` applied to each array that has one row per completion."""
+        """Returns a copy with `function` applied to the arrays that have one row per completion."""
         return jax.tree.map(lambda leaf: function(leaf) if np.ndim(leaf) else leaf, self)
 
     def leaves_by_row(
@@ -83,7 +83,7 @@ class Policy:
 
     @property
     def setting(self) -> dict[str, Any]:
-        """The values by which a row of `Mixed` acts like this policy, keyed by setting name."""
+        """The settings, by name, with which a row of `Mixed` behaves like this policy."""
         return {}
 
 
@@ -96,7 +96,7 @@ class Full(Policy):
 
 @struct.dataclass
 class Fixed(Policy):
-    """Every token runs `layer` layers: up to an exit, or all layers of the model."""
+    """Every token runs the first `layer` layers; `layer` is an exit or the number of all layers."""
 
     layer: Int[Array, ""] | int
 
@@ -117,10 +117,10 @@ class Fixed(Policy):
 
 @struct.dataclass
 class Speculate(Policy):
-    """Every token runs all layers; in `generate`, exit `layer` drafts tokens that these verify.
+    """Self-speculative decoding: exit `layer` drafts tokens, and the full model verifies them.
 
-    The results have the distribution of `Full`, and greedy decoding its tokens; only the time
-    differs. Everything but `generate`, `stream` and the server treats it like `Full`.
+    Samples have the distribution of `Full`, and greedy decoding gives the same tokens; only the
+    speed differs. `generate`, `stream` and the server speculate; elsewhere this acts like `Full`.
     """
 
     layer: int = struct.field(pytree_node=False)
@@ -140,7 +140,7 @@ class Speculate(Policy):
 
 @struct.dataclass
 class Prescribed(Policy):
-    """Each token runs the number of layers that `depth_BT` contains: up to an exit, or all layers.
+    """Each token runs the number of layers given in `depth_BT`: up to an exit, or all layers.
 
     In `forward`, `depth_BT` has one column per input position. In `generate`, column i is for the
     pass that produces generated token i; column 0 is ignored, because the last prompt position runs
@@ -190,7 +190,7 @@ class Sample(Policy):
     """A token that reaches an exit leaves there with a probability equal to the exit's hazard.
 
     The hazard is min_hazard + (1 − min_hazard)·σ(z / temperature), where z is the hazard logit. The
-    depths then follow the distribution of `jexit.model.exits.depth_log_distribution`.
+    depths then follow `jexit.model.exits.depth_log_distribution`.
     """
 
     reads_hazards: ClassVar[bool] = True
@@ -232,7 +232,7 @@ class Sample(Policy):
 
 @struct.dataclass
 class Threshold(Policy):
-    """A token leaves at the first exit where σ(z) > `hazard`; z is the exit's hazard logit."""
+    """A token leaves at the first exit where σ(z) > `hazard`; z is that exit's hazard logit."""
 
     reads_hazards: ClassVar[bool] = True
 
@@ -260,7 +260,7 @@ class Threshold(Policy):
 
 @struct.dataclass
 class Mixed(Policy):
-    """A separate policy for each completion; one compiled program serves all these policies."""
+    """A separate policy for each completion, stored as arrays for one compiled program."""
 
     reads_hazards: ClassVar[bool] = True
     draws: ClassVar[bool] = True
@@ -300,7 +300,7 @@ class Mixed(Policy):
 def policy_of(text: str, sample: Sample = Sample()) -> Policy:
     """Returns the policy named `text`, such as `full`, `threshold:0.5`, `fixed:6`, `speculate:6`.
 
-    The argument `sample` is what the name `sample` stands for.
+    For the name `sample`, returns the argument `sample`.
     """
     kind, argument = parse_policy(text, "speculate")
     if argument is None:
@@ -325,7 +325,7 @@ def check_policy(policy: Any, depths: tuple[int, ...]) -> None:
 
 
 def warn_if_untrained(policy: Policy, model: Any) -> None:
-    """Warns if `policy` reads exit heads that are untrained, so tokens hardly ever leave."""
+    """Warns if `policy` uses exit heads that are untrained, so tokens hardly ever leave early."""
     bias_E = _known(model.exits.b2[...]) if policy.reads_hazards else None
     if bias_E is not None and np.all(bias_E == np.float32(model.exit_head.bias)):
         warnings.warn(
@@ -336,7 +336,7 @@ def warn_if_untrained(policy: Policy, model: Any) -> None:
 
 
 def _known(value: Any) -> np.ndarray | None:
-    """Returns the value as a NumPy array, or None if the value is traced."""
+    """Returns the value as a NumPy array, or None if it is a JAX tracer."""
     return None if isinstance(value, jax.core.Tracer) else np.asarray(value)
 
 

@@ -24,7 +24,7 @@ def over_mesh(
 ) -> Float[Array, "B T N H"]:
     """Runs `attend` on each device of the current mesh, with the rows and heads of that device.
 
-    This serves kernels that the compiler cannot shard by itself. If the size of `tensor` does not
+    Kernels that the compiler cannot shard by itself need this. If the size of `tensor` does not
     divide the key/value heads, every device has all of them and selects those that its query heads
     use. Devices exchange no data, except to sum the gradients of shared key/value heads.
     """
@@ -50,7 +50,7 @@ def over_mesh(
 def own_heads(
     part_BSKH: Float[Array, "B S K H"], first: Array, count: int, group: int
 ) -> Float[Array, "B S J H"]:
-    """Returns the key/value heads of the query heads first … first + count − 1.
+    """Returns the key/value heads that the query heads first … first + count − 1 attend to.
 
     Each key/value head serves `group` query heads. If all `count` query heads share one key/value
     head, returns that head alone; otherwise returns one key/value head per query head.
@@ -61,12 +61,12 @@ def own_heads(
 
 
 def cache_heads(query_heads: int, kv_heads: int) -> int:
-    """Returns the number of key/value heads that a cache stores under the current mesh.
+    """Returns the number of key/value heads that a KV cache stores under the current mesh.
 
     This is the least multiple of `kv_heads` that the size of `tensor` divides and that divides
-    `query_heads`; above `kv_heads`, each head is stored repeatedly. Each device then has exactly
-    the heads of its own queries. If there is no such number, the query heads cannot be sharded over
-    `tensor` either, and the result is `kv_heads`.
+    `query_heads`. If it exceeds `kv_heads`, each head is stored several times, so that every device
+    has the heads that its queries need. If there is no such number, the query heads cannot be
+    sharded over `tensor` either, and the result is `kv_heads`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     tensor = 1 if mesh.empty else mesh.shape.get("tensor", 1)
@@ -85,7 +85,7 @@ def decode_over_mesh(
     values_KLPSH: CacheKLPSH,
     *rest: Array | None,
 ) -> Float[Array, "B N H"]:
-    """Runs `jexit.kernels.decode_attention` on each device with the heads of that device."""
+    """Runs `attend` over a KV cache on each device, with that device's query and cache heads."""
     if not divides():
         return attend(q_BNH, keys_KLPSH, values_KLPSH, *rest)
     q_spec, kv_spec = spec(".N.", q_BNH.shape), spec("K....", keys_KLPSH.shape)
@@ -100,7 +100,7 @@ def over_heads(
     new_KBH: Float[Array, "K B H"],
     *rest: Array,
 ) -> CacheKLPSH:
-    """Runs `write` on each device for the cache heads of that device; devices exchange no data."""
+    """Runs the cache update `write` on each device, for the heads of that device alone."""
     if not divides():
         return write(part_KLPSH, new_KBH, *rest)
     kv_spec = spec("K....", part_KLPSH.shape)

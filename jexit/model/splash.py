@@ -1,9 +1,9 @@
-"""Flash attention on TPUs: a wrapper of JAX's splash attention kernel (arXiv:2205.14135).
+"""Flash attention on TPUs: a wrapper around JAX's splash attention kernel (arXiv:2205.14135).
 
-In the forward and the backward pass, the attention scores stay in the chip's vector memory. Blocks
-that the causal mask excludes are not computed. The kernel takes one row at a time, whose length is
-a multiple of the block size, with the head axis first and with scaled queries; the wrapper pads,
-transposes and scales its inputs accordingly.
+The attention scores stay in the chip's vector memory, in the forward and the backward pass. Blocks
+that the causal mask excludes are not computed. The kernel processes one sequence at a time, with
+the head axis first, scaled queries and a length that is a multiple of the block size; the wrapper
+transposes, scales and pads its inputs accordingly.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ BLOCKS = (512, 384, 256)
 
 
 def block_size(length: int) -> int:
-    """Returns the queries (and keys) per block; lengths are padded to a multiple of this number.
+    """Returns the positions per block; sequences are padded to a multiple of this number.
 
-    A length of at most 512 is one block, padded to whole lanes of 128. For a longer sequence, the
-    block size is the one in `BLOCKS` with the least padding (under 256 positions), and the larger
-    of two with equal padding.
+    A length of at most 512 is one block, padded to a multiple of 128 (the lanes of a TPU). For a
+    longer sequence, the block size is the one in `BLOCKS` with the least padding (under 256
+    positions), and the larger of two with equal padding.
     """
     whole_lanes = -(-length // LANES) * LANES
     if whole_lanes <= BLOCKS[0]:
@@ -47,11 +47,11 @@ def splash_attention(
     *,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """Returns softmax(q·k / sqrt(H)) · v over the keys at or before a query in the query's segment.
+    """Returns softmax(q·k / sqrt(H)) · v over the keys at or before each query in its segment.
 
-    `segment_BT` contains the number of each position's text, if several texts share a row, or is a
-    mask that is False at padding on either side. `interpret` runs the kernel's code on any
-    platform, very slowly.
+    If a row packs several texts, `segment_BT` contains the number of each position's text;
+    otherwise it is a mask that is False at padding, on either side. `interpret` runs the kernel's
+    code on any platform, very slowly.
     """
     length, heads, width = q_BTNH.shape[1:]
     block = block_size(length)

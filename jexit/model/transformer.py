@@ -1,4 +1,4 @@
-"""The decoder: `lax.scan` runs stacked layers, and a halting policy decides where tokens leave."""
+"""The decoder: a `lax.scan` over stacked layers, with a halting policy that lets tokens leave."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ class Head(nnx.Module):
 class Transformer(nnx.Module):
     """A Qwen-family or Llama decoder with exit heads and, optionally, LoRA adapters.
 
-    The module contains only parameters and settings; `run` and `forward` compute with it. A token
-    that leaves at exit layer ℓ, one of the sorted `exit_layers`, runs only layers 0 … ℓ − 1.
+    The module contains only parameters and settings; the functions `run` and `forward` compute with
+    it. A token that leaves at exit ℓ, one of the sorted `exit_layers`, runs layers 0 … ℓ − 1.
     """
 
     def __init__(
@@ -101,11 +101,11 @@ class Transformer(nnx.Module):
 class Run:
     """The results of `run`; results that were not requested are None.
 
-    The product of `hidden_BTD`, the output of the final norm, and the head is the logits.
-    `residual_RBTD` contains the residuals that enter the requested layers. In layers that a token
-    skips, its keys and values are computed from these. At exits beyond a token's depth, the hazard
-    logits are computed from the residual of a token that has already left; the distribution of
-    depths does not read them.
+    `hidden_BTD` is the output of the final norm; the logits are `hidden_BTD` · headᵀ.
+    `residual_RBTD` contains one residual for each of `residual_layers`. In a layer that a token
+    skips, its keys and values are computed from the residual that enters the layer. Hazard logits
+    at exits beyond a token's depth are computed although the token has already left; the
+    distribution of depths ignores them.
     """
 
     hidden_BTD: HiddenBTD
@@ -135,25 +135,22 @@ def run(
     observed: Any = None,
     keys_values: bool = False,
 ) -> Run:
-    """Runs the stack over whole sequences, each token through the layers that `policy` allows.
+    """Runs the layers over whole sequences; `policy` decides how many layers each token runs.
 
-    `valid_BT`, `segment_BT` and `branches` are those of `attend`; with segments, `positions_BT`
-    must restart with each text. `action_BT` is True at positions that may leave early (None: all
-    positions). If `key` contains one PRNG key per row, a row's draws depend only on the key of that
-    row. `adapters=False` omits LoRA, as for the teacher.
-
-    Later layers still compute keys and values of a token that has left, from the token's residual,
-    which stays as it was at the exit or continues linearly: h = where(layer < depth, block(h),
+    After a token has left, later layers still compute its keys and values, from a residual that
+    stays as it was at the exit or continues linearly: h = where(layer < depth, block(h),
     continuation(h)).
 
-    `residual_layers` are sorted layer numbers, at which the residuals are kept: number ℓ is the
-    residual that enters layer ℓ, and the number of layers L is the one that leaves the last layer.
+    `valid_BT`, `segment_BT` and `branches` have the meaning that they have in `attend`; with
+    segments, `positions_BT` must restart with each text. `action_BT` is True at positions that may
+    leave early (None: all). If `key` contains one PRNG key per row, the random draws of a row
+    depend only on the key of that row. `adapters=False` omits LoRA, as for the teacher.
 
-    `observe` maps a layer's input, its output and its slice of `observed` [L, …] to the new slice,
-    which the result contains.
-
-    `model.execution.attention` names the implementation of attention. Decoding, which has one query
-    per row over a cache, always uses `jexit.kernels.decode_attention` instead.
+    `residual_layers` are sorted layer numbers at which to return the residual: number ℓ means the
+    residual that enters layer ℓ; L, the number of layers, means the residual after the last layer.
+    `observe` is called at each layer with the layer's input, its output and its slice of `observed`
+    [L, …]; the slices that it returns are stacked in the result. The attention implementation is
+    `model.execution.attention`.
     """
     arch, execution = model.arch, model.execution
     batch, length = tokens_BT.shape
@@ -241,7 +238,7 @@ def run(
 
 
 def _index_of_layer(chosen: tuple[int, ...], layers: int) -> Int[np.ndarray, "L"]:
-    """Returns the index in `chosen` of each layer, as int32; −1 for a layer that is not chosen."""
+    """Returns each layer's index in `chosen` (int32), or −1 for a layer that is not in `chosen`."""
     index_L = np.full(layers + 1, -1, np.int32)
     index_L[list(chosen)] = np.arange(len(chosen))
     return index_L[:layers]
@@ -250,11 +247,11 @@ def _index_of_layer(chosen: tuple[int, ...], layers: int) -> Int[np.ndarray, "L"
 def exit_hidden_states(
     model: Transformer, residual_EBTD: ExitHiddenEBTD, continuation: Continuation | None
 ) -> ExitHiddenEBTD:
-    """Returns the final hidden states of tokens that leave at each exit.
+    """Returns the hidden states that enter the output head for tokens that leave at each exit.
 
-    These are the residuals at the exits after the continuation and the final norm. `continuation`
-    may be the student's where the residuals are the teacher's; None means the logit lens, the final
-    norm applied to the residuals directly.
+    They are the residuals at the exits, after `continuation` and the final norm. The continuation
+    may be the student's even if the residuals are the teacher's. None omits it, so that the final
+    norm is applied to the residuals directly (logit lens).
     """
     if continuation is not None:
         q_EDD, c_ED = maps_to_end(continuation, model.exit_layers, model.arch.layers)
@@ -269,8 +266,8 @@ def exit_hidden_states(
 class Output:
     """The results of `forward`: float32 logits and hazard logits, and int32 depths in layers.
 
-    `residual_LBTD`, unless None, contains the residual that enters each layer, in the model's
-    dtype, and at index L (the number of layers) the one that leaves the last layer.
+    `residual_LBTD`, unless None, contains in the model's dtype the residual that enters each layer
+    and, at index L (the number of layers), the residual after the last layer.
     """
 
     logits_BTV: LogitsBTV
@@ -294,10 +291,9 @@ def forward(
     Shapes: tokens [B, T]; lengths [B] (None: all lengths are T). Column t of `depth_BT` is for the
     pass at input position t, which predicts token t + 1. `adapters=False` runs the teacher's trunk.
     The policy `Sample` needs a PRNG `key`. Logits at padding have no meaning. With `residuals`, the
-    output contains the residual before every layer and after the last one, as it was really
-    computed: where a token has left, its residual is frozen or goes on through the continuation.
-    For long sequences and a large vocabulary, use `run` with the ops of `jexit.kernels`, which
-    never store all logits.
+    output contains the residual before every layer and after the last one; from the exit on, the
+    residual of a token that has left is frozen or follows the continuation. For long sequences and
+    a large vocabulary, use `run` with the ops of `jexit.kernels`, which never store all logits.
 
     In `forward` every position may leave early, but in `generate` prompts always run all layers. To
     score a prompt and its completion as `generate` ran them, prescribe L on the prompt and the
@@ -373,5 +369,5 @@ def _forward(model, tokens_BT, lengths_B, policy, key, *, adapters, residual_lay
 
 
 def logits_of(hidden: Float[Array, "*A D"], head_VD: Float[Array, "V D"]) -> Array:
-    """Returns float32 logits hidden · headᵀ [..., V], at the precision of the scoring kernels."""
+    """Returns float32 logits hidden · headᵀ [..., V], at the precision of `jexit.kernels`."""
     return tiles.logits(hidden, head_VD)

@@ -1,4 +1,4 @@
-"""Prompts with completions packed into arrays, and the input positions that produce each token."""
+"""Packs prompts with completions into arrays, and records which pass produces each token."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class Completions:
     """Rows of token ids, each of which contains one or several completions J with their prompts.
 
     Each completion follows its prompt and does not attend to other completions. With `branches`,
-    the completions of one prompt in a row follow a single copy of the prompt, a trunk to which all
-    of them attend. A shared copy is exact, because prompt tokens run all layers.
+    all completions of one prompt in a row share a single copy of it, called the trunk, to which
+    each attends. This changes no result, because prompt tokens run all layers.
 
     Arrays with axis T describe input positions; `segment_BT` (0: padding) and `positions_BT` are
-    arguments of `run`. Arrays with axis C describe the completions' tokens. `source_BC` is the
-    input position whose pass produced a token; for a completion's first token, this is the last
-    prompt position, which never leaves early. `owner_BC` is the index of the token's completion,
-    and `index_BC` the token's index in that completion (−1: padding).
+    arguments of `run`. Arrays with axis C describe the tokens of the completions. `source_BC` is
+    the input position whose pass produced a token; for the first token of a completion, this is the
+    last prompt position, which never leaves early. `owner_BC` is the index of the token's
+    completion, and `index_BC` the index of the token within it (−1: padding).
     """
 
     tokens_BT: Int[Array, "B T"]
@@ -50,12 +50,12 @@ class Completions:
 
     @property
     def valid_BT(self) -> MaskBT:
-        """A mask of the positions that contain a token."""
+        """A mask that is True at input tokens and False at padding."""
         return self.segment_BT > 0
 
     @property
     def token_BC(self) -> Bool[Array, "B C"]:
-        """A mask of the positions that contain a generated token."""
+        """A mask that is True at generated tokens and False at padding."""
         return self.index_BC >= 0
 
     @property
@@ -64,7 +64,7 @@ class Completions:
         return self.index_BC > 0
 
     def window(self, values: Float[Array, "B T *X"]) -> Float[Array, "B C *X"]:
-        """Returns, for each completion token, the value at the input position that produced it."""
+        """Returns `values` at the input position whose pass produced each completion token."""
         index = self.source_BC.reshape(*self.source_BC.shape, *([1] * (values.ndim - 2)))
         return jnp.take_along_axis(values, index, axis=1)
 
@@ -74,7 +74,7 @@ class Completions:
         return self.input_depths(jnp.ones_like(self.source_BC), 0) > 0
 
     def input_depths(self, depth_BC: Int[Array, "B C"], layers: int) -> DepthBT:
-        """Returns depths per input position: `depth_BC` where a pass could leave, else `layers`."""
+        """Returns each input position's depth: `depth_BC` if its pass may leave, else `layers`."""
         length = self.tokens_BT.shape[1]
 
         def scattered(source_C: Array, action_C: Array, depth_C: Array) -> Array:
@@ -84,12 +84,12 @@ class Completions:
         return jax.vmap(scattered)(self.source_BC, self.action_BC, depth_BC)
 
     def by_row(self, values_JW: Array) -> Array:
-        """Rearranges values from [J, W], by completion and token, to rows [B, C]; 0 at padding."""
+        """Rearranges values of completions [J, W] into packed rows [B, C]; 0 at padding."""
         values_BC = values_JW[self.owner_BC, jnp.maximum(self.index_BC, 0)]
         return jnp.where(self.token_BC, values_BC, jnp.zeros((), values_JW.dtype))
 
     def by_completion(self, values_BC: Array, shape: tuple[int, int]) -> Array:
-        """Rearranges values from rows [B, C] to completions [J, W] = `shape`; 0 after the ends."""
+        """Rearranges values of packed rows [B, C] into completions [J, W]; 0 at padding."""
         index_BC = jnp.where(self.token_BC, self.index_BC, shape[1])  # beyond the end: dropped
         values_JW = jnp.zeros(shape, values_BC.dtype)
         return values_JW.at[self.owner_BC, index_BC].set(values_BC, mode="drop")
@@ -103,8 +103,8 @@ def pad_completions(
 ) -> Completions:
     """Puts each prompt with its completion into a row of its own, in NumPy arrays.
 
-    `shape` is (T, C). None means the longest lengths, rounded up by `bucket_length` to limit
-    recompilation.
+    `shape` is (T, C), the padded lengths of rows and completions. None means the longest lengths,
+    rounded up by `bucket_length` to limit recompilation.
     """
     lengths = [len(completion) for completion in completions]
     longest = max(len(prompt) + length for prompt, length in zip(prompts, lengths, strict=True))
@@ -127,10 +127,10 @@ def pack_completions(
 ) -> Completions:
     """Packs prompts and completions into NumPy arrays of `shape` (B, T, C).
 
-    `prompts[j]` is the prompt of completion j, which goes into row `row_of[j]`. Completions of a
+    `prompts[j]` is the prompt of completion j, which goes into row `row_of[j]`. Completions in a
     row that have the same number in `prompt_of` share one copy of their prompt (None: no sharing).
-    `numbers[j]` is the index of completion j in the whole batch (None: j itself), for calls with
-    only a part of the batch.
+    If a call packs only part of a batch, `numbers[j]` is the index of completion j in the whole
+    batch (None: j itself).
     """
     count, length, width = shape
     tokens_BT = np.full((count, length), pad_id, np.int32)
@@ -142,7 +142,7 @@ def pack_completions(
     trunks: dict[tuple[int, int], list[int]] = {}  # segment, last position, branches so far
 
     def write(row: int, ids: Sequence[int], segment: int, position: int) -> np.ndarray:
-        """Appends the ids to the row and returns their indices in the row."""
+        """Appends `ids` to the row and returns their positions in it."""
         here = filled_B[row] + np.arange(len(ids))
         tokens_BT[row, here] = ids
         segment_BT[row, here] = segment
@@ -194,7 +194,7 @@ def flat(values: Array) -> Array:
 
 
 def bucket_length(length: int) -> int:
-    """Rounds a length up to a multiple of 1/8 of the largest power of two below it, at least 8."""
+    """Rounds `length` up to a multiple of max(8, p / 8), where p is the power of two below it."""
     power = 1 << max(length - 1, 1).bit_length()
     notch = max(power // 16, 8)
     return -(-length // notch) * notch

@@ -1,11 +1,11 @@
-"""The last phase of calibration, in which only the hazard heads train.
+"""The last phase of calibration, in which only the exit heads train.
 
 The trunk does not change, so the model runs over the trajectories once, at full depth and without a
-backward pass. `ExitStates` stores the heads' inputs and the KLs that determine the heads' targets.
-The heads can then train for many steps, because a step on stored inputs costs a thousandth of a
-pass of the model. The continuation does not train either. If it were trained only on the KL after
-the last layer, the residuals between the layers would drift away from those that the keys and
-values of skipped layers need.
+backward pass. `ExitStates` stores the heads' inputs and the KLs that determine their targets. The
+heads can then train for many steps, because a step on stored inputs costs a thousandth of a pass of
+the model. The continuation does not train either: if it were trained only on the KL after the last
+layer, the residuals between the layers would drift away from those that the keys and values of
+skipped layers need.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from jexit.steps.state import Fixed, Params, SplitModel, TrainState
 
 @struct.dataclass
 class ExitStates:
-    """The training data of the hazard heads, at completion positions N and exits E."""
+    """The training data of the exit heads, at completion positions N and exits E."""
 
     residual_NED: Array  # the heads' inputs
     kl_NE: Float[Array, "N E"]  # KL(π_L ‖ π_e) in nats, π_e with the continuation from exit e
@@ -41,7 +41,7 @@ class ExitStates:
 def make_exit_states(split: SplitModel) -> Callable[[Params, Fixed, Completions], ExitStates]:
     """Returns the jitted function (trainable, fixed, batch) → `ExitStates`.
 
-    The result has N = B·C positions: all completion positions of the batch in order of rows,
+    The result has N = B·C positions: all completion positions of the batch, row by row and
     including padding.
     """
 

@@ -24,11 +24,11 @@ def make_finetune_step(
     policy: Policy = Full(),
     micro_batches: int = 1,
 ) -> Callable[[TrainState, Fixed, Completions, PRNGKey], tuple[TrainState, Metrics]]:
-    """Returns the jitted step (state, fixed, batch, key) → (state, metrics).
+    """Returns the jitted fine-tuning step (state, fixed, batch, key) → (state, metrics).
 
     The loss is the mean of −log p(y_t) over the tokens y_t of all completions, including their end
-    tokens. The tokens of completions exit under `policy`, whose depths are not scored, so the exit
-    heads get no gradient. `key` seeds the dropout of the adapters and the drawn depths.
+    tokens. Completion tokens exit under `policy`; its depths do not enter the loss, so the exit
+    heads get no gradient. `key` seeds the dropout of the adapters and the random depths.
     """
 
     def step(

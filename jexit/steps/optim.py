@@ -1,6 +1,6 @@
 """AdamW with a learning rate per kind of parameter, gradient accumulation and clipping.
 
-Steps whose loss, gradients or results are not finite are skipped.
+Steps are skipped if their loss, gradients or results are not finite.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ LossFn = Callable[[Params, Any, PRNGKey], tuple[Array, Metrics]]
 def schedule(config: OptimConfig, peak: float, steps: int) -> optax.Schedule:
     """Returns a learning-rate schedule with a linear warm-up to `peak`, then `config.schedule`.
 
-    The rate then stays at `peak` (constant), or falls to final_fraction · `peak` by step `steps`,
-    linearly or along a cosine.
+    After the warm-up, the rate stays at `peak` (constant), or falls to final_fraction · `peak` by
+    step `steps`, linearly or along a cosine.
     """
     warmup, end = config.warmup_steps, config.final_fraction * peak
     rest = max(steps - warmup, 1)
@@ -45,9 +45,9 @@ def schedule(config: OptimConfig, peak: float, steps: int) -> optax.Schedule:
 def make_optimizer(config: OptimConfig, steps: int, labels: Params) -> optax.GradientTransformation:
     """Returns an optimiser that clips gradients by their global norm and then applies AdamW.
 
-    `labels` is the tree of each parameter's kind (see `parameter_labels`). Each kind has its own
-    peak learning rate, scheduled over `steps` steps. Weight decay applies to matrices only. The
-    gradient of the continuation has a norm of its own: because the continuation reads unnormalised
+    `labels` is a tree with the kind of each parameter (see `parameter_labels`). Each kind has its
+    own peak learning rate, scheduled over `steps` steps. Weight decay applies to matrices only. The
+    gradient of the continuation is clipped separately: because the continuation reads unnormalised
     residuals, its gradient is a hundred times that of all other parameters in real models.
     """
     peaks = {
@@ -83,9 +83,10 @@ def make_optimizer(config: OptimConfig, steps: int, labels: Params) -> optax.Gra
 
 
 def micro_batch(batch: Any, index: Array, micro_batches: int) -> Any:
-    """Returns micro-batch `index` of a pytree of arrays: rows `index`, `index` + `micro_batches`, …
+    """Returns micro-batch `index` of a batch: rows `index`, `index` + `micro_batches`, …
 
-    Each micro-batch contains an equal share of each device's rows, so no row moves between devices.
+    `batch` is a pytree of arrays. Each micro-batch contains an equal share of the rows of each
+    device, so no row moves between devices.
     """
 
     def cut(rows: Array) -> Array:
@@ -108,7 +109,7 @@ def gradient_step(
     micro_batches: int,
     key: PRNGKey,
 ) -> tuple[TrainState, Metrics]:
-    """Takes one step on the sum of `loss_fn` over the micro-batches of `batch`."""
+    """Takes one optimiser step on the sum of `loss_fn` over the micro-batches of `batch`."""
     loss, metrics, gradients = accumulated_gradients(
         loss_fn,
         state.trainable,
@@ -125,8 +126,8 @@ def accumulated_gradients(
 ) -> tuple[Array, Metrics, Params]:
     """Returns loss, metrics and gradients, summed over micro-batches `take(0)` … `take(count − 1)`.
 
-    `loss_fn` must divide by the denominators of the whole batch. The sums then equal the results of
-    one pass over the whole batch, even if rows have different lengths.
+    `loss_fn` must divide by denominators of the whole batch, such as its number of tokens. The sums
+    then equal the results of one pass over the whole batch, even if rows have different lengths.
     """
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
 
@@ -139,7 +140,7 @@ def accumulated_gradients(
 
 
 def summed(one: Callable[[Array], Any], count: int) -> Any:
-    """Returns one(0) + … + one(count − 1) of pytrees; a `scan` compiles `one` only once."""
+    """Returns the sum one(0) + … + one(count − 1) of pytrees; a `scan` compiles `one` only once."""
     if count == 1:
         return one(jnp.zeros((), jnp.int32))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, jnp.int32(0)))
@@ -165,7 +166,7 @@ def apply_gradients(
     """Takes one optimiser step, or skips it; returns the new state and metrics.
 
     A step is skipped if the loss, the gradients, the new parameters or the new optimiser state are
-    not finite. Only the counters then change.
+    not finite. A skipped step changes only the counters.
     """
     norm = optax.tree.norm(gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)

@@ -1,4 +1,4 @@
-"""The pretraining step: next-token prediction, optionally with a loss at each exit's logit lens."""
+"""The pretraining step: next-token prediction, optionally also at the logit lens of each exit."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from jexit.steps.state import Params, SplitModel, TrainState
 
 @struct.dataclass
 class PretrainBatch:
-    """Rows of token ids, each with several texts; weights and groups apply to tokens as targets.
+    """Rows of token ids, each of which packs several texts that do not attend to each other.
 
-    `weight_BT` is the weight of a token in the loss, 0 for the first token of a text. `segment_BT`
-    numbers the texts of a row (0: padding), which do not attend to each other, and `position_BT`
-    the tokens of each text. `group_BT` assigns tokens to numbered groups (0: no group).
+    `weight_BT` is the weight of a token as a target of the loss, 0 for the first token of a text.
+    `segment_BT` numbers the texts of a row (0: padding), and `position_BT` the tokens of each text.
+    `group_BT` assigns target tokens to numbered groups for metrics (0: no group).
     """
 
     tokens_BT: Int[Array, "B T"]
@@ -41,7 +41,7 @@ def make_pretrain_step(
     groups: tuple[str, ...],
     micro_batches: int = 1,
 ) -> Callable[[TrainState, PretrainBatch, PRNGKey], tuple[TrainState, Metrics]]:
-    """Returns the jitted step (state, batch, key) → (state, metrics).
+    """Returns the jitted pretraining step (state, batch, key) → (state, metrics).
 
     The loss is L + `exit_loss` / E · Σ_e L_e, where L = Σ w_t · −log p(x_t) / Σ w_t over the tokens
     x_t with weights w_t. L_e is L with the probabilities of the logit lens at exit e. `groups` are

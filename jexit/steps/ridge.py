@@ -9,10 +9,11 @@ may leave early:
 
     A = argmin Σ |(u − ū) − (x − x̄) A|² + strength · n · Σ_d var(x_d) |A_d|²,   b = ū − x̄ A
 
-`strength` is thus in units of each input's variance. The fit uses the strength from `STRENGTHS`
-that predicts held-back trajectories best. Every x is a linear function of a residual at an exit, so
-the sums contain only the covariances of these residuals with the residuals after later layers.
-Sources of linear maps between layers: arXiv:2303.08112, arXiv:2303.09435.
+The `strength` of the penalty is thus relative to the variance of each input. The fit uses the
+strength from `STRENGTHS` that predicts held-back trajectories best. Every x is a linear function of
+a residual at an exit, so the sums contain only the covariances of these residuals with the
+residuals after later layers. Linear maps between layers follow arXiv:2303.08112 and
+arXiv:2303.09435.
 """
 
 from __future__ import annotations
@@ -41,11 +42,11 @@ ORIGINS = ("x_origin_ED", "v_origin_PD")  # fields of Sums
 class Sums:
     """Sums over tokens for the ridge fit: of residuals x at the exits and of displacements v.
 
-    There is one displacement v = h_{m+1} − x, the change of the residual from an exit to the output
-    of layer m, for each pair P of an exit and a layer m that tokens leaving there skip; see
-    `pairs`. An origin near the mean is subtracted from all values, because float32 sums would
-    otherwise lose the differences between tokens. The origin is the mean of the first batch, or a
-    copy of the origin of other sums (`cleared`).
+    For each pair P of an exit and a layer m that tokens leaving there skip (see `pairs`), the
+    displacement v = h_{m+1} − x is the change of the residual from the exit to the output of layer
+    m. An origin near the mean is subtracted from all values, because float32 sums would otherwise
+    lose the differences between tokens. The origin is the mean of the first batch, or a copy of the
+    origin of other sums (`cleared`).
     """
 
     count: Float[Array, ""]
@@ -80,7 +81,7 @@ class Sums:
         )
 
     def cleared(self) -> Sums:
-        """Returns sums over no tokens, with the origins of these sums."""
+        """Returns sums over no tokens that keep the origins of these sums."""
         return Sums(
             **{
                 f.name: (jnp.copy if f.name in ORIGINS else jnp.zeros_like)(getattr(self, f.name))
@@ -95,7 +96,7 @@ def pairs(exit_layers: tuple[int, ...], layers: int) -> list[tuple[int, int]]:
 
 
 def make_sums_step(split: SplitModel) -> Callable[[Sums, Params, Fixed, Completions], Sums]:
-    """Returns the jitted (sums, trainable, fixed, batch) → `sums` with the batch's tokens added.
+    """Returns the jitted step (sums, trainable, fixed, batch) → sums with the batch added.
 
     The model runs at full depth. Only tokens whose pass could leave early count.
     """
@@ -112,7 +113,7 @@ def make_sums_step(split: SplitModel) -> Callable[[Sums, Params, Fixed, Completi
         first = sums.count == 0.0
 
         def centred(values_BCD: Array, origin_D: Array) -> tuple[Array, Array]:
-            """Returns (masked values − origin, origin); an origin of zeros becomes the mean."""
+            """Returns (masked values − origin, origin); the first batch replaces 0 by its mean."""
             mean_D = jnp.einsum("BCD,BC->D", values_BCD, weight_BC) / jnp.maximum(count, 1.0)
             origin_D = jnp.where(first & ~jnp.any(origin_D), mean_D, origin_D)
             return (values_BCD - origin_D) * weight_BC[..., None], origin_D
@@ -172,7 +173,7 @@ class Moments:
 
     @classmethod
     def mixed(cls, parts: list[Moments]) -> Moments:
-        """Returns the moments of the mixture of `parts` in which all parts have equal weight."""
+        """Returns the moments of the mixture in which all `parts` have equal weight."""
         x_D = np.mean([part.x_D for part in parts], 0)
         u_D = np.mean([part.u_D for part in parts], 0)
         xx_DD, xu_DD, uu_D = 0.0, 0.0, 0.0
@@ -186,7 +187,7 @@ class Moments:
     def ridge(self, strength: float) -> tuple[np.ndarray, np.ndarray]:
         """Returns (A, b) of the ridge fit u ≈ x·A + b.
 
-        `strength` is the penalty in units of each input's variance.
+        The penalty `strength` is relative to the variance of each input.
         """
         scale_D = np.sqrt(np.maximum(np.diag(self.xx_DD), np.finfo(np.float64).tiny))
         correlation_DD = self.xx_DD / scale_D[:, None] / scale_D
@@ -210,7 +211,7 @@ class Moments:
 
 
 class Chain:
-    """The maps fitted so far, composed into one map x + x·Q + c of the residuals x at each exit."""
+    """The maps fitted so far, composed for each exit into one map x ↦ x + x·Q + c."""
 
     def __init__(self, exits: int, width: int):
         self.q_EDD = np.zeros((exits, width, width))
@@ -219,8 +220,8 @@ class Chain:
     def moments(self, sums: Sums, exit_index: int, pair: int) -> Moments:
         """Returns the moments of inputs x and updates u for fitting the next map at one exit.
 
-        x is the chain's output, and u the full-depth residual of pair number `pair` (see `pairs`)
-        minus x. `sums` must contain NumPy arrays.
+        x is the output of the chain, and u is the full-depth residual of pair number `pair` (see
+        `pairs`) minus x. `sums` must contain NumPy arrays.
         """
         n, e, p = float(sums.count), exit_index, pair
         q_DD, c_D = self.q_EDD[e], self.c_ED[e]
@@ -241,7 +242,7 @@ class Chain:
         )
 
     def goes_on(self, exits: list[int], a_DD: np.ndarray, b_D: np.ndarray) -> None:
-        """Appends one more layer's map, x + x·A + b, to the chain of each exit in `exits`."""
+        """Appends one more layer's map, x ↦ x + x·A + b, to the chain of each exit in `exits`."""
         for e in exits:
             self.c_ED[e] += self.c_ED[e] @ a_DD + b_D
             self.q_EDD[e] += a_DD + self.q_EDD[e] @ a_DD
@@ -260,13 +261,14 @@ class Fit:
 def fit(
     sums: Sums, held_back: Sums, exit_layers: tuple[int, ...], layers: int, *, rank: int = 0
 ) -> Fit:
-    """Returns ridge maps of every layer, fitted to the tokens of `sums` and `held_back` together.
+    """Fits the map of every layer to the tokens of `sums` and `held_back` together.
 
     Layers below the first exit get zero maps. For each other layer, the strength is the one of
     `STRENGTHS` whose map, fitted to `sums` alone, leaves the smallest share of the variance in
-    `held_back` unexplained. The result's lists start at the first exit's layer. With a `rank`, each
-    map is the best product of two factors of this rank, and later maps are fitted to the factored
-    map's outputs. `sums` and `held_back` must contain NumPy arrays and each at least one token.
+    `held_back` unexplained. The lists in the result start at the layer of the first exit. With a
+    `rank`, each map is the best product of two factors of this rank, and later maps are fitted to
+    the outputs of the factored map. `sums` and `held_back` must contain NumPy arrays and each at
+    least one token.
     """
     exits, width = sums.x_ED.shape
     both = together(sums, held_back)
@@ -282,7 +284,7 @@ def fit(
             return Moments.mixed([chain.moments(of, e, pair_of[e, layer]) for e in here])
 
         def extend(chain: Chain, of: Moments, strength: float, here: list[int] = here) -> tuple:
-            """Appends the layer's map to the chain; returns ((A,), b), or (factors of A, b)."""
+            """Appends the layer's map to the chain; returns the factors of A (or A alone) and b."""
             a_DD, b_D = of.ridge(strength)
             found = factors(a_DD, of.xx_DD, rank) if rank else (a_DD,)
             if rank:
@@ -313,10 +315,10 @@ def together(one: Sums, other: Sums) -> Sums:
 
 
 def factors(a_DD: np.ndarray, xx_DD: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns factors [D, R] · [R, D], R = `rank`, that best approximate the outputs of the map A.
+    """Returns factors [D, R] · [R, D], R = `rank`, that best approximate the outputs of a map.
 
-    `a_DD` is A, and `xx_DD` the covariance of the inputs x. The method is reduced-rank regression,
-    with the leading right singular vectors of L'A, where L L' = cov(x).
+    `a_DD` is the map A, and `xx_DD` the covariance of its inputs x. The method is reduced-rank
+    regression, with the leading right singular vectors of L'A, where L L' = cov(x).
     """
     left = scipy.linalg.cholesky(xx_DD + 1e-6 * np.diag(np.diag(xx_DD)), lower=True)
     _, _, right = np.linalg.svd(left.T @ a_DD, full_matrices=False)

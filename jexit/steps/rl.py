@@ -1,4 +1,4 @@
-"""The RL step: an RLOO update on rollouts, over pairs of a token and the depth of its pass.
+"""The RL step: an RLOO update on rollouts, in which an action is a token and the depth of its pass.
 
 The reward contains a penalty on depth.
 """
@@ -40,13 +40,13 @@ from jexit.steps.state import Fixed, Params, SplitModel, TrainState
 
 @struct.dataclass
 class RLBatch:
-    """A batch of rollouts J with the values recorded in sampling, for one RL step.
+    """A batch of rollouts J for one RL step, with the values recorded while sampling them.
 
-    Rollouts of the same prompt are adjacent. Per token W, `depth_JW` is the depth of the pass that
-    produced the token, `logprobs_JW` the token's log-probability in the tempered distribution from
-    which it was drawn, and `depth_logprobs_JW` the depth's under the halting policy (0 at position
-    0, where the depth is not chosen). `verifier_J` is the task's reward. `truncated_J` marks
-    rollouts that reached the token limit.
+    Rollouts of the same prompt are adjacent. For each token W, `depth_JW` is the depth of the pass
+    that produced it, `logprobs_JW` is its log-probability under the tempered distribution from
+    which it was drawn, and `depth_logprobs_JW` is the log-probability of the depth under the
+    halting policy (0 at position 0, where the depth is not chosen). `verifier_J` is the task's
+    reward. `truncated_J` marks rollouts that reached the token limit.
     """
 
     rows: Completions
@@ -59,18 +59,18 @@ class RLBatch:
 
     @property
     def token_JW(self) -> Bool[Array, "J W"]:
-        """A mask of the positions that contain a generated token."""
+        """A mask that is True at generated tokens and False at padding."""
         return jnp.arange(self.depth_JW.shape[1]) < self.lengths_J[:, None]
 
     @property
     def action_JW(self) -> Bool[Array, "J W"]:
-        """A mask of the tokens whose pass could leave early: all but a rollout's first token."""
+        """A mask of the tokens whose pass could leave early: all but the first of each rollout."""
         return self.token_JW & (jnp.arange(self.depth_JW.shape[1]) > 0)
 
 
 @struct.dataclass
 class Penalties:
-    """The coefficients λ and μ of the penalties in one step, as arrays for the jitted step."""
+    """The coefficients λ (depth) and μ (length) of one step, as arrays for the jitted step."""
 
     depth_coef: Float[Array, ""] | float
     length_coef: Float[Array, ""] | float
@@ -83,7 +83,7 @@ EXACT_KL = {"exact": "student_teacher", "forward": "teacher_student"}
 
 @struct.dataclass
 class Scored:
-    """A batch after the teacher has scored it; constant during the optimiser steps."""
+    """A batch after the teacher has scored it; it does not change during the optimiser steps."""
 
     rows: Completions
     depth_BC: Int[Array, "B C"]
@@ -142,7 +142,7 @@ def score(
     config: RLConfig,
     micro_batches: int,
 ) -> tuple[Scored, Metrics]:
-    """Returns a batch with teacher scores, advantages and loss weights, and metrics of rewards."""
+    """Returns the batch with teacher scores, advantages and loss weights, and reward metrics."""
     rows, token_JW = batch.rows, batch.token_JW.astype(jnp.float32)
     teacher_BC, teacher_hidden_BCD = teacher_scores(teacher, rows, config, micro_batches)
     log_ratio_JW = batch.logprobs_JW - rows.by_completion(teacher_BC, batch.depth_JW.shape)
@@ -192,8 +192,8 @@ def teacher_scores(
 ) -> tuple[Float[Array, "B C"], Array | None]:
     """Returns log π_teacher of every token and the teacher's final hidden states [B, C, D].
 
-    The hidden states are divided by the sampling temperature; None unless the loss contains a KL
-    over the whole vocabulary.
+    The hidden states are divided by the sampling temperature. They are None unless the loss
+    contains a KL over the whole vocabulary.
     """
     wants_hidden = config.kl_loss_coef > 0 and config.kl_loss in EXACT_KL
 
@@ -210,7 +210,7 @@ def teacher_scores(
 
 
 def depth_shares(batch: RLBatch, layers: int) -> tuple[Array, Array, Array]:
-    """Returns depth/L, action mask and token mask, each [J, W], as `depth_cost` takes them."""
+    """Returns depth/L, action mask and token mask [J, W], as arguments for `depth_cost`."""
     masks = (mask_JW.astype(jnp.float32) for mask_JW in (batch.action_JW, batch.token_JW))
     return batch.depth_JW / layers, *masks
 
@@ -222,7 +222,7 @@ def advantages(
     depth_coef: Array | float,
     config: RLConfig,
 ) -> Float[Array, "J W"]:
-    """Returns the advantage of every pair of token and depth; 0 where `keep_J` is False.
+    """Returns the advantage of every (token, depth) pair; 0 where `keep_J` is False.
 
     `spent` is the result of `depth_shares`. With `config.causal_depth`, a token is charged only for
     the depths at and after this token; without, all pairs of a rollout have the same advantage.
@@ -240,7 +240,7 @@ def advantages(
 def policy_loss(
     student: Transformer, item: Scored, config: RLConfig, teacher_head_VD: Array | None
 ) -> tuple[Array, Metrics]:
-    """Returns the part of the RL loss that `item` contributes, and its part of the metrics.
+    """Returns the loss and the metrics of the micro-batch `item`, as shares of the whole batch.
 
     The loss is −Σ w·A·[log π(y | d) + log P(d)] over tokens y and depths d (REINFORCE), with
     weights w and advantages A; with several updates per batch, PPO's clipped objective replaces
@@ -304,7 +304,7 @@ def kl_terms(
     config: RLConfig,
     teacher_head_VD: Array | None,
 ) -> Float[Array, "B C"]:
-    """Returns the KL between student and teacher at each token, of the kind `config.kl_loss`."""
+    """Returns the KL between student and teacher at each token, as `config.kl_loss` defines it."""
     if config.kl_loss not in EXACT_KL:
         return {"k2": k2, "k3": k3}[config.kl_loss](logprob_BC, item.teacher_BC)
     return linear_kl(
@@ -319,15 +319,15 @@ def kl_terms(
 def tempered(hidden_BCD: Array, temperature: float) -> Array:
     """Returns the hidden states divided by the sampling temperature, in float32.
 
-    The logits, which are linear in them, are then divided as well. The sampler divides float32
-    logits, so a quotient rounded to bfloat16 would give other log-probabilities than the sampler's.
-    At temperature 1, the hidden states stay unchanged.
+    This divides the logits, which are linear in the hidden states. The sampler divides float32
+    logits, so a quotient rounded to bfloat16 would lead to different log-probabilities. At
+    temperature 1, the hidden states stay unchanged.
     """
     return hidden_BCD if temperature == 1.0 else hidden_BCD.astype(jnp.float32) / temperature
 
 
 def depth_metrics(batch: RLBatch, exit_layers: tuple[int, ...], layers: int) -> Metrics:
-    """Returns metrics of the depths of the passes that produced the tokens."""
+    """Returns depth metrics: mean, quantiles, layers per problem and the share of each exit."""
     token_JW, depth_JW = batch.token_JW, batch.depth_JW
     known_JW = jnp.where(token_JW, depth_JW.astype(jnp.float32), jnp.nan)
     metrics = {

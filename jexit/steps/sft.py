@@ -1,7 +1,7 @@
 """The calibration step: exit heads learn target hazards, adapters learn to finish after an exit.
 
-A hazard is the probability of leaving at an exit. The target is near 1 where the exit already
-predicts what the teacher predicts at full depth.
+A hazard is the probability of leaving at an exit. Its target is near 1 where the prediction at the
+exit already agrees with the teacher's at full depth.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ def make_sft_step(
 ) -> Callable[[TrainState, Fixed, Completions, PRNGKey], tuple[TrainState, Metrics]]:
     """Returns the jitted calibration step (state, fixed, batch, key) → (state, metrics).
 
-    For each of `micro_batches` parts of the rows, the teacher runs once (`targets`), S =
+    For each of `micro_batches` parts of the batch, the teacher runs once (`targets`), S =
     `config.samples` depths per token are drawn from the target hazards, and the student runs S
-    times at the drawn depths (`calibration_loss`). The loss is the mean over the S runs and all
-    action positions (tokens whose pass could leave early).
+    times at these depths (`calibration_loss`). The loss is the mean over the S runs and all action
+    positions (tokens whose pass could leave early).
     """
 
     def step(
@@ -81,7 +81,7 @@ def make_sft_step(
 
 
 class Taught(NamedTuple):
-    """Rows with the student's targets and the depths at which the student runs."""
+    """A micro-batch with the targets of the student and the depths at which the student runs."""
 
     rows: Completions
     hidden_BCD: Array  # final hidden states of the teacher
@@ -95,7 +95,7 @@ def targets(
     """Returns the teacher's final hidden states [B, C, D], log h* and log(1 − h*).
 
     The target hazards h* follow from KL(teacher's final distribution ‖ distribution at exit e).
-    With `config.target="teacher"`, the exits are the teacher's. With `"student"`, they are those of
+    With `config.target="teacher"`, the exits are those of the teacher; with `"student"`, those of
     the student at full depth. No gradient flows through the results.
     """
     from_teacher = config.target == "teacher"
@@ -129,7 +129,7 @@ def calibration_loss(
     key: PRNGKey,
     teacher_head_VD: Array | None,
 ) -> tuple[Array, Metrics]:
-    """Returns the part of the loss that `item` contributes, and its part of the metrics.
+    """Returns the loss and the metrics of one student run on `item`, as shares of the whole batch.
 
     The loss is a KL between student and teacher plus `config.exit_coef` times the loss of the exit
     heads, divided by `actions`: S times the number of action positions (tokens whose pass could

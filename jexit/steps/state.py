@@ -19,10 +19,10 @@ Params = Any  # nested nnx.State of arrays
 
 @struct.dataclass
 class TrainState:
-    """The trainable parameters, the optimiser's state and two counters.
+    """The trainable parameters, the optimiser state and two counters.
 
-    Batches and PRNG keys derive from the seed and `step`. `skipped` counts the latest consecutive
-    steps that were skipped because of NaN or infinity.
+    Batches and PRNG keys derive from the seed and `step`. `skipped` counts how many of the latest
+    steps in a row were skipped because of NaN or infinity.
     """
 
     step: Int[Array, ""]
@@ -51,12 +51,15 @@ class SplitModel(NamedTuple):
     fixed: Fixed
 
     def student(self, trainable: Params, fixed: Fixed | None = None) -> Transformer:
-        """Returns the model with these parameters; `fixed` None means the split's own."""
+        """Returns the model with these parameters; `fixed` defaults to `self.fixed`."""
         fixed = self.fixed if fixed is None else fixed
         return nnx.merge(self.graphdef, trainable, fixed.frozen)
 
     def teacher(self, trainable: Params, fixed: Fixed | None = None) -> Transformer:
-        """Returns the model with the base model's trunk, without gradient; use `adapters=False`."""
+        """Returns the teacher, without gradient; run it with `adapters=False`.
+
+        `trainable` provides the trained parameters, unless `fixed` has a copy for the teacher.
+        """
         fixed = self.fixed if fixed is None else fixed
         if fixed.teacher is not None:
             trainable = fixed.teacher
@@ -79,7 +82,8 @@ def split_model(model: Transformer, *, full: bool, keep_teacher: bool = True) ->
     """Splits a model into trainable and fixed parameters.
 
     Without `full`, the adapters, exit heads and continuation are trainable. With `full`, all
-    parameters are, and the teacher is a second copy of them, unless `keep_teacher` is False.
+    parameters are trainable, and the teacher is a second copy of them, unless `keep_teacher` is
+    False.
     """
     graphdef, trainable, frozen = nnx.split(model, _trains(full), ...)
     trainable, frozen = nnx.as_pure(trainable), nnx.as_pure(frozen)
@@ -95,7 +99,7 @@ def parameter_labels(model: Transformer, *, full: bool) -> Params:
     """Returns the kind of each trainable parameter, in a tree with the structure of the parameters.
 
     The kinds are `lora`, `exit` (output weights of the exit heads), `exit_bias` (their biases),
-    `exit_hidden` (the hidden layers), `continuation` and `base`. `full` is that of `split_model`.
+    `exit_hidden` (their hidden layers), `continuation` and `base`. `full` is that of `split_model`.
     """
 
     def label(path: tuple, variable: nnx.Variable) -> str:
@@ -121,6 +125,6 @@ def new_state(trainable: Params, optimizer: optax.GradientTransformation) -> Tra
 
 
 def step_key(seed: int, step: int | Array, stream: int = 0) -> PRNGKey:
-    """Returns the PRNG key of training step `step`; each `stream` has an independent one."""
+    """Returns the PRNG key of training step `step`; each `stream` has independent keys."""
     key = jax.random.fold_in(jax.random.key(seed), stream)
     return jax.random.fold_in(key, step)

@@ -1,4 +1,4 @@
-"""Attention for decoding: one query per row attends to the keys in this row's cache."""
+"""Attention for decoding: one query per row, which attends to the keys cached for that row."""
 
 from jexit.kernels.decode_attention.api import decode_attention
 

@@ -1,4 +1,4 @@
-"""The public op `decode_attention`, which calls one of several implementations."""
+"""The public op `decode_attention`, which dispatches to one of several implementations."""
 
 import jax
 import jax.numpy as jnp
@@ -27,20 +27,18 @@ def decode_attention(
 ) -> jax.Array:
     """Computes softmax(q·k / sqrt(H)) · v for one query per row, over the filled slots of its row.
 
-    The cache belongs to a pool, which is the set of rows that decode together; each row has S
-    slots, one per token. Of each row, all implementations except the reference read at most as many
-    slots as the longest of the queries' rows has filled, rounded up to whole blocks. The softmax is
-    computed in float32.
+    The cache holds P sequences, one per row, with S slots each, one per token. All implementations
+    but the reference read no further than the longest row that has a query, rounded up to whole
+    blocks of slots. The softmax is computed in float32.
 
     Args:
       q_BNH: queries after the rotary embedding; query heads that share a key/value head are
         adjacent.
-      keys_KLPSH: keys after the rotary embedding, for every layer and for the P rows of the pool.
+      keys_KLPSH: keys after the rotary embedding, for all layers and all P rows.
       values_KLPSH: values, in the same layout.
       layer: the index of the layer whose keys and values are used.
-      rows_B: the index in the pool of each query's row; None if there is one query for every row,
-        in order.
-      lengths_B: the number of filled slots of each query's row, at least 1.
+      rows_B: the cache row of each query; None if there is one query for every row, in order.
+      lengths_B: the number of filled slots in the row of each query, at least 1.
       implementation: `None` (by platform), `"reference"`, `"xla"`, `"pallas_tpu"` or `"pallas_gpu"`
         (the last two are interpreted on a CPU, for tests).
 

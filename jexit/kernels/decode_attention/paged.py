@@ -1,4 +1,4 @@
-"""A view of the key/value cache as the pages that JAX's own paged attention kernels read."""
+"""The KV cache viewed as pages, the format that JAX's paged attention kernels read."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ LEAST_PAGE = 16  # slots of the smallest page
 class Pages(NamedTuple):
     """The cache as pages of consecutive slots, and a table of the pages that each query reads.
 
-    The pages of all layers and rows of the cache follow one another along the page axis.
+    The page axis contains the pages of all layers and rows, one after another.
     """
 
     keys: jax.Array  # [K, pages, slots of a page, H]
@@ -21,10 +21,10 @@ class Pages(NamedTuple):
 
 
 def page_size(slots: int) -> int:
-    """Returns the slots of a page: the largest power of two up to `PAGE` that divides `slots`.
+    """Returns the slots per page: the largest power of two up to `PAGE` that divides `slots`.
 
-    `slots` is the number of slots of a row of the cache. Raises NotImplementedError if the page
-    would be smaller than `LEAST_PAGE`, a kernel's smallest matrix product.
+    `slots` is the number of slots per cache row. Raises NotImplementedError if pages would be
+    smaller than `LEAST_PAGE`, the smallest matrix product of the kernels.
     """
     size = min(PAGE, slots & -slots)
     if size < LEAST_PAGE:
@@ -37,7 +37,7 @@ def page_size(slots: int) -> int:
 def pages_of(
     keys_KLPSH: jax.Array, values_KLPSH: jax.Array, layer: jax.Array, rows_B: jax.Array
 ) -> Pages:
-    """Returns one layer of the cache as pages for the queries of the rows `rows_B`.
+    """Returns the cache as pages, with a page table for one layer and the rows `rows_B`.
 
     The pages are a view of the cache's memory, so nothing is copied.
     """

@@ -1,4 +1,4 @@
-"""The GPU kernel: JAX's paged attention in Triton (arXiv:2309.06180) on a cache viewed as pages."""
+"""`decode_attention` on GPUs, with JAX's paged attention kernel in Triton (arXiv:2309.06180)."""
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +19,9 @@ def decode_attention(
     rows_B: jax.Array | None,
     lengths_B: jax.Array,
 ) -> jax.Array:
-    """Computes `jexit.kernels.decode_attention.api.decode_attention` on GPUs.
+    """Implements `jexit.kernels.decode_attention` on GPUs with JAX's paged attention kernel.
 
-    JAX's paged attention kernel in Triton reads the same arguments, with the cache viewed as pages.
+    Raises NotImplementedError for head widths or slot counts that the kernel does not support.
     """
     platform = dispatch.target().platform
     if platform not in ("gpu", "cpu"):

@@ -1,4 +1,4 @@
-"""The TPU kernel: JAX's paged attention (arXiv:2309.06180) on a cache viewed as pages."""
+"""`decode_attention` on TPUs, with JAX's paged attention kernel (arXiv:2309.06180)."""
 
 import contextlib
 
@@ -24,9 +24,9 @@ def decode_attention(
     rows_B: jax.Array | None,
     lengths_B: jax.Array,
 ) -> jax.Array:
-    """Computes `jexit.kernels.decode_attention.api.decode_attention` on TPUs.
+    """Implements `jexit.kernels.decode_attention` on TPUs with JAX's paged attention kernel.
 
-    JAX's paged attention kernel reads the same arguments, with the cache viewed as pages.
+    Raises NotImplementedError for widths, slot counts or dtypes that the kernel does not support.
     """
     platform = dispatch.target().platform
     if platform not in ("tpu", "cpu"):

@@ -12,7 +12,7 @@ def decode_attention(
     rows_B: jax.Array | None,
     lengths_B: jax.Array,
 ) -> jax.Array:
-    """Computes `jexit.kernels.decode_attention.api.decode_attention` by its definition."""
+    """Implements `jexit.kernels.decode_attention` directly by its formula, for tests."""
     batch, heads, width = q_BNH.shape
     kv_heads, _, rows, slots, _ = keys_KLPSH.shape
     rows_B = jnp.arange(rows) if rows_B is None else rows_B

@@ -9,7 +9,7 @@ BLOCK = 128  # slots
 
 
 class _Mix(NamedTuple):
-    """Softmax statistics over the slots read so far; key/value heads are the first axis."""
+    """The running state of the online softmax; the first axis is the key/value heads."""
 
     mixed_KBGH: jax.Array  # Σ exp(score − top) · value
     top_KBG: jax.Array
@@ -26,7 +26,7 @@ def decode_attention(
     *,
     block: int = BLOCK,
 ) -> jax.Array:
-    """Computes `jexit.kernels.decode_attention.api.decode_attention`, `block` slots at a time."""
+    """Implements `jexit.kernels.decode_attention` in plain XLA, `block` slots at a time."""
     batch, heads, width = q_BNH.shape
     kv_heads, _, _, slots, _ = keys_KLPSH.shape
     block = min(block, slots)
@@ -46,7 +46,7 @@ def decode_attention(
         return jax.vmap(of_row, out_axes=1)(rows_B)
 
     def scores(first: jax.Array, start: jax.Array) -> jax.Array:
-        """Returns the scores [K, B, G, block] of the slots `start` … `start` + block − 1.
+        """Returns the attention scores [K, B, G, block] of slots `start` … `start` + block − 1.
 
         Slots before `first`, and slots that a row has not filled, have the score −∞.
         """

@@ -1,6 +1,6 @@
-"""The KL divergence from the final next-token distribution to that of every exit.
+"""The KL divergence from the final next-token distribution to the distribution at each exit.
 
-The distribution of an exit is its logit lens: the output head applied to the exit's hidden state.
+The distribution at an exit is the logit lens: the output head applied to the hidden state there.
 """
 
 from jexit.kernels.exit_kl.api import exit_kl

@@ -1,4 +1,4 @@
-"""The public op `exit_kl`, which calls one of several implementations."""
+"""The public op `exit_kl`, which dispatches to one of several implementations."""
 
 import jax
 
@@ -21,11 +21,11 @@ def exit_kl(
     *,
     implementation: str | None = None,
 ) -> ExitKL:
-    """Computes KL(final ‖ exit) in nats between the final distribution and every exit's logit lens.
+    """Computes KL(final ‖ exit) in nats, from the last layer's distribution to each exit's.
 
-    An exit's logit lens is the distribution that the output head gives for the hidden state at the
-    exit: `KL_e = Σ_v p_v (log p_v − log p_e,v)`, with p = softmax(head · h_final) and p_e =
-    softmax(head · h_e). The output never carries a gradient.
+    The distribution at an exit is the logit lens, the output head applied to the hidden state
+    there: `KL_e = Σ_v p_v (log p_v − log p_e,v)`, with p = softmax(head · h_final) and p_e =
+    softmax(head · h_e). The outputs carry no gradient.
 
     Args:
       h_final_ND: the hidden states of the last layer, after the final norm.

@@ -1,4 +1,4 @@
-"""The GPU kernel, which computes the logits of the final state and several exits in registers."""
+"""The GPU kernel of `exit_kl`, which keeps logits of the last layer and exits in registers."""
 
 from functools import partial
 
@@ -22,10 +22,7 @@ def exit_kl(
     *,
     tile: Tile = BY_CHIP,
 ) -> ExitKL:
-    """Computes `jexit.kernels.exit_kl.api.exit_kl` on GPUs, from the same arguments.
-
-    Sizes that `tile` sets replace those chosen for the chip.
-    """
+    """Implements `jexit.kernels.exit_kl` on GPUs; sizes set in `tile` override the defaults."""
     if h_final_ND.shape[0] == 0:
         return reference.exit_kl(h_final_ND, h_exits_END, head_VD)
     if h_exits_END.shape[0] == 0:
@@ -53,9 +50,9 @@ def _statistics(
 
 
 def _of_group(exits: range, tile: Tile, *arrays: jax.Array) -> Statistics:
-    """Returns statistics [N] for the final distribution and, in a tuple, for each exit of a group.
+    """Returns the statistics [N] of the final distribution and of each exit in one group.
 
-    `exits` are the exits' indices. The statistics of the exits are not stacked into one array,
+    `exits` are the indices of the exits. Their statistics form a tuple, not one stacked array,
     because the sizes of arrays in Triton must be powers of two.
     """
     h_final_ND, h_exits_END, head_VD = arrays

@@ -1,4 +1,4 @@
-"""The TPU kernel, which multiplies a tile of the head in VMEM with final and exit hidden states."""
+"""The TPU kernel of `exit_kl`, which multiplies tiles of the head by all hidden states."""
 
 from functools import partial
 
@@ -19,10 +19,7 @@ def exit_kl(
     *,
     tile: Tile = BY_CHIP,
 ) -> ExitKL:
-    """Computes `jexit.kernels.exit_kl.api.exit_kl` on TPUs, from the same arguments.
-
-    Sizes that `tile` sets replace those chosen for the chip.
-    """
+    """Implements `jexit.kernels.exit_kl` on TPUs; sizes set in `tile` override the defaults."""
     if h_final_ND.shape[0] == 0:
         return reference.exit_kl(h_final_ND, h_exits_END, head_VD)
     if h_exits_END.shape[0] == 0:

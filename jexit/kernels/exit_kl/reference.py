@@ -1,4 +1,4 @@
-"""The reference implementation of `exit_kl`: the definition, with all exits' logits in memory."""
+"""The reference implementation of `exit_kl`: the formula, with all exits' logits in memory."""
 
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ class ExitKL(NamedTuple):
 
 
 def exit_kl(h_final_ND: jax.Array, h_exits_END: jax.Array, head_VD: jax.Array) -> ExitKL:
-    """Computes `jexit.kernels.exit_kl.api.exit_kl` by its definition."""
+    """Implements `jexit.kernels.exit_kl` directly by its formula, for tests."""
     head_VD = head_VD.astype(jnp.float32)
     final_NV = h_final_ND.astype(jnp.float32) @ head_VD.T
     exits_ENV = jnp.einsum("end,vd->env", h_exits_END.astype(jnp.float32), head_VD)

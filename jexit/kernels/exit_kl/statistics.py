@@ -1,12 +1,12 @@
-"""Online statistics of the final and the exits' distributions, for tile-by-tile implementations.
+"""Online statistics for `exit_kl`, which are merged tile by tile over the vocabulary.
 
 Let z be a logit, m the largest logit of its distribution, x = z − m and S = Σ exp(x). The KL is
 computed from `C = Σ exp(x_final) (x_final − x_exit)` as KL = C / S_final − log S_final + log
 S_exit. Because this formula uses x instead of z, the KL is exact to rounding at any scale of the
 logits, and 0 for equal hidden states.
 
-All operations are elementwise over tokens and exits. These two axes may have any positions, as long
-as arrays of the final distribution broadcast against those of the exits.
+All operations are elementwise over tokens and exits. These axes may have any positions, as long as
+arrays of the final distribution broadcast against those of the exits.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 
 class Final(NamedTuple):
-    """Statistics of the final distribution over a vocabulary part; x is a logit minus `max`."""
+    """Statistics of the final distribution over part of the vocabulary; x is logit − `max`."""
 
     max: jax.Array
     sum: jax.Array  # Σ exp(x)
@@ -25,7 +25,7 @@ class Final(NamedTuple):
 
 
 class Exit(NamedTuple):
-    """Statistics of an exit's distribution over a vocabulary part; x is a logit minus `max`."""
+    """Statistics of an exit's distribution over part of the vocabulary; x is logit − `max`."""
 
     max: jax.Array
     sum: jax.Array
@@ -34,9 +34,9 @@ class Exit(NamedTuple):
 
 
 class FinalTile(NamedTuple):
-    """x and exp(x) of the final distribution in a tile; x is a logit minus the largest in the tile.
+    """x and exp(x) of the final distribution, where x is a logit minus the tile's largest logit.
 
-    The statistics of every exit in this tile are computed from both arrays.
+    The statistics of every exit in this tile are computed from these two arrays.
     """
 
     x: jax.Array
@@ -44,10 +44,10 @@ class FinalTile(NamedTuple):
 
 
 def of_final(z: jax.Array, index: jax.Array, axis: int) -> tuple[Final, FinalTile]:
-    """Returns the final distribution's statistics, and the `FinalTile`, for a tile of logits `z`.
+    """Returns the statistics and the `FinalTile` of the final distribution for a tile of logits.
 
-    The vocabulary lies along `axis`, which has length 1 in the statistics. `index` contains the
-    int32 vocabulary indices along `axis`.
+    `axis` is the vocabulary axis of the logits `z`; it has length 1 in the statistics. `index`
+    contains the int32 vocabulary indices along `axis`.
     """
     top = z.max(axis, keepdims=True)
     x = z - top
@@ -62,10 +62,10 @@ def of_final(z: jax.Array, index: jax.Array, axis: int) -> tuple[Final, FinalTil
 
 
 def of_exit(z: jax.Array, final: FinalTile, index: jax.Array, axis: int) -> Exit:
-    """Returns an exit's statistics for a tile of its logits `z`.
+    """Returns the statistics of an exit's distribution for a tile of its logits `z`.
 
-    `final` is the final distribution in this tile. `axis` and `index` are as in `of_final`: the
-    vocabulary axis, and its int32 indices.
+    `final` is the final distribution in the same tile. As in `of_final`, `axis` is the vocabulary
+    axis and `index` contains its int32 vocabulary indices.
     """
     top = z.max(axis, keepdims=True)
     x = z - top
@@ -80,13 +80,13 @@ def of_exit(z: jax.Array, final: FinalTile, index: jax.Array, axis: int) -> Exit
 def first_index(z: jax.Array, top: jax.Array, index: jax.Array, axis: int) -> jax.Array:
     """Returns the smallest entry of `index` at which `z` equals its maximum `top`.
 
-    Unlike arg-max, the computation consists of vector operations only.
+    Unlike `argmax`, this uses only elementwise operations and a minimum.
     """
     return jnp.where(z == top, index, jnp.iinfo(jnp.int32).max).min(axis, keepdims=True)
 
 
 def merge_final(left: Final, right: Final) -> Final:
-    """Merges the final distribution's statistics of two vocabulary parts; `left` comes first."""
+    """Merges the final distribution's statistics of two vocabulary parts, `left` before `right`."""
     top = jnp.maximum(left.max, right.max)
 
     def rescaled(part: Final) -> tuple[jax.Array, jax.Array]:
@@ -100,10 +100,10 @@ def merge_final(left: Final, right: Final) -> Final:
 
 
 def merge_exit(left: Exit, right: Exit, final_left: Final, final_right: Final) -> Exit:
-    """Merges an exit's statistics of two parts of the vocabulary; the part `left` comes first.
+    """Merges an exit's statistics of two parts of the vocabulary, `left` before `right`.
 
-    `final_left` and `final_right` are the final distribution's statistics of the same parts. When a
-    maximum rises, the difference x_final − x_exit shifts.
+    `final_left` and `final_right` are the statistics of the final distribution over the same parts.
+    They are needed because x_final − x_exit shifts when a maximum rises.
     """
     top = jnp.maximum(left.max, right.max)
     final_top = jnp.maximum(final_left.max, final_right.max)

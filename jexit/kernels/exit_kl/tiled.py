@@ -1,4 +1,4 @@
-"""The op `exit_kl` from statistics of each device's part of the vocabulary, which are merged."""
+"""`exit_kl` on one device or a mesh, from statistics of each device's part of the vocabulary."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from jexit.kernels.shards import Shards
 
 
 class Statistics(NamedTuple):
-    """Statistics of a part of the vocabulary: [N] for the final distribution, [E, N] for exits."""
+    """Statistics of part of the vocabulary: [N] for the final distribution, [E, N] for exits."""
 
     final: Final
     exits: Exit
@@ -26,7 +26,7 @@ Tiled = Callable[[jax.Array, jax.Array, jax.Array], Statistics]
 def exit_kl(
     tiled: Tiled, h_final_ND: jax.Array, h_exits_END: jax.Array, head_VD: jax.Array
 ) -> ExitKL:
-    """Computes `jexit.kernels.exit_kl.api.exit_kl` with `tiled`.
+    """Implements `jexit.kernels.exit_kl` on one device or a mesh.
 
     `tiled` computes the statistics of one device's tokens and vocabulary.
     """
@@ -57,7 +57,7 @@ def exit_kl(
 
 
 def merge(left: Statistics, right: Statistics) -> Statistics:
-    """Merges the statistics of two parts of the vocabulary; the part `left` comes first."""
+    """Merges the statistics of two parts of the vocabulary, `left` before `right`."""
     return Statistics(
         statistics.merge_final(left.final, right.final),
         statistics.merge_exit(left.exits, right.exits, left.final, right.final),

@@ -19,9 +19,9 @@ def exit_kl(
     chunk_tokens: int | None = None,
     chunk_vocab: int | None = None,
 ) -> ExitKL:
-    """Computes `jexit.kernels.exit_kl.api.exit_kl` in plain XLA, from the same arguments.
+    """Implements `jexit.kernels.exit_kl` in plain XLA.
 
-    `chunk_tokens` and `chunk_vocab` set the size of a tile; None means a choice by shape.
+    `chunk_tokens` and `chunk_vocab` set the tile size; None lets the shapes determine it.
     """
     if h_final_ND.shape[0] == 0:
         return reference.exit_kl(h_final_ND, h_exits_END, head_VD)

@@ -1,4 +1,4 @@
-"""The public op `linear_kl`, which calls one of several implementations."""
+"""The public op `linear_kl`, which dispatches to one of several implementations."""
 
 import jax
 
@@ -30,15 +30,14 @@ def linear_kl(
     is `KL(p ‖ q) = Σ_v p_v (log p_v − log q_v)`, `teacher_student` is `KL(q ‖ p)`, and `jeffreys`
     is the sum of both. To apply a temperature, scale the hidden states.
 
-    The gradient reaches `h_student_ND` and, as the student's head, `head_VD`. The teacher's
-    distribution carries no gradient, even if student and teacher share the head. The head's
-    gradient is computed only if the head itself is differentiated.
+    Gradients flow to `h_student_ND` and to `head_VD` as the student's head. The teacher's
+    distribution carries no gradient, even if student and teacher share the head. The gradient of
+    the head is computed only if the head itself is differentiated.
 
     Args:
       h_student_ND: the student's final hidden states, after the final norm.
       h_teacher_ND: the teacher's final hidden states, after the final norm.
-      head_VD: the student's output head, which is also the teacher's unless `head_teacher_VD` is
-        set.
+      head_VD: the student's output head; also the teacher's, unless `head_teacher_VD` is set.
       direction: `"student_teacher"`, `"teacher_student"` or `"jeffreys"`.
       head_teacher_VD: the teacher's own output head, if it differs from `head_VD`.
       implementation: `None` (by platform), `"reference"`, `"xla"`, `"pallas_tpu"` or `"pallas_gpu"`

@@ -1,4 +1,4 @@
-"""The GPU kernels of `linear_kl`: loops over tiles of logits with statistics in registers."""
+"""The GPU kernels of `linear_kl`, which loop over tiles of logits with statistics in registers."""
 
 from functools import partial
 
@@ -21,10 +21,7 @@ def linear_kl(
     direction: str = STUDENT_TEACHER,
     tile: Tile = BY_CHIP,
 ) -> jax.Array:
-    """Computes `jexit.kernels.linear_kl.api.linear_kl` on GPUs, from the same arguments.
-
-    Sizes that `tile` sets replace those chosen for the chip.
-    """
+    """Implements `jexit.kernels.linear_kl` on GPUs; sizes set in `tile` override the defaults."""
     arguments = (h_student_ND, h_teacher_ND, head_VD, head_teacher_VD)
     if h_student_ND.shape[0] == 0:
         return reference.linear_kl(*arguments, direction=direction)
@@ -47,14 +44,14 @@ def _operands(
 
 
 def _neutral(direction: str) -> Statistics:
-    """Returns statistics of an empty vocabulary; merging them changes no other statistics."""
+    """Returns the statistics of an empty vocabulary, which change nothing when merged."""
     of_student = 0.0 if direction in (STUDENT_TEACHER, JEFFREYS) else None
     of_teacher = 0.0 if direction in (TEACHER_STUDENT, JEFFREYS) else None
     return Statistics(MASKED, MASKED, 0.0, 0.0, of_student, of_student, of_teacher)
 
 
 def _statistics(tile: Tile, direction: str, *arrays: jax.Array | None) -> Statistics:
-    """Returns the statistics [N] of one device's tokens and vocabulary; see `tiled.Tiled`."""
+    """Returns the statistics [N] for the tokens and vocabulary of one device; see `tiled.Tiled`."""
     return gpu.statistics(
         lambda blocks: statistics.of_tile(*blocks.logits, direction, axis=1)[0],
         lambda left, right: statistics.merge(left, right)[0],
@@ -75,7 +72,7 @@ def _gradients(
     g_N: jax.Array,
     head_dtype: jnp.dtype | None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Returns one device's gradients of the hidden states and the head; see `tiled.Tiled`."""
+    """Returns one device's gradients for the hidden states and the head; see `tiled.Tiled`."""
 
     def dlogits(blocks: Blocks) -> jax.Array:
         g_T1, finished = blocks.rows

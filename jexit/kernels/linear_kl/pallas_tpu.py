@@ -1,4 +1,4 @@
-"""The TPU kernels of `linear_kl`: loops over tiles of logits with statistics in VMEM."""
+"""The TPU kernels of `linear_kl`, which loop over tiles of logits with statistics in VMEM."""
 
 from functools import partial
 
@@ -21,10 +21,7 @@ def linear_kl(
     direction: str = STUDENT_TEACHER,
     tile: Tile = BY_CHIP,
 ) -> jax.Array:
-    """Computes `jexit.kernels.linear_kl.api.linear_kl` on TPUs, from the same arguments.
-
-    Sizes that `tile` sets replace those chosen for the chip.
-    """
+    """Implements `jexit.kernels.linear_kl` on TPUs; sizes set in `tile` override the defaults."""
     arguments = (h_student_ND, h_teacher_ND, head_VD, head_teacher_VD)
     if h_student_ND.shape[0] == 0:
         return reference.linear_kl(*arguments, direction=direction)
@@ -46,14 +43,14 @@ def _operands(
 def _logits(blocks: Operands) -> tuple[jax.Array, jax.Array]:
     """Returns the student's and the teacher's logits [C, T] of a tile.
 
-    The teacher's logits use the last head, which is the only one if student and teacher share it.
+    The teacher uses the last head, which is the only one if student and teacher share it.
     """
     student, teacher = blocks.hidden
     return blocks.logits(student[...]), blocks.logits(teacher[...], head=len(blocks.heads) - 1)
 
 
 def _statistics(tile: Tile, direction: str, *arrays: jax.Array | None) -> Statistics:
-    """Returns the statistics [N] of one device's tokens and vocabulary; see `tiled.Tiled`."""
+    """Returns the statistics [N] for the tokens and vocabulary of one device; see `tiled.Tiled`."""
     total = tpu.statistics(
         lambda blocks: statistics.of_tile(*_logits(blocks), direction, axis=0)[0],
         lambda left, right: statistics.merge(left, right)[0],
@@ -74,7 +71,7 @@ def _gradients(
     g_N: jax.Array,
     head_dtype: jnp.dtype | None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Returns one device's gradients of the hidden states and the head; see `tiled.Tiled`."""
+    """Returns one device's gradients for the hidden states and the head; see `tiled.Tiled`."""
 
     def dlogits(blocks: Operands) -> jax.Array:
         g_1T, finished = blocks.rows

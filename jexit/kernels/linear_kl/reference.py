@@ -1,7 +1,4 @@
-"""The reference implementation of `linear_kl`: its definition, with gradients by JAX.
-
-All logits are in memory at once.
-"""
+"""The reference implementation of `linear_kl`: the formula, with all logits in memory."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +17,7 @@ def linear_kl(
     *,
     direction: str = STUDENT_TEACHER,
 ) -> jax.Array:
-    """Computes `jexit.kernels.linear_kl.api.linear_kl` by its definition."""
+    """Implements `jexit.kernels.linear_kl` directly by its formula, for tests."""
     head_teacher_VD = head_VD if head_teacher_VD is None else head_teacher_VD
     log_student_NV = _log_probability(h_student_ND, head_VD)
     log_teacher_NV = jax.lax.stop_gradient(_log_probability(h_teacher_ND, head_teacher_VD))

@@ -1,12 +1,11 @@
-"""Online statistics of two distributions, for every tile-by-tile implementation of `linear_kl`.
+"""Online statistics for `linear_kl`, which are merged tile by tile over the vocabulary.
 
-Let z be a logit, m the largest logit of its distribution, x = z − m and gap = x_student −
-x_teacher. Let p be the student's and q the teacher's distribution. In sums with the student's
-weights, the gap is centred: its value at the student's arg-max, where most of the weight is, is
-subtracted. The reason is rounding. For KL(p ‖ q), the gradient with respect to a student's logit is
-`p (gap − Σ p gap)`. If the maxima of the two distributions were hundreds of nats apart, this small
-difference of large gaps would be lost to rounding. For KL(q ‖ p) the gradient is `p − q`, and for
-Jeffreys the gradient is the sum of both gradients.
+Let p be the student's and q the teacher's distribution, z a logit, m the largest logit of its
+distribution, x = z − m and gap = x_student − x_teacher. In sums weighted by p, the gap is centred:
+its value at the student's arg-max, where most of the weight is, is subtracted. The reason is
+rounding. For KL(p ‖ q), the gradient with respect to a student's logit is `p (gap − Σ p gap)`. If
+the maxima of the two distributions were hundreds of nats apart, rounding would destroy this small
+difference of large gaps. For KL(q ‖ p) the gradient is `p − q`; for Jeffreys it is the sum of both.
 
 All operations are elementwise over the tokens, so the tokens may form a vector or a row of lanes.
 """
@@ -20,7 +19,7 @@ from jexit.kernels.linear_kl.reference import JEFFREYS, STUDENT_TEACHER, TEACHER
 
 
 class Statistics(NamedTuple):
-    """Statistics per token over a part of the vocabulary; a statistic that is not needed is None.
+    """Statistics per token over part of the vocabulary; those that are not needed are None.
 
     x is a logit minus its distribution's largest logit, and gap = x_student − x_teacher. The
     centred gap is the gap minus its value at the student's arg-max.
@@ -36,7 +35,7 @@ class Statistics(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """The weight of each row of the head in the sums of the gradient, for each token of a tile.
+    """Per-token weights of the rows of the head; the weighted sums of rows give the gradient.
 
     x is a logit minus its distribution's largest logit.
     """
@@ -47,7 +46,7 @@ class Weights(NamedTuple):
 
 
 class Rescale(NamedTuple):
-    """The factors and shift that convert a part's sums to the maxima and pivot of a larger part.
+    """The rescaling of sums over one part of the vocabulary when it is merged with another.
 
     `student` and `teacher` multiply the sums; `move` is added to the centred gap.
     """
@@ -58,7 +57,7 @@ class Rescale(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """The KL in nats, and the statistics over the whole vocabulary that the gradient needs."""
+    """The KL in nats, and the whole-vocabulary statistics that its gradient needs."""
 
     kl: jax.Array
     max_student: jax.Array
@@ -72,10 +71,10 @@ class Finished(NamedTuple):
 def of_tile(
     z_student: jax.Array, z_teacher: jax.Array, direction: str, axis: int
 ) -> tuple[Statistics, Weights]:
-    """Returns the statistics and the weights for the student's and the teacher's logits of a tile.
+    """Returns the statistics and the weights for a tile of student and teacher logits.
 
-    The vocabulary lies along `axis`, which has length 1 in the statistics. `direction` says which
-    statistics are needed.
+    `axis` is the vocabulary axis of the logits; it has length 1 in the statistics. `direction`
+    determines which statistics are needed.
     """
     max_student = z_student.max(axis, keepdims=True)
     max_teacher = z_teacher.max(axis, keepdims=True)
@@ -103,7 +102,7 @@ def of_tile(
 def merge(left: Statistics, right: Statistics) -> tuple[Statistics, Rescale, Rescale]:
     """Merges the statistics of two parts of the vocabulary.
 
-    Also returns the `Rescale` of sums over the left part and that of sums over the right part.
+    Returns the merged statistics and, for sums over the left and over the right part, a `Rescale`.
     """
     max_student = jnp.maximum(left.max_student, right.max_student)
     max_teacher = jnp.maximum(left.max_teacher, right.max_teacher)
@@ -114,7 +113,7 @@ def merge(left: Statistics, right: Statistics) -> tuple[Statistics, Rescale, Res
         pivot = jnp.where(left.max_student > right.max_student, left.pivot, pivot)
 
     def rescaled(part: Statistics) -> tuple[Statistics, Rescale]:
-        """Returns a part's statistics relative to the merged maxima and pivot, and the `Rescale`.
+        """Converts a part's statistics to the merged maxima and pivot; also returns the `Rescale`.
 
         If a maximum rises by δ, exp(x) is multiplied by exp(−δ), and gaps shift.
         """
@@ -153,7 +152,7 @@ def merge(left: Statistics, right: Statistics) -> tuple[Statistics, Rescale, Res
 
 
 def finish(total: Statistics) -> Finished:
-    """Returns the KL, and what its gradient needs, from statistics of the whole vocabulary."""
+    """Returns the KL, and the values that its gradient needs, from whole-vocabulary statistics."""
     log_sum_student, log_sum_teacher = jnp.log(total.sum_student), jnp.log(total.sum_teacher)
     # log p − log q is gap − offset; gap is the centred gap + max_teacher − pivot.
     offset = log_sum_student - log_sum_teacher

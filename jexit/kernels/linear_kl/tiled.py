@@ -1,7 +1,4 @@
-"""Forward and backward pass of `linear_kl` by tiles, for one device or a mesh.
-
-The backward pass recomputes the logits of each tile.
-"""
+"""`linear_kl` by tiles, on one device or a mesh; the backward pass recomputes the logits."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,15 +13,15 @@ from jexit.kernels.shards import Shards
 
 
 class Tiled(NamedTuple):
-    """The two functions of a tile-by-tile implementation, for one device's tokens and vocabulary.
+    """The two functions that an implementation provides, for one device's tokens and vocabulary.
 
     Attributes:
       statistics: `(direction, h_student_ND, h_teacher_ND, head_VD, head_teacher_VD)` → `Statistics`
         [N].
       gradients: `(direction, h_student_ND, h_teacher_ND, head_VD, head_teacher_VD, finished, g_N,
-        head_dtype)` → dh_ND in float32, and dhead_VD in `head_dtype`. If `head_dtype` is None,
-        dhead_VD is None. g_N is the derivative of the loss with respect to each token's KL;
-        gradients of tokens with g = 0 must be 0.
+        head_dtype)` → dh_ND in float32, and dhead_VD in `head_dtype`, or None if `head_dtype` is
+        None. g_N is the derivative of the loss with respect to each token's KL; gradients of tokens
+        with g = 0 must be 0.
     """
 
     statistics: Callable[..., statistics.Statistics]
@@ -45,7 +42,7 @@ def linear_kl(
     head_teacher_VD: jax.Array | None,
     direction: str,
 ) -> jax.Array:
-    """Computes `jexit.kernels.linear_kl.api.linear_kl` with `tiled`.
+    """Implements `jexit.kernels.linear_kl` on one device or a mesh.
 
     `tiled` contains the two functions that compute one device's statistics and gradients.
     """
@@ -74,8 +71,7 @@ def _finished(static: _Static, *arguments: Any) -> Finished:
 def _forward(static: _Static, *arguments: Any) -> tuple[jax.Array, tuple[Any, ...]]:
     """Returns the KL [N], and the residuals for the backward pass.
 
-    Each argument is an array's `value` paired with `perturbed`: whether the array is
-    differentiated.
+    Each argument is a pair: its `value`, an array, and `perturbed`, whether it is differentiated.
     """
     head_trains = arguments[2].perturbed
     values = tuple(None if pair is None else pair.value for pair in arguments)

@@ -1,14 +1,14 @@
 """The plain XLA implementation of `linear_kl`: vocabulary tiles with online softmax statistics.
 
 If only the hidden states are differentiated, the forward pass also computes the gradient. This is
-possible because each token's KL depends only on the token's own hidden state: the derivative
-`u_ND = ∂kl_N/∂h_ND` is computed while the logits are in memory. The rows of the head, weighted by
-exp(x), by exp(x) · gap and by the teacher's exp(x), are summed online like the normalisers. The
-backward pass is then `g_N · u_ND`, and the head's gradient is not computed. JAX's `symbolic_zeros`
-tells which arguments are differentiated.
+possible because the KL of a token depends only on the token's own hidden state: its derivative u_ND
+is computed while the logits are in memory. The rows of the head, weighted by exp(x), by exp(x) ·
+gap and by the teacher's exp(x), are summed online like the normalisers. The backward pass then
+returns `g_N · u_ND`, where g_N is the derivative of the loss with respect to the KL, and does not
+compute the head's gradient. JAX's `symbolic_zeros` shows which arguments are differentiated.
 
-If the head is differentiated too, or if a mesh shards the op, the forward pass keeps its statistics
-and the backward pass recomputes the logits tile by tile.
+If the head is differentiated too, or if a mesh shards the op, the forward pass stores its
+statistics and the backward pass recomputes the logits tile by tile.
 """
 
 from functools import partial
@@ -34,7 +34,7 @@ class _Static(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """Weighted sums of the head's rows, [N, D]; a sum that the direction does not need is None.
+    """Weighted sums [N, D] of the rows of the head; those that are not needed are None.
 
     x is a logit minus the largest logit. The centred gap is x_student − x_teacher minus its value
     at the student's arg-max.
@@ -60,9 +60,9 @@ def linear_kl(
     chunk_tokens: int | None = None,
     chunk_vocab: int | None = None,
 ) -> jax.Array:
-    """Computes `jexit.kernels.linear_kl.api.linear_kl` in plain XLA, from the same arguments.
+    """Implements `jexit.kernels.linear_kl` in plain XLA.
 
-    `chunk_tokens` and `chunk_vocab` set the size of a tile; None means a choice by shape.
+    `chunk_tokens` and `chunk_vocab` set the tile size; None lets the shapes determine it.
     """
     arguments = (h_student_ND, h_teacher_ND, head_VD, head_teacher_VD)
     if h_student_ND.shape[0] == 0:
@@ -85,8 +85,7 @@ def _linear_kl(static: _Static, *arguments: Any) -> jax.Array:
 def _forward(static: _Static, *arguments: Any) -> tuple[jax.Array, tuple[Any, ...]]:
     """Returns the KL [N], and the residuals for the backward pass.
 
-    Each argument is an array's `value` paired with `perturbed`: whether the array is
-    differentiated.
+    Each argument is a pair: its `value`, an array, and `perturbed`, whether it is differentiated.
     """
     head_trains = arguments[2].perturbed
     values = tuple(None if pair is None else pair.value for pair in arguments)
@@ -159,7 +158,7 @@ def _gradients(
     g_N: jax.Array,
     head_dtype: jnp.dtype | None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Returns the gradients of the student's hidden states and head; see `tiled.Tiled`."""
+    """Returns the gradients with respect to the student's states and head; see `tiled.Tiled`."""
 
     def dlogits(
         start: jax.Array | int,
@@ -191,7 +190,7 @@ def _logits(
     start: jax.Array | int,
     size: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the student's and the teacher's logits [N, C] of a tile, and the student's head rows.
+    """Returns the student's and teacher's logits [N, C] for a tile, and the student's head rows.
 
     The tile consists of the vocabulary entries `start` … `start + size − 1`.
     """
@@ -247,7 +246,7 @@ def _merge(left: _Total, right: _Total) -> _Total:
 
 
 def _unit(total: _Total) -> jax.Array:
-    """Returns ∂kl/∂h for the student's hidden state h of each token, float32 [N, D]."""
+    """Returns the float32 gradient [N, D] of each token's KL with respect to the student's h."""
     sums, rows = total.statistics, total.rows
     row_ND = rows.student / sums.sum_student
     unit_ND = jnp.zeros_like(row_ND)

@@ -1,4 +1,4 @@
-"""The log-probability of chosen tokens, entropy and log-sum-exp of a linear output head."""
+"""Log-probabilities of given tokens, entropy and log-sum-exp, for a linear output head."""
 
 from jexit.kernels.linear_logprob.api import linear_logprob
 from jexit.kernels.linear_logprob.reference import LinearLogprob

@@ -1,4 +1,4 @@
-"""The public op `linear_logprob`, which calls one of several implementations."""
+"""The public op `linear_logprob`, which dispatches to one of several implementations."""
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +23,12 @@ def linear_logprob(
     *,
     implementation: str | None = None,
 ) -> LinearLogprob:
-    """Computes the targets' log-probabilities under softmax(head · h), entropy and log-sum-exp.
+    """Computes log-probabilities of targets, entropy and log-sum-exp under softmax(head · h).
 
     With z = head · h and p = softmax(z), the log-probability of target t is
     `log p_t = z_t − log Σ_v exp z_v`, and the entropy is `H = −Σ_v p_v log p_v`. To apply a
     temperature, scale the hidden states. All three outputs carry gradients to `h_ND` and `head_VD`.
-    The head's gradient is computed only if the head itself is differentiated.
+    The gradient of the head is computed only if the head itself is differentiated.
 
     Args:
       h_ND: the final hidden states, after the final norm.

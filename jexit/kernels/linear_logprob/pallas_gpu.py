@@ -17,10 +17,7 @@ NEUTRAL = Statistics(MASKED, 0.0, 0.0, float("-inf"))  # for an empty vocabulary
 def linear_logprob(
     h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array, *, tile: Tile = BY_CHIP
 ) -> LinearLogprob:
-    """Computes `jexit.kernels.linear_logprob.api.linear_logprob` on GPUs, from the same arguments.
-
-    Sizes that `tile` sets replace those chosen for the chip.
-    """
+    """Implements `jexit.kernels.linear_logprob` on GPUs; sizes in `tile` override the defaults."""
     if h_ND.shape[0] == 0:
         return reference.linear_logprob(h_ND, head_VD, targets_N)
     kernels = tiled.Tiled(partial(_statistics, tile), partial(_gradients, tile))
@@ -30,7 +27,7 @@ def linear_logprob(
 def _statistics(
     tile: Tile, h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array
 ) -> Statistics:
-    """Returns the statistics [N] of one device's tokens and vocabulary; see `tiled.Tiled`."""
+    """Returns the statistics [N] for the tokens and vocabulary of one device; see `tiled.Tiled`."""
 
     def of_tile(blocks: Blocks) -> Statistics:
         return statistics.of_tile(*blocks.logits, blocks.index == blocks.rows, axis=1)[0]
@@ -55,7 +52,7 @@ def _gradients(
     g: LinearLogprob,
     head_dtype: jnp.dtype | None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Returns one device's gradients of the hidden states and the head; see `tiled.Tiled`."""
+    """Returns one device's gradients for the hidden states and the head; see `tiled.Tiled`."""
 
     def dlogits(blocks: Blocks) -> jax.Array:
         targets_T1, finished, g = blocks.rows

@@ -15,10 +15,7 @@ from jexit.kernels.tpu import BY_CHIP, Operands, Tile
 def linear_logprob(
     h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array, *, tile: Tile = BY_CHIP
 ) -> LinearLogprob:
-    """Computes `jexit.kernels.linear_logprob.api.linear_logprob` on TPUs, from the same arguments.
-
-    Sizes that `tile` sets replace those chosen for the chip.
-    """
+    """Implements `jexit.kernels.linear_logprob` on TPUs; sizes in `tile` override the defaults."""
     if h_ND.shape[0] == 0:
         return reference.linear_logprob(h_ND, head_VD, targets_N)
     tpu.check_covers(Operands((h_ND,), (head_VD,)))
@@ -37,7 +34,7 @@ def _logits(blocks: Operands, targets_1T: jax.Array) -> tuple[jax.Array, jax.Arr
 def _statistics(
     tile: Tile, h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array
 ) -> Statistics:
-    """Returns the statistics [N] of one device's tokens and vocabulary; see `tiled.Tiled`."""
+    """Returns the statistics [N] for the tokens and vocabulary of one device; see `tiled.Tiled`."""
     total = tpu.statistics(
         lambda blocks: statistics.of_tile(*_logits(blocks, blocks.rows), axis=0)[0],
         lambda left, right: statistics.merge(left, right)[0],
@@ -56,7 +53,7 @@ def _gradients(
     g: LinearLogprob,
     head_dtype: jnp.dtype | None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Returns one device's gradients of the hidden states and the head; see `tiled.Tiled`."""
+    """Returns one device's gradients for the hidden states and the head; see `tiled.Tiled`."""
 
     def dlogits(blocks: Operands) -> jax.Array:
         targets_1T, finished, g = blocks.rows

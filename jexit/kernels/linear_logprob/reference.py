@@ -1,7 +1,4 @@
-"""The reference implementation of `linear_logprob`: its definition, with gradients by JAX.
-
-All logits are in memory at once.
-"""
+"""The reference implementation of `linear_logprob`: the formula, with all logits in memory."""
 
 from typing import NamedTuple
 
@@ -24,7 +21,7 @@ class LinearLogprob(NamedTuple):
 
 
 def linear_logprob(h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array) -> LinearLogprob:
-    """Computes `jexit.kernels.linear_logprob.api.linear_logprob` by its definition."""
+    """Implements `jexit.kernels.linear_logprob` directly by its formula, for tests."""
     vocab = head_VD.shape[0]
     logits_NV = h_ND.astype(jnp.float32) @ head_VD.astype(jnp.float32).T
     log_NV = jax.nn.log_softmax(logits_NV)

@@ -1,4 +1,4 @@
-"""Online statistics of a distribution and a target, for tile-by-tile implementations.
+"""Online statistics for `linear_logprob`, which are merged tile by tile over the vocabulary.
 
 Let z be the logits, p = softmax(z), H the entropy of p, and t the target. The gradients with
 respect to the logit of entry v are `[v = t] − p` for the log-probability, `p` for the log-sum-exp
@@ -16,7 +16,7 @@ from jexit.kernels.linear_logprob.reference import LinearLogprob
 
 
 class Statistics(NamedTuple):
-    """Statistics per token over a part of the vocabulary; z is a logit, and x is z minus `max`."""
+    """Statistics per token over part of the vocabulary; z is a logit, and x is z minus `max`."""
 
     max: jax.Array
     sum: jax.Array  # Σ exp(x)
@@ -25,7 +25,7 @@ class Statistics(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """The weight of each row of the head in the sums of the gradient, for each token of a tile.
+    """Per-token weights of the rows of the head; the weighted sums of rows give the gradient.
 
     x is a logit minus the largest logit.
     """
@@ -35,7 +35,7 @@ class Weights(NamedTuple):
 
 
 class Rescale(NamedTuple):
-    """The factor and shift that convert a part's sums to the largest logit of a larger part.
+    """The rescaling of sums over one part of the vocabulary when it is merged with another.
 
     `scale` multiplies exp(x), where x is a logit minus the largest logit; `shift` is added to x.
     """
@@ -45,7 +45,7 @@ class Rescale(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """The op's outputs, and the statistics over the whole vocabulary that their gradients need."""
+    """The outputs of the op, and the whole-vocabulary statistics that their gradients need."""
 
     out: LinearLogprob
     max: jax.Array
@@ -56,7 +56,7 @@ class Finished(NamedTuple):
 def of_tile(z: jax.Array, hit: jax.Array, axis: int) -> tuple[Statistics, Weights]:
     """Returns the statistics and the weights for the logits `z` of a tile.
 
-    `hit` is true at the target. The vocabulary lies along `axis`, which has length 1 in the
+    `hit` is true at the target. `axis` is the vocabulary axis of `z`; it has length 1 in the
     statistics.
     """
     top = z.max(axis, keepdims=True)
@@ -75,7 +75,7 @@ def of_tile(z: jax.Array, hit: jax.Array, axis: int) -> tuple[Statistics, Weight
 def merge(left: Statistics, right: Statistics) -> tuple[Statistics, Rescale, Rescale]:
     """Merges the statistics of two parts of the vocabulary.
 
-    Also returns the `Rescale` of sums over the left part and that of sums over the right part.
+    Returns the merged statistics and, for sums over the left and over the right part, a `Rescale`.
     """
     top = jnp.maximum(left.max, right.max)
 
@@ -94,7 +94,7 @@ def merge(left: Statistics, right: Statistics) -> tuple[Statistics, Rescale, Res
 
 
 def finish(total: Statistics) -> Finished:
-    """Returns the outputs, and what their gradients need, from whole-vocabulary statistics."""
+    """Returns the outputs, and the values that their gradients need, from total statistics."""
     log_sum, mean = jnp.log(total.sum), total.spread / total.sum
     # Differences to the maximum, not to the log-sum-exp: no digits are lost at large logits.
     out = LinearLogprob(

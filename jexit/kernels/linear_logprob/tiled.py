@@ -1,7 +1,4 @@
-"""Forward and backward pass of `linear_logprob` by tiles, for one device or a mesh.
-
-The backward pass recomputes the logits of each tile.
-"""
+"""`linear_logprob` by tiles, on one device or a mesh; the backward pass recomputes the logits."""
 
 import functools
 from collections.abc import Callable
@@ -19,15 +16,15 @@ from jexit.kernels.shards import Shards
 
 
 class Tiled(NamedTuple):
-    """The two functions of a tile-by-tile implementation, for one device's tokens and vocabulary.
+    """The two functions that an implementation provides, for one device's tokens and vocabulary.
 
     Attributes:
-      statistics: `(h_ND, head_VD, targets_N)` → `Statistics` [N]. Targets count from the first row
-        of the device's `head_VD` and may lie outside of this head.
+      statistics: `(h_ND, head_VD, targets_N)` → `Statistics` [N]. Target 0 is the first row of the
+        device's `head_VD`; targets may lie outside of this head.
       gradients: `(h_ND, head_VD, targets_N, finished, g, head_dtype)` → dh_ND in float32, and
-        dhead_VD in `head_dtype`. If `head_dtype` is None, dhead_VD is None. `g` contains the
-        derivative of the loss with respect to each output, or None for an output that the loss does
-        not use; gradients of tokens for which all of these are 0 must be 0.
+        dhead_VD in `head_dtype`, or None if `head_dtype` is None. `g` contains the derivative of
+        the loss with respect to each output, or None for an output that the loss does not use;
+        gradients of tokens for which all of these are 0 must be 0.
     """
 
     statistics: Callable[..., statistics.Statistics]
@@ -42,7 +39,7 @@ class _Static(NamedTuple):
 def linear_logprob(
     tiled: Tiled, h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array
 ) -> LinearLogprob:
-    """Computes `jexit.kernels.linear_logprob.api.linear_logprob` with `tiled`.
+    """Implements `jexit.kernels.linear_logprob` on one device or a mesh.
 
     `tiled` contains the two functions that compute one device's statistics and gradients.
     """
@@ -77,8 +74,7 @@ def _finished(
 def _forward(static: _Static, *arguments: Any) -> tuple[LinearLogprob, tuple[Any, ...]]:
     """Returns the outputs [N], and the residuals for the backward pass.
 
-    Each argument is an array's `value` paired with `perturbed`: whether the array is
-    differentiated.
+    Each argument is a pair: its `value`, an array, and `perturbed`, whether it is differentiated.
     """
     values = tuple(pair.value for pair in arguments)
     finished = _finished(static, *values)

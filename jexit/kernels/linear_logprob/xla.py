@@ -1,10 +1,10 @@
 """The plain XLA implementation of `linear_logprob`: vocabulary tiles with online statistics.
 
-If only the hidden states are differentiated, the derivatives of each token's outputs are summed
-online in the forward pass, while the logits are in memory, and the head's gradient is not computed.
-Derivatives of outputs that the loss does not use are dead code, which XLA removes together with the
-matrix product of these derivatives. If the head is differentiated too, or if a mesh shards the op,
-the backward pass recomputes the logits tile by tile.
+If only the hidden states are differentiated, the forward pass sums the derivatives of each token's
+outputs online, while the logits are in memory, and the head's gradient is not computed. Derivatives
+of outputs that the loss does not use are dead code, which XLA removes with their matrix products.
+If the head is differentiated too, or if a mesh shards the op, the backward pass recomputes the
+logits tile by tile.
 """
 
 from functools import partial
@@ -37,7 +37,7 @@ class _Units(NamedTuple):
     """The derivatives of each token's entropy and log-sum-exp with respect to its hidden state.
 
     The derivative of the log-probability is not stored: it is the target's row of the head minus
-    the mean row, `logsumexp_ND`.
+    the probability-weighted mean of all rows, which is `logsumexp_ND`.
     """
 
     entropy_ND: jax.Array
@@ -52,9 +52,9 @@ def linear_logprob(
     chunk_tokens: int | None = None,
     chunk_vocab: int | None = None,
 ) -> LinearLogprob:
-    """Computes `jexit.kernels.linear_logprob.api.linear_logprob` in plain XLA.
+    """Implements `jexit.kernels.linear_logprob` in plain XLA.
 
-    `chunk_tokens` and `chunk_vocab` set the size of a tile; None means a choice by shape.
+    `chunk_tokens` and `chunk_vocab` set the tile size; None lets the shapes determine it.
     """
     if h_ND.shape[0] == 0:
         return reference.linear_logprob(h_ND, head_VD, targets_N)
@@ -78,8 +78,7 @@ def _linear_logprob(
 def _forward(static: _Static, *arguments: Any) -> tuple[LinearLogprob, tuple[Any, ...]]:
     """Returns the outputs [N], and the residuals for the backward pass.
 
-    Each argument is an array's `value` paired with `perturbed`: whether the array is
-    differentiated.
+    Each argument is a pair: its `value`, an array, and `perturbed`, whether it is differentiated.
     """
     h_ND, head_VD, targets_N = values = tuple(pair.value for pair in arguments)
     if arguments[1].perturbed:
@@ -147,7 +146,7 @@ def _gradients(
     g: LinearLogprob,
     head_dtype: jnp.dtype | None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Returns the gradients of the hidden states and the head; see `tiled.Tiled`."""
+    """Returns the gradients with respect to the hidden states and the head; see `tiled.Tiled`."""
 
     def dlogits(
         start: jax.Array | int,
@@ -200,7 +199,7 @@ def _merge(left: _Total, right: _Total) -> _Total:
 
 
 def _units(total: _Total) -> _Units:
-    """Returns the float32 derivatives of entropy and log-sum-exp with respect to h, [N, D]."""
+    """Returns the float32 gradients [N, D] of entropy and log-sum-exp with respect to h."""
     sums, rows = total.statistics, total.rows
     mean_ND = rows.weight / sums.sum
     # −p (log p + H) is −p (x − Σ p x): the normaliser cancels.
@@ -210,6 +209,6 @@ def _units(total: _Total) -> _Units:
 def _hits(targets_N: jax.Array, size: int) -> jax.Array:
     """Returns a mask [N, size] that is true at each token's target in a tile of `size` entries.
 
-    Targets count from the tile's first entry and may lie outside of the tile.
+    Target 0 is the first entry of the tile; targets may lie outside of the tile.
     """
     return targets_N[:, None] == jnp.arange(size, dtype=targets_N.dtype)
