@@ -72,7 +72,7 @@ def named_colours(scheme: str) -> dict[str, str]:
 
 
 def page_colours() -> str:
-    """Returns a page's style: its variables, and the classes of series, levels and depths."""
+    """Returns the CSS of a page: colour variables, and the classes of series, levels and depths."""
 
     def rules(scheme: str) -> str:
         named = "".join(f"--{name}:{colour};" for name, colour in named_colours(scheme).items())
@@ -83,7 +83,7 @@ def page_colours() -> str:
 
 @functools.cache
 def file_style(rules: str) -> str:
-    """Returns the style of an SVG file: `rules` with colours in place of `var(--NAME)`."""
+    """Returns the CSS of an SVG file: colour classes, and `rules` with `var(--NAME)` resolved."""
 
     def coloured(scheme: str) -> str:
         named = named_colours(scheme)

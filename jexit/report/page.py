@@ -71,8 +71,8 @@ def drawn(*charts: Chart | None, small: bool = False) -> Markup:
 def training(runs: Sequence[Run]) -> list[tuple[str, list[Chart], list[Chart]]]:
     """Returns a heading, the training curves, and small charts of other metrics for each command.
 
-    Commands are kept apart because two commands may log different quantities under the same name,
-    such as `loss`.
+    Commands have separate charts because two commands may log different quantities under the same
+    name, such as `loss`.
     """
     by_command: dict[str, list[Run]] = {}
     for run in runs:

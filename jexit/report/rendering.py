@@ -1,4 +1,4 @@
-"""Renders templates, in which everything but markup is escaped, and formats numbers."""
+"""Renders HTML and SVG templates with escaping, and formats numbers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def render(template: str, **values: Any) -> Markup:
 
 
 def asset(name: str) -> Markup:
-    """Returns the contents of the file `name` among the templates, unchanged."""
+    """Returns the contents of the file `name` in the template folder, unchanged."""
     environment = _environment()
     return Markup(environment.loader.get_source(environment, name)[0])
 
