@@ -1,4 +1,4 @@
-"""The host's part of the decoding engine, which serves rollouts, evaluation and `generate`."""
+"""The host side of the decoding engine, which serves rollouts, evaluation and `generate`."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Engine:
     def prefill(
         self, jobs: Jobs, prompts: tuple, draws: Draws, forced: ForcedPrefix | None = None
     ) -> None:
-        """Prefills (tokens_BT, length_B, job_BG) and draws each completion's first token."""
+        """Prefills `prompts` (tokens_BT, length_B, job_BG); draws each completion's first token."""
         self.prefixes, self.records = self._timed(
             prefill.prefill,
             lambda: prefill.prefill(
@@ -114,7 +114,7 @@ class Engine:
 
     @functools.cached_property
     def layers(self) -> LayerWeights | None:
-        """Each layer's weights apart, on CPUs; None on accelerators."""
+        """The weights of each layer as separate arrays on CPUs; None on accelerators."""
         if not on_cpu():
             return None
         return self._timed(apart, lambda: KEPT.of(self.graphdef, self.states))
@@ -142,7 +142,7 @@ class Engine:
 
 
 class Decoding:
-    """The decoding of one request: prefills prompts as cache slots become free, and runs the ticks.
+    """Decodes one request: prefills prompts as cache slots become free, and runs the ticks.
 
     Each data shard of the mesh decodes its own prompts in its own pool. Every host calls the same
     programs for all shards at once, so several hosts stay synchronised.
@@ -232,7 +232,7 @@ class Decoding:
         )
 
     def cut(self, length_B: np.ndarray) -> None:
-        """Ends completion b after `length_B[b]` tokens, unless that is 0; all hosts call this."""
+        """Ends completion b after `length_B[b]` tokens, unless that is 0; every host calls this."""
         self.engine.cut(place_rows(self._layout.by_job(np.asarray(length_B, np.int32))))
 
     def rollouts(self) -> Rollouts:

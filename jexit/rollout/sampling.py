@@ -71,7 +71,7 @@ class Sampling:
         )
 
     def at(self, row_B: Int[Array, "B"]) -> Sampling:
-        """Returns the settings of the completions `row_B`, which share one setting."""
+        """Returns these settings, because all completions share them; see `MixedSampling.at`."""
         return self
 
     def distribution(self, logits: Float[Array, "*A V"]) -> Float[Array, "*A V"]:
@@ -89,7 +89,7 @@ class Sampling:
         """Draws one token per row and returns (tokens, log-probabilities), each [B].
 
         The log-probabilities are those of the drawn tokens under `distribution`. Greedy decoding
-        takes the first of the largest logits, and the log-probability is then untempered.
+        takes the first of the largest logits, and computes the log-probability at temperature 1.
         """
         return _drawn(self.distribution(logits_BV), keys_B, self.greedy)
 
@@ -131,7 +131,7 @@ class MixedSampling:
 
 
 def _drawn(logits_BV: Array, keys_B: Array, greedy: bool) -> tuple[Array, Array]:
-    """Returns drawn (if `greedy`, the likeliest) tokens and their log-probabilities, [B]."""
+    """Draws tokens (if `greedy`, takes the likeliest); also returns their log-probabilities [B]."""
     top_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
     if greedy:
         token_B = _first(logits_BV == top_B1)
@@ -145,7 +145,7 @@ def _drawn(logits_BV: Array, keys_B: Array, greedy: bool) -> tuple[Array, Array]
 
 @struct.dataclass
 class Draws:
-    """The settings by which completions draw their tokens and end.
+    """The settings that decide how completions draw their tokens and when they end.
 
     `key` and `limit` are either shared by all completions or have one entry per completion. `eos_N`
     contains the end tokens.
@@ -157,7 +157,7 @@ class Draws:
     sampling: Sampling | MixedSampling
 
     def keys(self, jobs: Jobs, job_B: Int[Array, "B"], index_B: Int[Array, "B"]) -> Key[Array, "B"]:
-        """Returns a PRNG key per token: `key` with the numbers of prompt, sample and token."""
+        """Returns a PRNG key per token: folds prompt, sample and token numbers into `key`."""
         numbers = jobs.number_J[job_B], jobs.sample_J[job_B], index_B
         if not jnp.ndim(self.key):
             return jax.vmap(lambda *row: functools.reduce(jax.random.fold_in, row, self.key))(
