@@ -1,7 +1,4 @@
-"""Plans a sweep, which runs a config once for each combination of settings in a grid.
-
-The plan contains the combinations, their directories, and the arguments of their processes.
-"""
+"""Plans a sweep, which runs a config once for each combination of settings in a grid."""
 
 from __future__ import annotations
 
@@ -31,7 +28,7 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9_.,=+()-]+")
 
 
 class Asked(Record):
-    """The settings and arguments of `jexit.main` for one combination, in a file of their own."""
+    """The settings and `jexit.main` arguments of one combination, as recorded in a JSON file."""
 
     settings: dict[str, str]
     run: tuple[str, ...] | None = None
@@ -79,7 +76,7 @@ class Cell:
         return next(filter(_whole, paths), None)
 
     def numbers(self) -> dict[str, float]:
-        """Returns the numbers of the run and its evaluation that do not depend on the machine."""
+        """Returns the metrics of the run and its evaluation that do not depend on the machine."""
         found: dict[str, float] = {}
         for stage in ("before", "after"):
             path = self.workdir / f"{stage}.json"
@@ -273,7 +270,7 @@ def _whole(path: pathlib.Path) -> bool:
 
 
 def _asked(path: pathlib.Path) -> Asked | None:
-    """Returns what `Cell.begin` has recorded in `path`, or None if this is not such a file.
+    """Returns the record that `Cell.begin` wrote to `path`, or None if `path` is not such a file.
 
     Raises UserError if the record is damaged or does not contain settings.
     """
