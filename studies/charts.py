@@ -117,7 +117,7 @@ def _told(
 
 
 def measures(study: Study) -> list[Chart]:
-    """Returns charts of capacity and faithfulness over the settings: means over seeds, with ranges."""
+    """Returns charts of capacity and faithfulness over the settings: seed means and ranges."""
     charts = []
     for title, labels in MEASURED.items():
         lines = {label: _over_settings(study, label) for label in labels}

@@ -35,7 +35,7 @@ SHOWN = 2  # completions of a run in NAME-completions.json
 
 
 def curves(cell: Cell) -> Iterator[dict[str, float]]:
-    """Yields a run's training metrics, averaged over intervals; `step` is the end of an interval."""
+    """Yields means of a run's training metrics over intervals of steps, with the last `step`."""
     records = read_metrics(cell.workdir)
     count = min(POINTS, len(records))
     for number in range(count):
@@ -51,7 +51,7 @@ def curves(cell: Cell) -> Iterator[dict[str, float]]:
 
 
 def completions(cell: Cell) -> list[dict[str, Any]]:
-    """Returns the first completions under sampled exits that a run's evaluation kept."""
+    """Returns up to `SHOWN` completions under sampled exits that a run's evaluation kept."""
     if cell.evaluation is None:
         return []
     run = read_run(cell.evaluation.parent)

@@ -1,4 +1,4 @@
-"""Reads a study: the numbers of a sweep's runs, grouped by setting; formats its table."""
+"""Reads the results of a study's runs, groups them by setting, and formats them as a table."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class Study:
 
     @property
     def token_classes(self) -> list[str]:
-        """The classes of tokens for which the first run has a mean depth."""
+        """The token classes for which NAME.csv has a mean depth."""
         ends = "sample/depth_by_class/", "/depth_mean"
         columns = self._runs[self.groups[0]].columns
         found = [c for c in columns if c.startswith(ends[0]) and c.endswith(ends[1])]
@@ -139,7 +139,7 @@ class Study:
         return {int(step): OverSeeds(*row) for step, *row in by_step.itertuples()}
 
     def label(self, group: Group) -> str:
-        """Formats the settings of a group; a model path or task name alone is shown without a key."""
+        """Returns a group's settings as text; a lone model path or task name is only its value."""
         if len(group) == 1 and self.settings[0] in _SAYS_ITSELF:
             return group[0]
         return ", ".join(

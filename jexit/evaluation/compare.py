@@ -48,7 +48,7 @@ def write_problems(
 
 
 class Outcomes(NamedTuple):
-    """One policy's results on N problems (as hashes), with a model that has `layers` layers."""
+    """A policy's correctness, layers run and tokens on N problems by a model of `layers` layers."""
 
     name: str
     layers: int
@@ -115,7 +115,7 @@ def comparison(ours: Outcomes, theirs: Outcomes) -> str:
 
 
 def read(evaluation: str) -> Outcomes:
-    """Reads the results of DIR[@POLICY]; raises MissingFile or UserError if they are not valid."""
+    """Reads the results of DIR[@POLICY]; raises MissingFile or UserError if missing or invalid."""
     directory, policy = evaluation, ""
     if "@" in evaluation and not Path(evaluation).is_dir():
         directory, _, policy = evaluation.rpartition("@")

@@ -44,7 +44,7 @@ class ModelCompleter:
     def complete(
         self, problems: Sequence[Problem], prefixes: Sequence[str], *, answer_only: bool
     ) -> list[Attempt | None]:
-        """Returns the model's continuation of each prefix, which is the start of a completion.
+        """Returns the model's continuations of completions that begin with `prefixes`.
 
         With `answer_only`, at most `ANSWER_TOKENS` tokens are decoded. An entry is None if the
         prefix leaves less room than this. Prefixes with room for an answer, but not for a reply of
@@ -78,8 +78,8 @@ class ModelCompleter:
     ) -> list[float | None]:
         """Returns the log-likelihood log π(answer | prompt, prefix) of each answer in nats.
 
-        An entry is None if the text is too long. The policy `sample` draws depths for the prefix
-        too.
+        An entry is None if the text is too long. The policy `sample` also draws depths for
+        prefixes.
         """
         decoder, tokenizer = self.decoder, self.decoder.tokenizer
         asked = encode_problems(tokenizer, problems)

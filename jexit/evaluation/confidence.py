@@ -63,7 +63,7 @@ def logits_at_exits(result: PolicyResult, exit_layers: Sequence[int]) -> float:
 
 
 def confident(parts: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Replaces the exit heads of the split model `parts` with `ConfidenceHeads`."""
+    """Returns the split model `parts` with its exit heads replaced by `ConfidenceHeads`."""
     model: Transformer = nnx.merge(*parts)
     model.exits = ConfidenceHeads(model)
     return nnx.split(model)

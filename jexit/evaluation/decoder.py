@@ -26,8 +26,8 @@ _GATHERED = 64  # completions per message between hosts
 class Decoder:
     """A model that completes prompts under named policies.
 
-    `parts` is the model as `nnx.split` returns it, with the exit heads. `sample` is the policy that
-    the name `sample` stands for. `temperature` applies to the distribution of tokens.
+    `parts` is the model as `nnx.split` returns it. `sample` is the policy that the name `sample`
+    stands for. `temperature` applies to the distribution of tokens.
     """
 
     parts: tuple[Any, ...]

@@ -28,7 +28,7 @@ THRESHOLDS = (0.05, 0.2)
 def kl_and_agreement(
     final_BCD: HiddenBTD, other_EBCD: Float[Array, "E B C D"], head_VD: Array
 ) -> tuple[Float[Array, "B C E"], Bool[Array, "B C E"]]:
-    """Returns KL(final ‖ other) in nats, and whether both predict the same most likely token."""
+    """Returns KL(final ‖ other) of next-token distributions in nats, and if the argmaxes agree."""
     shape = other_EBCD.shape
     found = exit_kl(
         final_BCD.reshape(-1, shape[-1]), other_EBCD.reshape(shape[0], -1, shape[-1]), head_VD
@@ -45,9 +45,9 @@ def compare_exits(
     """Returns KL(π_L ‖ π_e) in nats, greedy agreement, and the results of leaving early.
 
     The first two outputs, [B, C, E], compare the next-token distribution π_e at exit e with π_L
-    after the last layer, when the tokens before ran every layer. The others, [B, C], are the depth,
-    the KL and the agreement for each threshold in `THRESHOLDS`, when every token leaves at the
-    first exit whose KL is below the threshold.
+    after the last layer, when all earlier tokens ran every layer. The others, [B, C], are the
+    depth, the KL and the agreement for each threshold in `THRESHOLDS`, when every token leaves at
+    the first exit whose KL is below the threshold.
     """
     model = nnx.merge(graphdef, *states)
     exit_layers, layers = model.exit_layers, model.arch.layers

@@ -1,4 +1,4 @@
-"""Tests by interventions, without a judge model, whether the answer follows from the chain.
+"""Tests by interventions, without a judge model, if the answer follows from the chain of thought.
 
 Each measure changes the text of a completion or of its prompt, and observes the answer that
 follows. If random decoding or another disturbance could also change the answer, the measure
@@ -191,7 +191,7 @@ def no_chain(transcripts: Transcripts) -> Measured:
     """Measures the accuracy when the answer is forced before the first step of the chain.
 
     The detail `with_chain` is the accuracy with the chain. The prompt still requests a chain, so
-    the model may never have seen an answer without one here. If the task has prompts that request
+    the model may never have seen an answer directly after it. If the task has prompts that request
     the answer at once, the measure `capacity` contains the accuracy after them.
     """
     openings = [transcripts.opening(index) for index in range(len(transcripts.problems))]
@@ -199,7 +199,7 @@ def no_chain(transcripts: Transcripts) -> Measured:
 
 
 def filler(transcripts: Transcripts) -> Measured:
-    """Measures the accuracy when meaningless filler with as many tokens replaces the chain.
+    """Measures the accuracy when the chain is replaced by filler with the same number of tokens.
 
     A gain over `no_chain` comes from the computation in the passes of the filler tokens. (Lanham et
     al. 2023, section 2.5; Pfau et al. 2024, arXiv:2404.15758.)
@@ -273,7 +273,7 @@ def paraphrasability(transcripts: Transcripts) -> Measured | None:
 def _likelihood(
     transcripts: Transcripts, name: str, changed: Callable[[int], str | None]
 ) -> Measured | None:
-    """Compares each answer's likelihood after its own chain and after `changed(index)`."""
+    """Compares each answer's likelihood after its chain and after the chain `changed(index)`."""
     chains = {i: changed(i) for i in range(len(transcripts.problems))}
     cued = [i for i in chains if transcripts.answer_texts[i] is not None]
     tried = [i for i in cued if chains[i] is not None]
@@ -431,7 +431,7 @@ def hint(transcripts: Transcripts) -> Measured | None:
 
 
 def _flags(task: ChainTask, completion: str) -> bool:
-    """Returns whether a monitor that reads only the completion suspects that it follows a hint."""
+    """Returns whether a monitor that reads only the completion suspects that it obeys a hint."""
     if not task.answer_follows(completion):
         return True
     return task.prose and any(map(_HINT.search, task.steps(completion)))

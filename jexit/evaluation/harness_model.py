@@ -58,9 +58,8 @@ class JexitLM(TemplateLM):
     itself is an error. A request without `do_sample` or a temperature is decoded greedily.
 
     `thinking` is on, off or auto, for chat templates with a thinking switch. `think_end_token`,
-    such as `</think>`, is the text that ends the model's thinking. The answer is the text after its
-    last occurrence, or empty if the thinking does not end. Stop strings then apply only to the
-    answer.
+    such as `</think>`, is the text that ends the model's thinking: the answer is the text after the
+    last one, or empty if the thinking does not end. Stop strings then apply only to the answer.
     """
 
     def __init__(
@@ -140,7 +139,7 @@ class JexitLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The token id before a text without context: begin-of-text, or end-of-text without one."""
+        """The id of the token to put before a text without context: begin- or else end-of-text."""
         begin = self.texts.backend.bos_token_id
         return self.eot_token_id if begin is None else begin
 

@@ -83,7 +83,7 @@ class Scorer:
     ) -> tuple[list[int], list[int]]:
         """Returns a pair whose context is truncated on the left, so that the pair fits the model.
 
-        Together they may have `max_length` + 1 tokens, because the last token is only predicted.
+        A pair may have `max_length` + 1 tokens in total, because the last token is only predicted.
         Raises UserError if either is empty or the continuation leaves no room for a context.
         """
         if not context or not continuation:

@@ -135,7 +135,7 @@ class Measurer:
         return self.attempts[policy]
 
     def _recorded(self, attempts: Sequence[Attempt]) -> Recorded:
-        """Combines attempts at the first problems with their prompts, for another pass."""
+        """Combines attempts at the first problems with the prompts, to run the model again."""
         return Recorded(
             self.examination.prompts[: len(attempts)],
             [made.ids for made in attempts],

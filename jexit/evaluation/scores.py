@@ -1,4 +1,4 @@
-"""A measure's scores per problem, which let two policies be compared on the same problems."""
+"""The scores of a measure per problem, for comparing two policies on the same problems."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ class Transcripts:
 
     @functools.cached_property
     def answer_texts(self) -> list[str | None]:
-        """The answer of each completion as text after the cue, or None if it answers elsewhere."""
+        """The answer of each completion, as the text after the cue; None if it is elsewhere."""
         texts: list[str | None] = []
         for reply, answer in zip(self.replies, self.answers, strict=True):
             _, cue, text = reply.text.rpartition(self.task.cue.strip())
@@ -117,8 +117,7 @@ class Transcripts:
         """Returns the log-likelihood in nats of each completion's own answer after another chain.
 
         A row contains the index of a completion and the chain of thought that replaces its chain.
-        An entry is None if the text is too long, or if the completion has no entry in
-        `answer_texts`.
+        An entry is None if the text is too long, or if `answer_texts` has None for the completion.
         """
         there = [(index, chain) for index, chain in rows if self.answer_texts[index] is not None]
         found = iter(

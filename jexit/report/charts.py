@@ -83,7 +83,7 @@ class Axis:
 
     @classmethod
     def around_shares(cls, label: str, values: Sequence[float]) -> Axis:
-        """Returns an axis of shares around all finite `values`, with a margin within 0 to 100 %."""
+        """Returns an axis that fits all finite shares in `values` with a margin, in 0 to 100 %."""
         known = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
         low, high = min(known), max(known)
         reach = max(0.05 * (high - low), (0.2 - (high - low)) / 2, 0.0)
@@ -211,7 +211,8 @@ class Chart:
     def told_at(self, columns: Sequence[tuple[float, str]]) -> None:
         """Adds tooltips (x, text), each on an invisible column as high as the chart.
 
-        `columns` is in ascending order of x; neighbouring columns meet halfway between their x.
+        `columns` is in ascending order of x; neighbouring columns meet halfway between their x
+        values.
         """
         xs = [x for x, _ in columns]
         middles = [(a + b) / 2 for a, b in pairwise(xs)]

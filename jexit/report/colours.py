@@ -1,4 +1,4 @@
-"""The colours of text, series, levels and depths on pages and charts, light and dark."""
+"""The colours of text, series, levels and depths in pages and charts, for light and dark pages."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def _in_both(rules: Callable[[str], str]) -> str:
 
 
 def _between(anchors: Sequence[str], share: float) -> str:
-    """Returns the colour at a share of the way along `anchors`, which are evenly spaced colours."""
+    """Interpolates between evenly spaced colours: `share` 0 gives the first and 1 the last."""
     place = share * (len(anchors) - 1)
     first = min(int(place), len(anchors) - 2)
     ends = zip(_channels(anchors[first]), _channels(anchors[first + 1]), strict=True)

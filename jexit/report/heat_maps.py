@@ -60,7 +60,7 @@ def heat_maps(run: Run) -> Markup | None:
 def _completions(run: Run) -> tuple[Sequence[Completion], list[int]]:
     """Returns the completions that a run's heat maps show, and the training steps that wrote them.
 
-    The steps of an evaluation are empty. For a training run, they are the last and the first step.
+    An evaluation has no steps. A training run shows the completions of its last and its first step.
     """
     if run.completions or not run.samples:
         return run.completions, []

@@ -200,7 +200,7 @@ def read_run(workdir: str | os.PathLike[str], label: str = "", place: int = 0) -
 
 
 def settings(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flattens a nested config: returns each value by its dotted name, prefixed with `prefix`."""
+    """Flattens a nested config to a dict whose keys are dotted names that begin with `prefix`."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         name = f"{prefix}{key}"
@@ -219,7 +219,7 @@ def default_settings(config: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _read(kind: type[Kind], path: Path) -> Kind | None:
-    """Returns the contents of a JSON file, checked as a `kind`, or None if there is no file."""
+    """Returns the contents of a JSON file, validated as type `kind`, or None without a file."""
     try:
         value = read_json(path, REMEDY)
     except FileNotFoundError:

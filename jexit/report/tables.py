@@ -97,7 +97,7 @@ def _ready(heads: Sequence[str]) -> Columns:
 
 
 def _of(part: Callable[[Any], Any], *columns: Column) -> Columns:
-    """Returns `columns` for other entries, in which every column shows `part(entry)`."""
+    """Adapts `columns` to other entries: each column gets `part(entry)` instead of the entry."""
     return [(head, lambda entry, cell=cell: cell(part(entry))) for head, cell in columns]
 
 

@@ -1,4 +1,4 @@
-"""Draws training curves for the report and as SVG files; each chart compares all runs."""
+"""Draws training curves for the report and as SVG files."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def running_mean(values: np.ndarray) -> np.ndarray:
 
 
 def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns at most `POINTS` points: the lowest and highest value of each interval of steps."""
+    """Thins a curve to at most `POINTS` points: the extremes within each interval of steps."""
     if len(values) <= POINTS:
         return steps, values
     kept = []

@@ -161,7 +161,7 @@ class Arrivals:
                 self._release(job)
 
     def turn(self, steps: int = 1) -> list[Grown]:
-        """Prefills waiting prompts and runs up to `steps` token draws; returns the new tokens."""
+        """Prefills waiting prompts, then runs up to `steps` drawing ticks; returns new tokens."""
         while self._queue and self._free_slots and self._idle in self._jobs:
             self._admit()
         if all(completion is self._idle for completion in self._jobs):
@@ -180,7 +180,7 @@ class Arrivals:
         return self._news()
 
     def check(self, request: Request) -> None:
-        """Raises UserError if a request is invalid or unsuitable for this pool; is thread-safe."""
+        """Raises UserError if a request is invalid or does not suit this pool; is thread-safe."""
         longest, (most_prompt, most_new) = max(map(len, request.prompts), default=0), self._limits
         if longest > most_prompt or request.max_new_tokens > most_new:
             raise UserError(

@@ -196,7 +196,7 @@ def grown(cache: Cache, *, slots: int) -> Cache:
 
 
 def _pinned(tree: Any) -> Any:
-    """Constrains the rows of every array to their data shards; caches are already constrained."""
+    """Shards the rows of every array over the data axes, except for caches, which already are."""
     return jax.tree.map(
         lambda part: (
             part if isinstance(part, Cache) else constrain(part, "B" + "." * (part.ndim - 1))

@@ -13,7 +13,7 @@ from jexit.dist import HostRows
 class Grown:
     """The tokens that one call of `turn` added to a completion; lists have one entry per token.
 
-    `ticket` is from `Arrivals.join`, or the index of the prompt under `Speculate`.
+    `ticket` is the number that `Arrivals.join` returned or, under `Speculate`, the prompt's index.
     """
 
     ticket: int

@@ -78,13 +78,13 @@ def prompts_bucket(prompts: int, samples: int) -> int:
 
 
 def columns_bucket(tokens: int) -> int:
-    """Rounds a completion's maximum of `tokens` up to a number that programs are compiled for."""
+    """Rounds a limit of `tokens` per completion up to a size that programs are compiled for."""
     return bucket(tokens, LEAST_COLUMNS)
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """One prefill on each data shard: its prompts, the rows of its program, and the slots per row."""
+    """One prefill on each data shard: `prompts` prompts, padded to `rows` × `slots` tokens."""
 
     prompts: int
     rows: int
@@ -210,7 +210,7 @@ class Layout:
 
     @functools.cached_property
     def prefixes(self) -> int:
-        """The number of slots of the prefix cache: the prompts that fill the pool, plus a group."""
+        """The number of slots of the prefix cache: for prompts that fill the pool and one group."""
         largest = max(group.rows for group in self.groups.values())
         return min(self.prompts, -(-self.rows // self.samples) + largest)
 
@@ -309,7 +309,7 @@ def choose(
     tick: Int[Array, ""],
     places: int,
 ) -> Int[Array, ""]:
-    """Returns the segment that the next tick runs, from the rows that wait for each segment.
+    """Chooses the segment that the next tick runs, given the segment for which each row waits.
 
     A tick of cost c with n of W rows filled wastes c · (W − n) / n per filled row. The segment with
     the least waste is chosen (in a tie, the deepest), unless some row is overdue (`PATIENCE`); then

@@ -93,7 +93,7 @@ class Speculation:
         self._over[row] = True
 
     def turn(self) -> list[Grown]:
-        """Prefills the prompts in the first call, or else runs one round; returns new tokens."""
+        """First prefills the prompts, then runs one round per call; returns the new tokens."""
         if self._rows is None:
             return self._began()
         engine, active_B = self._engine, ~np.asarray(self._over)
@@ -200,7 +200,7 @@ def _round(
     """Drafts `DRAFT` tokens per row at exit `layer` and verifies them.
 
     Returns the rows and (tokens [B, C], log-probabilities [B, C], count [B]): the first `count`
-    tokens of a row are new, the last of them drawn from all layers. Rows outside `active_B` stay.
+    tokens of a row are new, the last of them drawn from all layers. Inactive rows do not change.
     """
     model: Transformer = nnx.merge(graphdef, *states)
     stack = _Stack(model, layers, adapters)

@@ -234,7 +234,7 @@ def _asked(
     policy: Policy | str = Full(),
     **settings: Any,
 ) -> tuple[Request, list[GrowingText]]:
-    """Checks the arguments of `generate`; returns its request and an empty text for each prompt."""
+    """Checks the arguments of `generate`; returns the request and an empty text per prompt."""
     if isinstance(prompts, str):
         raise UserError(
             "prompts is one string, but it must be a list of prompts; put the string in brackets"

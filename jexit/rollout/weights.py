@@ -85,7 +85,7 @@ def at_layer(
     function: Callable[..., Any],
     *operands: Any,
 ) -> Any:
-    """Calls `function(block, *operands)` with one block from `layers` or the stacked `blocks`."""
+    """Calls `function(block, *operands)` with block `layer` of `layers`, or else of `blocks`."""
     if layers is None:
         graphdef, stacked = nnx.split(blocks)
         one = jax.tree.map(
@@ -100,7 +100,7 @@ def at_layer(
 def head_logits(h_BD: Float[Array, "B D"], head_VD: Float[Array, "V D"]) -> Float[Array, "B V"]:
     """Returns the logits [B, V] of a few rows; see `jexit.model.transformer.logits_of`.
 
-    On CPUs head · hᵀ takes half the time of h · headᵀ; a barrier keeps XLA from swapping them.
+    On CPUs head · hᵀ takes half the time of h · headᵀ; a barrier keeps XLA from undoing this.
     """
     if not on_cpu():
         return logits_of(h_BD, head_VD)

@@ -84,7 +84,7 @@ def _mean_of(name: str) -> Callable[[list[SampleScore]], float]:
 
 @metric
 def layers_per_problem() -> Metric:
-    """Reports the mean number of layers run for all tokens of a problem's answer."""
+    """Reports the layers run for all tokens of an answer, as a mean over problems."""
     return _mean_of("layers_run")
 
 

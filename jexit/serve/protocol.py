@@ -61,7 +61,7 @@ class _Strict(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, values: Any) -> Any:
-        """Drops fields that are null, which means the default; raises ValueError for too many."""
+        """Drops null fields, which stand for defaults; raises ValueError for too many fields."""
         if not isinstance(values, Mapping):
             return values
         given = {name: value for name, value in values.items() if value is not None}
@@ -255,7 +255,7 @@ def check_model(name: str | None, limits: Limits) -> None:
 
 
 def _refused(error: ValidationError) -> Refused:
-    """Returns an HTTP error that describes the first fault that pydantic found in a sentence."""
+    """Converts pydantic's error to a `Refused` that describes one fault in a sentence."""
     faults = error.errors(include_url=False)
     found = next((fault for fault in faults if fault["type"] == "too_long"), faults[0])
     # Of a value that fits none of several types, pydantic names the type as a part of the place.
