@@ -117,7 +117,7 @@ def _told(
 
 
 def measures(study: Study) -> list[Chart]:
-    """Returns charts of capacity and faithfulness over the settings: seed means and ranges."""
+    """Returns charts of capacity and faithfulness over settings: means and ranges of the seeds."""
     charts = []
     for title, labels in MEASURED.items():
         lines = {label: _over_settings(study, label) for label in labels}
@@ -209,7 +209,10 @@ def _known(points: Iterable[OverSeeds]) -> bool:
 
 
 def _colours(study: Study) -> dict[Group, str]:
-    """Returns a style class per group: ordered levels for one varying setting, else series."""
+    """Returns the style class of each group.
+
+    The classes are levels if one setting varies or there are many groups, and series otherwise.
+    """
     groups = study.groups
     varying = [values for values in zip(*groups, strict=True) if len(set(values)) > 1]
     if len(varying) == 1 or len(groups) > SERIES:
@@ -232,7 +235,7 @@ CHARTS = {
 
 
 def drawn(study: Study, directory: Path, wanted: Collection[str] | None = None) -> dict[Path, str]:
-    """Returns the SVG files NAME-CHART.svg of all wanted charts, or of all that have numbers.
+    """Returns the path and SVG text of each wanted chart, or of every chart that has numbers.
 
     Raises UserError for a wanted chart without numbers.
     """

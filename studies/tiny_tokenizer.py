@@ -98,7 +98,7 @@ def _merged(pieces: list[str], left: str, right: str) -> list[str]:
 
 
 def build() -> Tokenizer:
-    """Returns the tokenizer, with exactly VOCAB_SIZE entries."""
+    """Builds the tokenizer, with exactly `VOCAB_SIZE` entries."""
     words = task_words()
     entries = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     whole = [*SYMBOLS, *map(written, words)]

@@ -40,7 +40,7 @@ class Examination:
         return cls(task, tokenizer, *held_out(task, tokenizer, config, config.eval.problems))
 
     def attempts(self, decoder: Decoder, policy: Policy, name: str) -> tuple[list[Attempt], float]:
-        """Decodes and judges an attempt at each problem; also returns the tokens per second."""
+        """Returns a decoded and judged attempt at each problem, and the tokens per second."""
 
         def judge(numbers: Sequence[int], attempts: Sequence[Attempt]) -> list[Verdict]:
             return judged(self.task, [self.problems[number] for number in numbers], attempts)
@@ -80,7 +80,7 @@ def policy_result(
     *,
     tokens_per_second: float = math.nan,
 ) -> PolicyResult:
-    """Summarises the judged attempts under the policy called `policy`, one attempt per problem."""
+    """Computes a policy's accuracy, depth and other results from a judged attempt per problem."""
     histogram = np.bincount(
         [depth for made in attempts for depth in made.depths], minlength=layers + 1
     )
@@ -118,7 +118,7 @@ def policy_result(
 
 
 def part_totals(attempts: Sequence[Attempt]) -> dict[str, tuple[float, int]]:
-    """Returns the sum and count of each named part of the reward, with the keys `reward/NAME`."""
+    """Sums each named part of the reward: returns (sum, count) for each key `reward/NAME`."""
     verdicts = [attempt.verdict for attempt in attempts if attempt.verdict]
     names = dict.fromkeys(name for verdict in verdicts for name in verdict.parts)
     found = {name: [v.parts[name] for v in verdicts if name in v.parts] for name in names}

@@ -28,9 +28,9 @@ def prescribed(
 ) -> list[Capacity]:
     """Returns each policy's accuracy on prompts that prescribe the step size `granularity`.
 
-    `by_policy` must contain the policy `full`. Each record also contains the share of completions
-    with steps of this size, the accuracy of these completions, and the difference in accuracy from
-    full depth.
+    `by_policy` maps policies, which must include `full`, to their results and attempts. Each record
+    also contains the share of completions with steps of this size, the accuracy of these
+    completions, and the difference in accuracy from full depth.
     """
     task = examination.task
     assert isinstance(task, ChainTask)
@@ -69,8 +69,7 @@ def begun_steps(
     prefix counts as the model's own text: the policy decides the depths of its tokens too.
 
     A model that has not written steps of some size for a long time may have forgotten their format.
-    Such a loss is not caused by depth; the comparison with full depth (`less_full`) separates the
-    two.
+    Such a loss is not caused by depth; comparing with full depth (`less_full`) removes it.
     """
     rows = [
         (size, number, completer.opening + begun)
@@ -113,7 +112,7 @@ def begun_steps(
 
 
 def less_full(entry: Capacity, ours: Scores, full: Scores) -> Capacity:
-    """Returns `entry` with the difference in accuracy from full depth on the same problems."""
+    """Returns `entry` plus the difference in accuracy from full depth on the same problems."""
     pair = paired(entry.policy, "accuracy", ours, full)
     assert pair is not None, "every policy has the same problems"
     return entry.model_copy(

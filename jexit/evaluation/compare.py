@@ -35,7 +35,7 @@ FIELDS = ("policy", "problem", "correct", "layers", "tokens")
 def write_problems(
     path: Path, problems: Sequence[Problem], attempts: Mapping[str, Sequence[Attempt]]
 ) -> None:
-    """Writes a CSV row per attempt: policy, hash of the problem, correctness, layers and tokens."""
+    """Writes a CSV row per attempt: policy, problem hash, correctness, layers and tokens."""
     names = [f"{stable_hash(problem.messages, problem.answer):016x}" for problem in problems]
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")

@@ -78,8 +78,7 @@ class ModelCompleter:
     ) -> list[float | None]:
         """Returns the log-likelihood log π(answer | prompt, prefix) of each answer in nats.
 
-        An entry is None if the text is too long. The policy `sample` also draws depths for
-        prefixes.
+        An entry is None if the text is too long. The policy `sample` draws depths for prefixes too.
         """
         decoder, tokenizer = self.decoder, self.decoder.tokenizer
         asked = encode_problems(tokenizer, problems)

@@ -52,8 +52,8 @@ def is_confidence(policy: str) -> bool:
 def logits_at_exits(result: PolicyResult, exit_layers: Sequence[int]) -> float:
     """Returns the mean number of exits per token at which the full logits were computed.
 
-    A token computes them at each exit up to its depth. The first token of a completion does not:
-    the prompt's last pass, which always runs every layer, produces it.
+    These are all exits up to a token's depth. The first token of a completion counts none, because
+    it comes from the prompt's last pass, which always runs every layer.
     """
     asked = sum(
         count * sum(layer <= int(depth) for layer in exit_layers)

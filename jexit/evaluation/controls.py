@@ -26,7 +26,7 @@ from jexit.tasks import Attempt
 def evaluate_control(
     decoder: Decoder, examination: Examination, name: str, of: Sequence[Attempt]
 ) -> tuple[PolicyResult, list[Attempt]]:
-    """Evaluates the control called `name` of the policy whose attempts are `of`."""
+    """Evaluates the control `name` of a policy, given that policy's attempts `of`."""
     if name.startswith("shuffled"):
         depth_BT = shuffled_depths(
             of, decoder.layers, columns=decoder.max_new_tokens, seed=decoder.seed
@@ -87,7 +87,7 @@ def mixed(
     order = np.random.default_rng(seed).permutation(len(shallow))
 
     def totals(of: Callable[[Attempt], int]) -> np.ndarray:
-        """Returns the sum of `of` over attempts after 0, 1, 2, … problems switched to `deep`."""
+        """Sums `of` over the chosen attempts after 0, 1, 2, … problems switched to `deep`."""
         gains = [of(deep[index]) - of(shallow[index]) for index in order]
         return np.cumsum([sum(map(of, shallow)), *gains])
 

@@ -93,7 +93,7 @@ class Transcripts:
         return Draw("faithfulness", name, self.seed, self.numbers[index])
 
     def canonical(self, answer: str) -> str | None:
-        """Returns `answer` in the form in which the task's `final_answer` returns answers."""
+        """Returns `answer` in the normal form of the task's `final_answer`, or None without one."""
         return self.task.final_answer(self.task.cue + answer)
 
     def forced(self, rows: Sequence[tuple[Problem, str]]) -> list[Continuation | None]:
@@ -103,7 +103,7 @@ class Transcripts:
 
     @functools.cached_property
     def answer_texts(self) -> list[str | None]:
-        """The answer of each completion, as the text after the cue; None if it is elsewhere."""
+        """The text of each completion's answer after the cue, or None if it answers elsewhere."""
         texts: list[str | None] = []
         for reply, answer in zip(self.replies, self.answers, strict=True):
             _, cue, text = reply.text.rpartition(self.task.cue.strip())

@@ -296,7 +296,7 @@ class Chart:
 def marker(
     shape: str, x: float, y: float, classes: str, title: str = "", size: float = 1.0
 ) -> Path:
-    """Returns a circle, square, triangle or diamond, which the prefix `open-` makes hollow."""
+    """Returns a circle, square, triangle or diamond, hollow if `shape` has the prefix `open-`."""
     kind = shape.removeprefix("open-")
     classes = f"mark open {classes}" if kind != shape else f"mark {classes}"
     if kind == "circle":
@@ -313,7 +313,7 @@ def marker(
 
 
 def as_file(charts: Sequence[Chart], columns: int = 1) -> str:
-    """Returns the text of an SVG file with the charts in rows of `columns` charts."""
+    """Lays out charts in a grid with `columns` columns, and returns the text of an SVG file."""
     width, gap = max(chart.width for chart in charts), 28.0
     groups: list[Group] = []
     top = 0.0
@@ -362,7 +362,7 @@ _LEAST = 1e-300  # smaller floats lose digits, and the smallest have no logarith
 def round_ticks(
     low: float, high: float, count: int = 5, *, whole: bool = False
 ) -> tuple[tuple[float, float], list[float]]:
-    """Returns a range that contains `low` and `high`, and about `count` round numbers in it."""
+    """Returns an axis range that contains `low` and `high`, and about `count` round ticks in it."""
     if not high - low > max(1e-9 * max(abs(low), abs(high)), _LEAST):
         reach = 0.5 * abs(low) if abs(low) > _LEAST else 1.0
         low, high = low - reach, high + reach

@@ -239,7 +239,7 @@ def granularities(entries: Sequence[Capacity]) -> list[str]:
 
 
 def reliability(entries: Sequence[HazardCalibration]) -> list[Chart]:
-    """Returns charts of the mean target over the mean hazard of each bin, one line per exit."""
+    """Returns reliability diagrams of hazards: mean target over mean hazard per bin and exit."""
     charts = []
     for entry in entries:
         chart = Chart(

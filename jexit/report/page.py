@@ -69,7 +69,7 @@ def drawn(*charts: Chart | None, small: bool = False) -> Markup:
 
 
 def training(runs: Sequence[Run]) -> list[tuple[str, list[Chart], list[Chart]]]:
-    """Returns a heading, the training curves, and small charts of other metrics for each command.
+    """Returns, for each command, a heading, the training curves and small charts of other metrics.
 
     Commands have separate charts because two commands may log different quantities under the same
     name, such as `loss`.

@@ -56,7 +56,7 @@ def _environment() -> jinja2.Environment:
 
 
 def number(value: float | None, digits: int = 2) -> str:
-    """Formats a number with `digits` decimals and separated thousands, or as a dash if unknown."""
+    """Formats a number with `digits` decimals and thousands separators, or a dash if unknown."""
     if value is None or not math.isfinite(value):
         return "–"
     return f"{value:,.{digits}f}".replace(",", "\u202f").replace("-", "−")

@@ -228,7 +228,7 @@ def _read(kind: type[Kind], path: Path) -> Kind | None:
 
 
 def _read_lines(path: Path, read: Any) -> tuple[list[dict[str, Any]], list[str]]:
-    """Returns the records of a file of JSON lines, and sentences about lines that were left out."""
+    """Returns the records of a JSON Lines file, and messages about lines that were left out."""
     try:
         lines = read_bytes(path, REMEDY).splitlines(keepends=True)
     except FileNotFoundError:

@@ -92,7 +92,7 @@ def table(
 
 
 def _ready(heads: Sequence[str]) -> Columns:
-    """Returns columns named `heads` for rows that already are sequences of cells."""
+    """Returns columns with the names `heads`, for rows that are already sequences of cells."""
     return [(head, operator.itemgetter(place)) for place, head in enumerate(heads)]
 
 

@@ -39,7 +39,7 @@ def rollout(
     size: EngineSize = AUTOMATIC,
     **settings: Any,
 ) -> Rollouts:
-    """Returns completions of token prompts, decoded with early exits after one prefill per prompt.
+    """Completes prompts of token IDs with early exits, after one prefill per prompt.
 
     `prompts` and `settings` are the fields of `jexit.rollout.Request`. `model` is a `Transformer`
     or the tuple that `nnx.split(model, ...)` returns; a training loop passes the tuple, which saves
@@ -262,7 +262,7 @@ class Decoding:
         )
 
     def _of_all(self, numbers: Iterable[int]) -> np.ndarray:
-        """Returns the `numbers` of all hosts' prompts as one array, in batch order."""
+        """Gathers one number per prompt from all hosts, as an array in batch order."""
         mine = [self._here.index_B.tolist(), list(numbers)]
         number_B = np.zeros(self._total, np.int32)
         for index_B, here_B in gather("the prompts' lengths", mine):
@@ -270,7 +270,7 @@ class Decoding:
         return number_B
 
     def _placed(self, policy: Policy, columns: int) -> Policy:
-        """Returns the policy with its per-completion arrays in job order and on the mesh."""
+        """Returns the policy with its per-completion arrays in job order, sharded over the mesh."""
         policy.check_rows(self._total * self._layout.samples, columns)
         room = ((0, 0), (0, columns_bucket(columns) - columns))
 

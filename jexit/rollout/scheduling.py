@@ -232,7 +232,7 @@ class Layout:
         return prefilled + self.groups[prefilled].prompts - self.prefixes <= int(begun_S.min())
 
     def group(self, first: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the indices and lengths [S, B] of the prompts in each shard's group at `first`.
+        """Returns the indices and lengths [S, B] of each shard's prompts in the group at `first`.
 
         Padding has the index `prompts` and the length 1.
         """
@@ -267,7 +267,7 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Segments:
-    """The segments of the layer stack: segment s is layers `bounds[s]` … `bounds[s + 1]` − 1."""
+    """The segments of the layer stack; segment s has layers `bounds[s]` to `bounds[s + 1]` − 1."""
 
     bounds: tuple[int, ...]
     head: float  # the cost of drawing a token, in layers

@@ -322,7 +322,7 @@ class GrowingText:
         return len(self._ids)
 
     def grow(self, ids: Sequence[int], over: bool) -> bool:
-        """Adds tokens, the last ones if `over`; returns whether a stop string ended the text.
+        """Appends tokens, the last ones if `over`; returns whether a stop string ended the text.
 
         If so, the tokens after the one that completed the stop string are dropped.
         """

@@ -97,7 +97,7 @@ class Ticks:
         return jnp.any(goes_on_P & (slot_P >= pool.cache.slots))
 
     def tick(self, pool: Pool, records: Records) -> tuple[Pool, Records, Array]:
-        """Runs one segment; returns the pool, the records, and 1 if tokens were drawn, else 0."""
+        """Runs one tick; returns the pool, the records, and 1 if tokens were drawn, else 0."""
         segments, tick = self.segments, pool.tick[0]
         free_P = pool.job_P == FREE
         # Free rows wait for segment 0 too, up to the number of completions that can begin.

@@ -80,7 +80,7 @@ class TextFormat(_Strict):
 
 
 class Part(_Strict):
-    """A part of a message's content; only text is served."""
+    """A part of a message's content; only text is supported."""
 
     type: Literal["text"]
     text: Text

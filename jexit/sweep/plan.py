@@ -71,12 +71,12 @@ class Cell:
 
     @property
     def evaluation(self) -> pathlib.Path | None:
-        """The path of the finished `eval.json` of the run or of its evaluation, or None."""
+        """The path of the complete `eval.json` of the run's evaluation or the run, or None."""
         paths = (self.workdir / "eval" / EVALUATED, self.workdir / EVALUATED)
         return next(filter(_whole, paths), None)
 
     def numbers(self) -> dict[str, float]:
-        """Returns the metrics of the run and its evaluation that do not depend on the machine."""
+        """Returns the metrics of the run and its evaluation, except those of speed and memory."""
         found: dict[str, float] = {}
         for stage in ("before", "after"):
             path = self.workdir / f"{stage}.json"
@@ -121,7 +121,7 @@ class Sweep:
 
     @classmethod
     def parse(cls, arguments: Sequence[str]) -> Sweep:
-        """Returns the sweep that the arguments of a command line describe.
+        """Parses the arguments of a sweep's command line.
 
         Raises UserError if an argument is unknown, repeated, missing, invalid or in conflict with
         another argument.
@@ -302,7 +302,7 @@ def _rank(value: str) -> tuple[float, str]:
 
 
 def _flag(value: Any) -> str:
-    """Returns a value of `config.json` as the string for a flag; lists become tuples."""
+    """Formats a value of `config.json` for a command-line flag; lists become tuples."""
     return str(tuple(value)) if isinstance(value, list) else str(value)
 
 
