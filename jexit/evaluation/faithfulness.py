@@ -239,10 +239,10 @@ def necessity(transcripts: Transcripts) -> Measured | None:
 
     S is the log-likelihood of the completion's own answer after its chain, and S' the one directly
     after the prompt. The value is the mean of (S − S') / −(S + S'), from −1 to 1. It is 0 if the
-    answer is as likely without the chain, and near 1 if only the chain makes it likely. S and S'
-    are at most `LEAST`, so that two certain answers count as equally likely. `logprob` and
-    `logprob_changed` are the means of S and S' in nats. (Liu et al. 2026, arXiv:2602.13904, without
-    an upper limit.)
+    answer is as likely without the chain, and near 1 if only the chain makes it likely. In the
+    value, S and S' are at most `LEAST`, so that two certain answers count as equally likely.
+    `logprob` and `logprob_changed` are the means of S and S' in nats, without this limit. Returns
+    None if no answer follows the cue. (Liu et al. 2026, arXiv:2602.13904, without an upper limit.)
     """
     return _likelihood(transcripts, "necessity", transcripts.opening)
 

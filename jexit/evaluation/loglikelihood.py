@@ -83,8 +83,8 @@ class Scorer:
     ) -> tuple[list[int], list[int]]:
         """Returns a pair whose context is truncated on the left, so that the pair fits the model.
 
-        A pair may have `max_length` + 1 tokens in total, because the last token is only predicted.
-        Raises UserError if either is empty or the continuation leaves no room for a context.
+        A pair may have `max_length` + 1 tokens, because the last one is only predicted. Raises
+        UserError if a part is empty or if the continuation leaves no room for a context.
         """
         if not context or not continuation:
             raise UserError(
@@ -194,7 +194,7 @@ def token_scores(
     policy: Policy,
     key: PRNGKey,
 ) -> tuple[Float[Array, "B C"], Bool[Array, "B C"], Int[Array, "B C"]]:
-    """Returns the log-probability (nats) and depth of each token, and whether it is greedy."""
+    """Returns each continuation token's log-probability (nats), if it is greedy, and its depth."""
     model: Transformer = nnx.merge(graphdef, *states)
     if policy.draws:
         policy = OwnDraws.of(policy, batch)

@@ -230,10 +230,10 @@ class Chart:
             self._taken.append((x - 3, y - 3, x + 3, y + 3))
 
     def label_points(self, labels: Sequence[tuple[float, float, str, str]]) -> None:
-        """Writes each label (x, y, text, class) beside its point, where the label overlaps least.
+        """Writes each label (x, y, text, class) beside its point, where it overlaps others least.
 
         Labels of one class whose points almost coincide form one block with a line per text. A thin
-        line connects a block to its point if the block is not beside it.
+        line connects a block to its point if the two are far apart.
         """
         blocks: list[tuple[float, float, str, list[str]]] = []
         for x, y, text, class_ in labels:

@@ -236,7 +236,7 @@ def truncate_top_p(logits: Float[Array, "*A V"], top_p: Float[Array, ""] | float
 
 
 def truncate_min_p(logits: Float[Array, "*A V"], min_p: Float[Array, ""] | float) -> Array:
-    """Returns logits with −inf where p < min_p · max p, for p = softmax(logits) (arXiv:2407.01082)."""
+    """Returns logits with −inf where p = softmax(logits) < min_p · max p (arXiv:2407.01082)."""
     least = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(min_p)
     return jnp.where(logits >= least, logits, -jnp.inf)
 

@@ -60,7 +60,7 @@ class PoolThread(threading.Thread):
         self._inbox.put((stream, choice))
 
     def close(self) -> None:
-        """Handles the requests sent so far, ends all streams, and waits for the thread to end."""
+        """Ends all open streams with RunEnded, then the thread, and waits for the thread to end."""
         self._closed = True
         self._inbox.put(None)
         self.join()
