@@ -90,7 +90,7 @@ def layers_per_problem() -> Metric:
 
 @metric
 def depth_fraction() -> Metric:
-    """Reports the layers run as a share of the model's layers, over all tokens."""
+    """Reports the share of the model's layers that ran, over the tokens of all answers."""
 
     def fraction(scores: list[SampleScore]) -> float:
         found = [each.score.metadata or {} for each in scores]
