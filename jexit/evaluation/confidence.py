@@ -36,7 +36,7 @@ class ConfidenceHeads(nnx.Module):
         self.shift = None if maps is None else ExitParam(maps[1])
 
     def __call__(self, h: Float[Array, "*A D"], exit_index: Int[Array, ""]) -> Float[Array, "*A"]:
-        """Returns float32 confidence logits [...] of exit `exit_index` for residuals h [..., D]."""
+        """Returns float32 logits [...] of the confidence of exit `exit_index`, for h [..., D]."""
         if self.map is not None and self.shift is not None:
             h = h + (h @ self.map[exit_index] + self.shift[exit_index]).astype(h.dtype)
         head_VD = (self.embed.embedding if self.head is None else self.head.kernel)[...]

@@ -126,7 +126,7 @@ class Measurer:
         return self.split.decodable(self.split.trainable)
 
     def _hazard_policy(self, policy: str) -> Sample:
-        """Returns the hazard settings for `policy`: the decoder's if it is `sample`, else defaults."""
+        """Returns the hazard settings for `policy`: the decoder's if `sample`, else defaults."""
         return self.decoder.sample if policy == "sample" else Sample()
 
     def _attempts(self, policy: str) -> list[Attempt]:

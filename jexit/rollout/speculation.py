@@ -93,7 +93,7 @@ class Speculation:
         self._over[row] = True
 
     def turn(self) -> list[Grown]:
-        """First prefills the prompts, then runs one round per call; returns the new tokens."""
+        """Prefills prompts in the first call, and runs one round in others; returns new tokens."""
         if self._rows is None:
             return self._began()
         engine, active_B = self._engine, ~np.asarray(self._over)
