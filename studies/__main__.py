@@ -1,18 +1,19 @@
-"""Tables and charts of studies, from the numbers that are kept beside them.
+"""Makes the tables and charts of studies from the numbers that `python -m studies.collect` wrote.
 
     python -m studies docs/results
 
-The directory holds what `python -m studies.collect` takes from sweeps: for each study NAME.csv,
-NAME-curves.csv and NAME-completions.json. The Markdown files beside and above it get each study's
-table between the lines
+The directory contains NAME.csv, NAME-curves.csv and NAME-completions.json for each study NAME. In
+the Markdown files of the two folders above the directory, a study's table is written between the
+lines
 
     <!-- NAME: label; label; … -->
     <!-- end -->
 
-where the labels say which columns, and those charts that they link to are drawn: NAME-plane.svg
+where the labels name the columns. The charts that these pages link to are drawn: NAME-plane.svg
 (accuracy over depth, with the controls), NAME-curves.svg, NAME-measures.svg, NAME-classes.svg
 (depth by class of token) and NAME-tokens.svg (completions, each token with its depth). With --all,
-every chart that there are numbers for. The same numbers give the same files, byte for byte.
+every chart for which there are numbers is drawn. The same numbers give the same files, byte for
+byte.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ _PICTURE = re.compile(r"!\[[^]]*\]\((?P<path>[^)]+\.svg)\)")
 
 
 def with_tables(text: str, studies: Mapping[str, Study]) -> str:
-    """Returns the Markdown with each study's table between its two markers, made anew.
+    """Returns the Markdown text with the table between each pair of markers regenerated.
 
-    Raises UserError for an unknown study or column, and for a marker without the other.
+    Raises UserError for an unknown study or column, and for a marker without its counterpart.
     """
 
     def block(match: re.Match[str]) -> str:
@@ -67,7 +68,7 @@ def linked_charts(page: Path, directory: Path) -> set[str]:
 
 
 def _wanted(shown: set[str], studies: Mapping[str, Study]) -> dict[str, list[str]]:
-    """Returns the charts to draw of each study; raises UserError for an unknown one in a page."""
+    """Returns each study's charts to draw; raises UserError if a page shows an unknown chart."""
     known = {f"{name}-{chart}.svg": (name, chart) for name in studies for chart in CHARTS}
     if unknown := sorted(shown - known.keys()):
         raise UserError(

@@ -1,4 +1,4 @@
-"""Charts of a study, as SVG files."""
+"""Draws the charts of a study as SVG files."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ POLICIES: Mapping[str, tuple[str, str]] = {
 
 
 def plane(study: Study) -> list[Chart]:
-    """Accuracy over depth with its 95 % intervals: each run, its controls, and all layers."""
+    """Returns a chart of accuracy over depth: each run, its controls and full depth."""
     if not _known(study.over_seeds(group, "sample/depth_fraction") for group in study.groups):
         return []
     chart = Chart(
@@ -76,7 +76,7 @@ def plane(study: Study) -> list[Chart]:
 
 
 def curves(study: Study) -> list[Chart]:
-    """Means over seeds of what was logged, with their range shaded."""
+    """Returns charts of the training metrics: means over seeds, with their range shaded."""
     charts = []
     for name, (title, shares) in CURVES.items():
         by_group = {group: study.curve(group, name) for group in study.groups}
@@ -117,7 +117,7 @@ def _told(
 
 
 def measures(study: Study) -> list[Chart]:
-    """Capacity and faithfulness over the study's settings: means over seeds, bars their range."""
+    """Returns charts of capacity and faithfulness over settings: means and ranges of the seeds."""
     charts = []
     for title, labels in MEASURED.items():
         lines = {label: _over_settings(study, label) for label in labels}
@@ -158,7 +158,7 @@ def _line(
 
 
 def classes(study: Study) -> list[Chart]:
-    """Layers run by class of token, means over seeds: which tokens the model thinks about."""
+    """Returns a chart of the layers run per token for each token class, as means over seeds."""
     names = study.token_classes
     if not names:
         return []
@@ -184,7 +184,7 @@ def classes(study: Study) -> list[Chart]:
 
 
 def tokens(study: Study) -> str:
-    """The first completion of each setting's first run that has one; "" for none."""
+    """Draws the first completion of each setting as an SVG file; returns "" if there is none."""
     first: dict[str, token_strips.Strip] = {}
     for strip in study.strips:
         group = tuple(strip.settings[key] for key in study.settings)
@@ -209,7 +209,10 @@ def _known(points: Iterable[OverSeeds]) -> bool:
 
 
 def _colours(study: Study) -> dict[Group, str]:
-    """Classes: levels of the one setting that varies, in order; else a series for each group."""
+    """Returns the style class of each group.
+
+    The classes are levels if one setting varies or there are many groups, and series otherwise.
+    """
     groups = study.groups
     varying = [values for values in zip(*groups, strict=True) if len(set(values)) > 1]
     if len(varying) == 1 or len(groups) > SERIES:
@@ -232,7 +235,7 @@ CHARTS = {
 
 
 def drawn(study: Study, directory: Path, wanted: Collection[str] | None = None) -> dict[Path, str]:
-    """Returns NAME-CHART.svg for each wanted chart, or for each that has numbers.
+    """Returns the path and SVG text of each wanted chart, or of every chart that has numbers.
 
     Raises UserError for a wanted chart without numbers.
     """

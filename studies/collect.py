@@ -1,13 +1,13 @@
-"""Takes what a study publishes from its sweep.
+"""Collects the numbers and completions that a study publishes from its sweep.
 
     python -m studies.collect runs/page docs/results/page [--initial=DIR@POLICY]
 
-Writes page.csv (a line a finished run: its settings and numbers, as in the sweep's table.csv),
-page-curves.csv (training metrics, each line the means of a twentieth of a run's steps) and
+Writes page.csv (one row per finished run: its settings and numbers, as in the sweep's table.csv),
+page-curves.csv (training metrics; each row contains the means of a twentieth of a run's steps) and
 page-completions.json (up to two completions of each run under sampled exits, every token with its
-depth; eval.heat_maps keeps them). With --initial, page.csv also has what each policy gains over
-that evaluation of the initial checkpoint, problem by problem (`jexit compare`). What says how fast
-the machine was is in none of them: the same runs give the same files.
+depth, if eval.heat_maps kept them). With --initial, page.csv also contains the gains of each policy
+over that evaluation of the initial checkpoint, paired by problem (`jexit compare`). Measurements of
+speed are left out, so the same runs always give the same files.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SHOWN = 2  # completions of a run in NAME-completions.json
 
 
 def curves(cell: Cell) -> Iterator[dict[str, float]]:
-    """Yields a run's training metrics as means over stretches of steps; `step` is the last one."""
+    """Yields means of a run's training metrics over intervals of steps, with the last `step`."""
     records = read_metrics(cell.workdir)
     count = min(POINTS, len(records))
     for number in range(count):
@@ -51,7 +51,7 @@ def curves(cell: Cell) -> Iterator[dict[str, float]]:
 
 
 def completions(cell: Cell) -> list[dict[str, Any]]:
-    """Returns the first completions under sampled exits that a run's evaluation kept."""
+    """Returns up to `SHOWN` completions under sampled exits that a run's evaluation kept."""
     if cell.evaluation is None:
         return []
     run = read_run(cell.evaluation.parent)
@@ -72,7 +72,7 @@ def completions(cell: Cell) -> list[dict[str, Any]]:
 
 
 def over_initial(cell: Cell, initial: Outcomes) -> dict[str, float]:
-    """What each policy of a run's evaluation gains over the initial checkpoint, with intervals."""
+    """Returns the gains of a run's policies over the initial checkpoint, with 95 % intervals."""
     found: dict[str, float] = {}
     if cell.evaluation is None:
         return found

@@ -1,4 +1,4 @@
-"""A study: the numbers of a sweep's runs by their settings, and its table."""
+"""Reads the results of a study's runs, groups them by setting, and formats them as a table."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ Group = tuple[str, ...]  # the values of a study's settings
 
 
 class OverSeeds(NamedTuple):
-    """The mean, the smallest and the largest value of a number over a group's runs."""
+    """The mean, the smallest and the largest value of a metric over the runs of a group."""
 
     mean: float
     low: float
@@ -84,10 +84,10 @@ class OverSeeds(NamedTuple):
 
 
 class Study:
-    """One study's runs by setting, from NAME.csv and the files beside it.
+    """The runs of one study, grouped by setting, from NAME.csv and the files beside it.
 
-    The settings are the columns that are not numbers, except the seed. Raises UserError for files
-    that no sweep has made, or that belong to different sweeps.
+    The settings are the columns without a slash in their name, except the seed. Raises UserError
+    for files that no sweep has made, or that belong to different sweeps.
     """
 
     def __init__(self, path: Path) -> None:
@@ -114,24 +114,24 @@ class Study:
 
     @property
     def token_classes(self) -> list[str]:
-        """The classes of tokens for which the first run has a mean depth."""
+        """The token classes for which NAME.csv has a mean depth."""
         ends = "sample/depth_by_class/", "/depth_mean"
         columns = self._runs[self.groups[0]].columns
         found = [c for c in columns if c.startswith(ends[0]) and c.endswith(ends[1])]
         return [column.removeprefix(ends[0]).removesuffix(ends[1]) for column in found]
 
     def values(self, group: Group, source: str) -> list[float]:
-        """Returns a column's numbers of a group's runs, NaN for a run without one."""
+        """Returns the column `source` for each run of a group, or NaN where a run lacks it."""
         runs = self._runs[group]
         return runs[source].tolist() if source in runs else [math.nan] * len(runs)
 
     def over_seeds(self, group: Group, source: str) -> OverSeeds:
-        """Returns the mean and range of a column over the runs that have it, NaN without any."""
+        """Returns the mean and range of a column over the runs that have it; NaN if none does."""
         known = [v for v in self.values(group, source) if math.isfinite(v)] or [math.nan]
         return OverSeeds(float(np.mean(known)), min(known), max(known))
 
     def curve(self, group: Group, name: str) -> dict[int, OverSeeds]:
-        """Returns a training metric of a group's runs by step, without steps that lack it."""
+        """Returns the mean and range of a training metric over a group's runs, by step."""
         curves = self._curves.get(group)
         if curves is None or name not in curves:
             return {}
@@ -139,7 +139,7 @@ class Study:
         return {int(step): OverSeeds(*row) for step, *row in by_step.itertuples()}
 
     def label(self, group: Group) -> str:
-        """Returns the settings' last names and values; of a single path or name, only its value."""
+        """Returns a group's settings as text; a lone model path or task name is only its value."""
         if len(group) == 1 and self.settings[0] in _SAYS_ITSELF:
             return group[0]
         return ", ".join(
@@ -148,7 +148,7 @@ class Study:
         )
 
     def table(self, labels: Sequence[str]) -> str:
-        """Returns a Markdown table: a line per setting, with means over seeds and their ranges."""
+        """Returns a Markdown table: one row per group, with means over seeds and their ranges."""
         heads = [*(f"`{key}`" for key in self.settings), "seeds", *labels]
         rows = [
             [*group, str(len(runs)), *(self._text(group, COLUMNS[label]) for label in labels)]
@@ -177,7 +177,7 @@ def _read(path: Path) -> pd.DataFrame:
 def _grouped(
     lines: pd.DataFrame, settings: Sequence[str], path: Path, *others: str
 ) -> dict[Group, pd.DataFrame]:
-    """Returns the lines by the values of the settings, in the order of the file."""
+    """Groups lines by the values of the settings, in the order in which groups first occur."""
     if missing := [key for key in (*settings, *others) if key not in lines]:
         raise UserError(
             f"{path} has no column {missing[0][:80]!r}, which its study has; collect both from the "
@@ -190,7 +190,7 @@ def _grouped(
 
 
 def _with_layers_per_problem(lines: pd.DataFrame) -> pd.DataFrame:
-    """Adds what older tables lack: a policy's mean depth times its completions' length."""
+    """Adds the layers per problem to tables that lack them: mean depth times completion length."""
     made = {}
     for source in lines.columns:
         policy, _, name = source.rpartition("/")
@@ -202,7 +202,7 @@ def _with_layers_per_problem(lines: pd.DataFrame) -> pd.DataFrame:
 
 
 def _numeric(lines: pd.DataFrame, texts: Sequence[str], path: Path) -> pd.DataFrame:
-    """Returns all columns except `texts` as numbers, NaN for empty cells.
+    """Returns the `texts` columns unchanged and all others as numbers, with NaN for empty cells.
 
     Raises UserError for a cell that is not a number, or is too large to be drawn.
     """

@@ -1,10 +1,10 @@
-"""Builds the shipped tiny model's tokenizer from nothing but this repository.
+"""Builds the tokenizer of the shipped tiny model from the tasks' text in this repository.
 
     python studies/tiny_tokenizer.py --target=DIR
 
-Byte-level BPE with 512 entries: four special tokens, the 256 bytes (so any text survives), whole
-words of the tasks' own text, runs of one to four plus signs, `####`, and merges learned from those
-words so that unknown words are not spelled byte by byte. Every digit is a token of its own. The
+Byte-level BPE with 512 entries: four special tokens, the 256 bytes (so any text can be encoded),
+whole words of the tasks' text, runs of one to four plus signs, `####`, and merges learned from
+those words so that unknown words are not spelled byte by byte. Every digit is a separate token. The
 build has no randomness: the same sources give the same bytes.
 """
 
@@ -42,13 +42,13 @@ STORIES = 400  # that the words of `tom` are collected from
 
 
 def written(text: str) -> str:
-    """The text in GPT-2's printable stand-ins for bytes, which byte-level BPE is written in."""
+    """Returns the text in GPT-2's byte-level alphabet, with a printable character for each byte."""
     pieces = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     return pieces.pre_tokenize_str(text)[0][0]
 
 
 def task_words() -> list[str]:
-    """Every word of the tasks' text, with its leading space where it has one, sorted."""
+    """Returns every word of the tasks' text, sorted, with its leading space if it has one."""
     slots = {"n": NAMES, "m": NAMES, "o": OBJECTS, "x": BOXES}
     words = set(OTHER_WORDS)
     for template in TEMPLATES:
@@ -65,10 +65,10 @@ def task_words() -> list[str]:
 
 
 def learn_merges(words: list[str], known: set[str], count: int) -> list[tuple[str, str]]:
-    """The first merges of byte-pair encoding on the words that add `count` new tokens.
+    """Returns the first byte-pair merges, learned from the words, that add `count` new tokens.
 
     Ties go to the pair that sorts first. A merge whose result is a word already in the vocabulary
-    costs no entry.
+    adds no token.
     """
     spelled = [list(written(word)) for word in words]
     merges, known = [], set(known)
@@ -98,7 +98,7 @@ def _merged(pieces: list[str], left: str, right: str) -> list[str]:
 
 
 def build() -> Tokenizer:
-    """The tokenizer, with exactly VOCAB_SIZE entries."""
+    """Builds the tokenizer, with exactly `VOCAB_SIZE` entries."""
     words = task_words()
     entries = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     whole = [*SYMBOLS, *map(written, words)]
@@ -134,7 +134,7 @@ def build() -> Tokenizer:
 
 
 def save(target: pathlib.Path) -> None:
-    """Writes the tokenizer's files, as `transformers` reads them, into `target`."""
+    """Writes the tokenizer into the folder `target`, in the files that `transformers` reads."""
     target.mkdir(parents=True, exist_ok=True)
     tokenizer = build()
     settings = {

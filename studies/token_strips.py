@@ -1,4 +1,4 @@
-"""Completions of a study as lines of coloured tokens, each with the layers that its pass ran."""
+"""Draws completions of a study as rows of coloured tokens, each with its number of layers run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LETTER = 8.2  # a letter's width in tokens
 
 
 class Strip(pydantic.BaseModel, extra="ignore"):
-    """A completion of a run with `settings`: its tokens, and how many of the `layers` each ran."""
+    """A completion under `settings`: its tokens and their depths, in a model of `layers` layers."""
 
     settings: dict[str, str]
     layers: Annotated[int, pydantic.Field(ge=1)]
@@ -36,7 +36,7 @@ class Strip(pydantic.BaseModel, extra="ignore"):
 
 
 def read_strips(path: Path, settings: Sequence[str]) -> list[Strip]:
-    """Reads NAME-completions.json; raises UserError if it is invalid or another study's."""
+    """Reads NAME-completions.json; raises UserError if it is invalid or from another study."""
     try:
         strips = pydantic.TypeAdapter(list[Strip]).validate_json(path.read_bytes())
     except pydantic.ValidationError as error:

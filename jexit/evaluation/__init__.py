@@ -1,8 +1,8 @@
-"""Measures a model under halting policies. Each file is named after what it measures.
+"""Measures language models under halting policies, with one file per measurement.
 
-Every measurement starts from `decoder.Decoder`, a model that completes prompts under a named
-policy, and ends in the records of `jexit.results`. `measures.py` runs those that `eval.measures`
-names. Some files only support others: `replay.py` runs decoded completions through the model again,
+Every measurement takes a `decoder.Decoder`, which completes prompts under a named policy, and
+returns records of `jexit.results`. `measures.py` runs the measurements that `eval.measures` lists.
+Other files support these: `replay.py` runs recorded completions through the model again,
 `completer.py` continues forced prefixes, `transcripts.py` contains the answered problems on which
 interventions are made, and `scores.py` and `intervals.py` compute the statistics.
 """

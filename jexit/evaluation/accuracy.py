@@ -40,7 +40,7 @@ class Examination:
         return cls(task, tokenizer, *held_out(task, tokenizer, config, config.eval.problems))
 
     def attempts(self, decoder: Decoder, policy: Policy, name: str) -> tuple[list[Attempt], float]:
-        """Decodes and judges an attempt at each problem; also returns the tokens per second."""
+        """Returns a decoded and judged attempt at each problem, and the tokens per second."""
 
         def judge(numbers: Sequence[int], attempts: Sequence[Attempt]) -> list[Verdict]:
             return judged(self.task, [self.problems[number] for number in numbers], attempts)
@@ -51,7 +51,7 @@ class Examination:
 def judged(task: Task, problems: Sequence[Problem], attempts: Sequence[Attempt]) -> list[Verdict]:
     """Returns the task's verdicts on this host's attempts at `problems`.
 
-    Raises SharedUserError on every host if, on any host, a user's own task raises an exception,
+    Raises SharedUserError on every host if, on any host, a user-defined task raises an exception,
     takes too long, or returns a value that is not a reward.
     """
     verdicts, fault = [], ""
@@ -80,7 +80,7 @@ def policy_result(
     *,
     tokens_per_second: float = math.nan,
 ) -> PolicyResult:
-    """Summarises the judged attempts of the policy called `policy`, one attempt at each problem."""
+    """Computes a policy's accuracy, depth and other results from a judged attempt per problem."""
     histogram = np.bincount(
         [depth for made in attempts for depth in made.depths], minlength=layers + 1
     )
@@ -118,7 +118,7 @@ def policy_result(
 
 
 def part_totals(attempts: Sequence[Attempt]) -> dict[str, tuple[float, int]]:
-    """Returns the sum and the count of each reward in `Verdict.parts`, under `reward/NAME`."""
+    """Sums each named part of the reward: returns (sum, count) for each key `reward/NAME`."""
     verdicts = [attempt.verdict for attempt in attempts if attempt.verdict]
     names = dict.fromkeys(name for verdict in verdicts for name in verdict.parts)
     found = {name: [v.parts[name] for v in verdicts if name in v.parts] for name in names}
@@ -126,7 +126,7 @@ def part_totals(attempts: Sequence[Attempt]) -> dict[str, tuple[float, int]]:
 
 
 def text_means(hosts: list[dict[str, tuple[float, int]]]) -> dict[str, float]:
-    """Returns the means of the task's own metrics, from the sums and counts of each host."""
+    """Returns the means of the task's own metrics, from the sums and counts on each host."""
     means = {}
     for name in sorted({name for totals in hosts for name in totals}):
         pairs = [totals[name] for totals in hosts if name in totals]
@@ -138,11 +138,11 @@ def text_means(hosts: list[dict[str, tuple[float, int]]]) -> dict[str, float]:
 def held_out(
     task: Task, tokenizer: Tokenizer, config: Config, count: int
 ) -> tuple[list[Problem], list[list[int]]]:
-    """Returns the first `count` problems of the evaluation split, and their prompts' token ids.
+    """Returns the first `count` problems of the evaluation split, and their prompts as token ids.
 
     If the split has fewer problems, all of them are returned and a warning is logged. Raises
-    UserError if no problem is left, or for a prompt of more than `config.task.max_prompt_tokens`
-    tokens, unless `config.task.skip_long` skips it.
+    UserError if no problem is left, or if a prompt has more than `config.task.max_prompt_tokens`
+    tokens and `config.task.skip_long` is off.
     """
     split, limit = config.eval.split, config.task.max_prompt_tokens
     size = task.size(split)

@@ -1,7 +1,7 @@
 """Measures how much a model can compute in one step of its chain of thought.
 
-The size of a step is the number of operands that the step combines. The prompt prescribes the size
-in `prescribed`, and a forced prefix of the completion prescribes the size in `begun_steps`.
+The size of a step is the number of operands that it combines. `prescribed` measures steps whose
+size the prompt prescribes, and `begun_steps` first steps whose size a forced prefix fixes.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ def prescribed(
     examination: Examination,
     by_policy: Mapping[str, tuple[PolicyResult, Sequence[Attempt]]],
 ) -> list[Capacity]:
-    """Returns the accuracy under each policy when the prompt prescribes the size of steps.
+    """Returns each policy's accuracy on prompts that prescribe the step size `granularity`.
 
-    `by_policy` must contain the policy `full`. Each record also contains the share of completions
-    with steps of this size, their accuracy, and the difference in accuracy from full depth.
+    `by_policy` maps policies, which must include `full`, to their results and attempts. Each record
+    also contains the share of completions with steps of this size, the accuracy of these
+    completions, and the difference in accuracy from full depth.
     """
     task = examination.task
     assert isinstance(task, ChainTask)
@@ -60,16 +61,15 @@ def prescribed(
 def begun_steps(
     policy: str, task: ChainTask, problems: Sequence[Problem], completer: ModelCompleter
 ) -> list[tuple[Capacity, Scores]]:
-    """Returns the results and scores of first steps that a forced prefix begins, by step size.
+    """Measures how often the first step is correct when a forced prefix fixes its size.
 
-    The sizes are those of `task.begun_sizes` for which some problem has enough operands. Different
-    sizes therefore cover different problems. The forced prefix fixes the size of the step, so the
-    measured capacity does not depend on the size that the model would choose. The prefix counts as
-    the model's own text, so the policy decides after how many layers the prefix's tokens leave. All
-    steps are decoded together.
+    Returns the record and the scores per problem for each size in `task.begun_sizes` for which some
+    problem has enough operands, so different sizes cover different problems. As the prefix fixes
+    the size, the measured capacity does not depend on the size that the model would choose. The
+    prefix counts as the model's own text: the policy decides the depths of its tokens too.
 
     A model that has not written steps of some size for a long time may have forgotten their format.
-    Such a loss of capacity is not caused by depth; `less_full` tells the two causes apart.
+    Such a loss is not caused by depth; comparing with full depth (`less_full`) removes it.
     """
     rows = [
         (size, number, completer.opening + begun)
@@ -112,7 +112,7 @@ def begun_steps(
 
 
 def less_full(entry: Capacity, ours: Scores, full: Scores) -> Capacity:
-    """Adds the difference in accuracy from full depth on the same problems to `entry`."""
+    """Returns `entry` plus the difference in accuracy from full depth on the same problems."""
     pair = paired(entry.policy, "accuracy", ours, full)
     assert pair is not None, "every policy has the same problems"
     return entry.model_copy(

@@ -1,13 +1,13 @@
-"""Compares two evaluations on the same problems, with intervals that pair the problems.
+"""Compares two evaluations on the same problems, with paired confidence intervals.
 
     jexit compare DIR[@POLICY] DIR[@POLICY]
 
     jexit compare runs/eval-rl@threshold:0.5 runs/eval-base@full
 
 DIR contains the eval.json and the problems.csv of an evaluation. Without @POLICY, the policy is the
-first of eval.policies. Both evaluations must have the same problems. Prints the accuracy, the
-layers per token and the layers per problem of both and, with 95 % intervals over problems, the
-difference in accuracy and the layers that the first saves against the second.
+first of eval.policies. Both evaluations must have the same problems. Prints the accuracy, layers
+per token and layers per problem of both, and then, with 95 % intervals, the difference in accuracy
+and the shares of layers that the first evaluation saves compared with the second.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FIELDS = ("policy", "problem", "correct", "layers", "tokens")
 def write_problems(
     path: Path, problems: Sequence[Problem], attempts: Mapping[str, Sequence[Attempt]]
 ) -> None:
-    """Writes a line per attempt: a hash of the problem, the verdict, and the layers and tokens."""
+    """Writes a CSV row per attempt: policy, problem hash, correctness, layers and tokens."""
     names = [f"{stable_hash(problem.messages, problem.answer):016x}" for problem in problems]
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
@@ -48,7 +48,7 @@ def write_problems(
 
 
 class Outcomes(NamedTuple):
-    """One policy's attempts by a model of `layers` layers: verdicts, layers run, and tokens."""
+    """A policy's correctness, layers run and tokens on N problems by a model of `layers` layers."""
 
     name: str
     layers: int
@@ -59,11 +59,11 @@ class Outcomes(NamedTuple):
 
 
 def differences(ours: Outcomes, theirs: Outcomes) -> dict[str, tuple[float, float, float]]:
-    """Returns what `ours` gains over `theirs`: each value with the ends of its 95 % interval.
+    """Returns the gains of `ours` over `theirs`, each with the ends of its 95 % interval.
 
-    `accuracy_difference` is a share of the problems, `saved_per_token` of the model's layers and
-    `saved_per_problem` of the layers that `theirs` runs. The intervals pair the problems. Raises
-    UserError if the problems differ.
+    `accuracy_difference` is a share of the problems, `saved_per_token` a share of the model's
+    layers, and `saved_per_problem` a share of the layers that `theirs` runs. The intervals are
+    paired by problem. Raises UserError if the problems differ.
     """
     if ours.problems != theirs.problems:
         raise UserError(
@@ -88,7 +88,7 @@ def differences(ours: Outcomes, theirs: Outcomes) -> dict[str, tuple[float, floa
 
 
 def comparison(ours: Outcomes, theirs: Outcomes) -> str:
-    """Returns the comparison as text; raises UserError if the problems differ."""
+    """Formats the comparison of two evaluations; raises UserError if their problems differ."""
     found = differences(ours, theirs)
     lines = [f"{'':34}  {'accuracy':>9}  {'layers/token':>13}  {'layers/problem':>14}"]
     for some in (ours, theirs):
@@ -115,7 +115,7 @@ def comparison(ours: Outcomes, theirs: Outcomes) -> str:
 
 
 def read(evaluation: str) -> Outcomes:
-    """Returns the outcomes of DIR[@POLICY]; raises MissingFile or UserError without valid ones."""
+    """Reads the results of DIR[@POLICY]; raises MissingFile or UserError if missing or invalid."""
     directory, policy = evaluation, ""
     if "@" in evaluation and not Path(evaluation).is_dir():
         directory, _, policy = evaluation.rpartition("@")

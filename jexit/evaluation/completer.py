@@ -1,4 +1,4 @@
-"""Completes prompts whose completions begin with a forced prefix."""
+"""Continues completions from forced prefixes, and scores given answers after such prefixes."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ FILLERS = (" .", ".", " -", "-", " ~", "~")
 
 @dataclasses.dataclass(frozen=True)
 class ModelCompleter:
-    """Continues forced prefixes of completions under the policy called `policy`.
+    """Continues completions from forced prefixes under the policy called `policy`.
 
     A prefix counts as part of the completion, so the policy decides after how many layers its
-    tokens leave. `positions` is the number of positions that the model has for a prompt and its
-    completion together. In tests, a script may take the place of the model.
+    tokens leave. `positions` is the maximum length of a prompt and its completion together. Tests
+    may replace this class with a script.
     """
 
     decoder: Decoder
@@ -44,11 +44,12 @@ class ModelCompleter:
     def complete(
         self, problems: Sequence[Problem], prefixes: Sequence[str], *, answer_only: bool
     ) -> list[Attempt | None]:
-        """Returns the continuation of each problem's prefix, which begins with `opening`.
+        """Returns the model's continuations of completions that begin with `prefixes`.
 
-        With `answer_only`, a continuation has only the few tokens of an answer. An entry is None if
-        the prefix leaves no room for these. Prefixes without room for a reply of full length are
-        decoded in a second batch, in which the least room limits the length of all replies.
+        With `answer_only`, at most `ANSWER_TOKENS` tokens are decoded. An entry is None if the
+        prefix leaves less room than this. Prefixes with room for an answer, but not for a reply of
+        full length, are decoded in a second batch, in which the least room limits the length of all
+        replies.
         """
         decoder, tokenizer = self.decoder, self.decoder.tokenizer
         least = min(ANSWER_TOKENS, decoder.max_new_tokens)
@@ -75,9 +76,9 @@ class ModelCompleter:
     def log_likelihoods(
         self, problems: Sequence[Problem], prefixes: Sequence[str], answers: Sequence[str]
     ) -> list[float | None]:
-        """Returns log π(answer | prompt, prefix) under the policy in nats, or None without room.
+        """Returns the log-likelihood log π(answer | prompt, prefix) of each answer in nats.
 
-        Under the policy `sample`, depths are drawn, for the prefix too.
+        An entry is None if the text is too long. The policy `sample` draws depths for prefixes too.
         """
         decoder, tokenizer = self.decoder, self.decoder.tokenizer
         asked = encode_problems(tokenizer, problems)

@@ -1,8 +1,8 @@
-"""Exits that leave where they are confident of their own prediction, as a baseline for exit heads.
+"""Early exits by the confidence of the exit's own prediction, a baseline for trained exit heads.
 
 The confidence of an exit is the largest probability of its next-token distribution (CALM's softmax
-rule; Schuster et al. 2022, arXiv:2207.07061, section 3.5). It needs no training, but each exit that
-a token reaches computes all logits.
+rule; Schuster et al. 2022, arXiv:2207.07061, section 3.5). This needs no training, but computes the
+full logits at every exit that a token reaches.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from jexit.results import PolicyResult
 
 
 class ConfidenceHeads(nnx.Module):
-    """Exit heads with logits z = log(p / (1 − p)) of the confidence p in place of hazard logits.
+    """Exit heads that return the logit of the exit's confidence instead of a hazard logit.
 
-    The policy `Threshold(X)` then lets a token leave where p > X. A linear continuation is applied
-    before the prediction.
+    With z = log(p / (1 − p)) for the confidence p, a token leaves under `Threshold(X)` where p > X.
+    A linear continuation, if the model has one, is applied before the prediction.
     """
 
     def __init__(self, model: Transformer) -> None:
@@ -36,7 +36,7 @@ class ConfidenceHeads(nnx.Module):
         self.shift = None if maps is None else ExitParam(maps[1])
 
     def __call__(self, h: Float[Array, "*A D"], exit_index: Int[Array, ""]) -> Float[Array, "*A"]:
-        """Returns float32 logits z [...] of the confidence of exit `exit_index` for h [..., D]."""
+        """Returns float32 logits [...] of the confidence of exit `exit_index`, for h [..., D]."""
         if self.map is not None and self.shift is not None:
             h = h + (h @ self.map[exit_index] + self.shift[exit_index]).astype(h.dtype)
         head_VD = (self.embed.embedding if self.head is None else self.head.kernel)[...]
@@ -50,10 +50,10 @@ def is_confidence(policy: str) -> bool:
 
 
 def logits_at_exits(result: PolicyResult, exit_layers: Sequence[int]) -> float:
-    """Returns the mean number of exits per token at which all logits were computed.
+    """Returns the mean number of exits per token at which the full logits were computed.
 
-    A token asks each exit up to its depth. The first token of a completion, which the prompt's last
-    pass produces, asks none.
+    These are all exits up to a token's depth. The first token of a completion counts none, because
+    it comes from the prompt's last pass, which always runs every layer.
     """
     asked = sum(
         count * sum(layer <= int(depth) for layer in exit_layers)
@@ -63,7 +63,7 @@ def logits_at_exits(result: PolicyResult, exit_layers: Sequence[int]) -> float:
 
 
 def confident(parts: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Returns the split model `parts` with `ConfidenceHeads` in place of its exit heads."""
+    """Returns the split model `parts` with its exit heads replaced by `ConfidenceHeads`."""
     model: Transformer = nnx.merge(*parts)
     model.exits = ConfidenceHeads(model)
     return nnx.split(model)

@@ -1,10 +1,10 @@
-"""Runs controls, which separate a policy's choice of tokens from the effect of shallow passes.
+"""Evaluates controls: runs at a policy's mean depth that do not choose which tokens stop early.
 
-Two controls run at the policy's mean depth without choosing which tokens stop early. The control
-`fixed:matched` stops all tokens of a completion at one exit. It has the policy's mean depth for
-completions of any length (see `mixed`). The control `shuffled` assigns the policy's own depths to
-tokens at random. It has the policy's mean depth only as far as its completions are as long as the
-policy's.
+They separate the gain from choosing tokens from the effect of running fewer layers. The control
+`fixed:matched` stops all tokens of a completion at one exit. It has the policy's mean depth
+whatever the lengths of its completions (see `mixed`). The control `shuffled` assigns the policy's
+own depths to tokens at random. It has the policy's mean depth only if its completions are as long
+as the policy's.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from jexit.tasks import Attempt
 def evaluate_control(
     decoder: Decoder, examination: Examination, name: str, of: Sequence[Attempt]
 ) -> tuple[PolicyResult, list[Attempt]]:
-    """Decodes and judges an attempt at each problem under a control of the attempts `of`."""
+    """Evaluates the control `name` of a policy, given that policy's attempts `of`."""
     if name.startswith("shuffled"):
         depth_BT = shuffled_depths(
             of, decoder.layers, columns=decoder.max_new_tokens, seed=decoder.seed
@@ -39,19 +39,19 @@ def evaluate_control(
 
 
 def mean_depth(attempts: Sequence[Attempt]) -> float:
-    """Returns the mean layers run per token, including the first token of each completion."""
+    """Returns the mean number of layers run per token, including each completion's first token."""
     return sum(a.layers_run for a in attempts) / sum(len(a.depths) for a in attempts)
 
 
 def _matched(
     decoder: Decoder, examination: Examination, name: str, mean: float
 ) -> tuple[list[Attempt], float]:
-    """Returns attempts at single exits whose mean depth is `mean`, and the tokens per second.
+    """Decodes attempts with fixed exits and the mean depth `mean`; also returns tokens per second.
 
-    Every prompt is decoded at two neighbouring exits whose mean depths enclose `mean`, and the
-    attempts are a mix from both (see `mixed`). Lengths differ between exits, so a mean depth is
-    known only after decoding, and further exits may be tried first. If the first exit is deeper
-    than `mean`, all attempts are those at the first exit.
+    Every prompt is decoded at two neighbouring exits whose mean depths enclose `mean`, and each
+    attempt is taken from one of the two (see `mixed`). Completions differ in length between exits,
+    so a mean depth is known only after decoding, and further exits may be tried first. If the first
+    exit is deeper than `mean`, all attempts are those at the first exit.
     """
     stops = [*nnx.merge(*decoder.parts).exit_layers, decoder.layers]
     decoded: dict[int, list[Attempt]] = {}
@@ -79,15 +79,15 @@ def _matched(
 def mixed(
     shallow: Sequence[Attempt], deep: Sequence[Attempt], mean: float, *, seed: int
 ) -> list[Attempt]:
-    """Returns an attempt at each problem, from one of two exits, with `mean` as the mean depth.
+    """Takes each problem's attempt from one of two exits, so that the mean depth is near `mean`.
 
-    Problems take their attempt of `deep` in place of `shallow` in a random order, until the mean
-    depth is as close as possible to `mean`.
+    In a random order, problems switch from their attempt in `shallow` to that in `deep`, until the
+    mean depth is as close as possible to `mean`.
     """
     order = np.random.default_rng(seed).permutation(len(shallow))
 
     def totals(of: Callable[[Attempt], int]) -> np.ndarray:
-        """Returns the sums of `of` over attempts if 0, 1, 2, … problems take their deep attempt."""
+        """Sums `of` over the chosen attempts after 0, 1, 2, … problems switched to `deep`."""
         gains = [of(deep[index]) - of(shallow[index]) for index in order]
         return np.cumsum([sum(map(of, shallow)), *gains])
 
@@ -100,11 +100,11 @@ def mixed(
 def shuffled_depths(
     attempts: Sequence[Attempt], layers: int, *, columns: int, seed: int
 ) -> np.ndarray:
-    """Returns the attempts' own depths in a random order, as [problems, columns] for `Prescribed`.
+    """Permutes the depths of attempts at random, into an int32 array [problems, columns].
 
-    Column i is for the pass that produces token i. The depths of all passes that could leave early
-    are permuted. Columns beyond an attempt's length are drawn from all depths with replacement,
-    because the new completion may be longer.
+    Column i is the depth of the pass that produces token i, as in `Prescribed`. The depths of all
+    passes that could leave early are permuted. Columns beyond an attempt's length are drawn from
+    all depths with replacement, because the new completion may be longer.
     """
     rng = np.random.default_rng(seed)
     depths = [depth for made in attempts for depth in made.depths[1:]]
@@ -125,7 +125,7 @@ def compared(
     layers: int,
     seed: int,
 ) -> ControlDifference:
-    """Returns the accuracy and share of layers of a policy less those of a control, with intervals.
+    """Returns a policy's accuracy and depth fraction minus those of a control, with 95 % intervals.
 
     `ours` are the policy's attempts, and `theirs` the control's at the same problems. A positive
     `accuracy_difference` is the gain from choosing which tokens to stop.

@@ -26,8 +26,8 @@ _GATHERED = 64  # completions per message between hosts
 class Decoder:
     """A model that completes prompts under named policies.
 
-    `parts` is the model in the split form that `jexit.rollout` accepts. `sample` is the policy of
-    that name. `temperature` is that of the next token's distribution.
+    `parts` is the model as `nnx.split` returns it. `sample` is the policy that the name `sample`
+    stands for. `temperature` applies to the distribution of tokens.
     """
 
     parts: tuple[Any, ...]
@@ -43,7 +43,7 @@ class Decoder:
         return make_policy(name, self.layers, self.sample)
 
     def under(self, name: str) -> Decoder:
-        """Returns the decoder for the policy called `name`, whose exits may be confidences."""
+        """Returns this decoder, with `ConfidenceHeads` if the policy called `name` needs them."""
         return self._confident if is_confidence(name) else self
 
     @functools.cached_property
@@ -60,12 +60,12 @@ class Decoder:
         judge: Callable[[Sequence[int], Sequence[Attempt]], Sequence[Verdict]] | None = None,
         what: str,
     ) -> tuple[list[Attempt], float]:
-        """Returns an attempt at each prompt, and the tokens per second without compilation.
+        """Returns an attempt at each prompt, and the tokens per second, excluding compilation.
 
         Every host passes all prompts and receives all attempts, but decodes and judges only its own
-        share. `judge(numbers, attempts)` returns the verdicts on attempts at `prompts[number]`.
-        `what` describes the work in error messages. See `jexit.rollout.rollout` for the other
-        arguments.
+        share. `judge(numbers, attempts)` returns a verdict on each attempt, where `numbers` are
+        indices of `prompts`. `what` describes the work in error messages. See
+        `jexit.rollout.rollout` for the other arguments.
         """
         here = host_rows(len(prompts))
         made = rollout(
@@ -127,10 +127,10 @@ def attempts_of(
 
 
 def make_policy(text: str, layers: int, sample: Sample = Sample()) -> Policy:
-    """Returns the policy that the string `text` names, such as `full`, `sample` or `fixed:6`.
+    """Parses the name of a policy, such as `full`, `sample`, `fixed:6` or `confidence:0.9`.
 
-    `sample` is the policy of that name. Raises UserError if `fixed:N` requests more layers than the
-    `layers` of the model.
+    `sample` is the policy to return for the name `sample`. Raises UserError if the name is unknown,
+    or if `fixed:N` requests more layers than the `layers` of the model.
     """
     kind, argument = parse_policy(text, "confidence")
     if kind == "fixed":

@@ -25,11 +25,12 @@ def token_class(token: str) -> str:
 def token_classes(
     ids: Sequence[int], tokens: Sequence[str], mark: Mark, end_ids: Collection[int]
 ) -> list[str]:
-    """Returns the class of each token of a completion, whose texts are `tokens`.
+    """Returns the class of each token of a completion; `tokens` are the texts of the token ids.
 
-    A token whose id is in `end_ids` has the class `end`, and one of the marker before the answer,
-    which `mark(text)` finds, `marker`. A token with some of the answer has the class `answer`, even
-    if it also has the end of the marker. All others have the classes of `token_class`.
+    A token whose id is in `end_ids` has the class `end`. `mark(text)` finds the marker before the
+    answer; its tokens have the class `marker`, and those after it `answer`. A token that contains
+    the end of the marker and part of the answer is an `answer`. All others have the classes of
+    `token_class`.
     """
     text = "".join(tokens)
     start, stop = mark(text) or (-1, -1)
@@ -53,11 +54,11 @@ def depth_by_class(
     mark: Mark,
     end_ids: Collection[int],
 ) -> dict[str, ClassDepth]:
-    """Returns the number of tokens and the mean layers run, for each class of token.
+    """Returns the number of tokens and the mean number of layers run for each class of token.
 
     `tokens(ids)` returns the text of each token id; see `token_classes` for `mark` and `end_ids`.
-    The first token of each completion is left out: the prompt's last pass, which always runs every
-    layer, produces it.
+    The first token of each completion is left out, because it comes from the prompt's last pass,
+    which always runs every layer.
     """
     depths: dict[str, list[int]] = {name: [] for name in CLASSES}
     for made in attempts:

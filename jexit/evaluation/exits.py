@@ -1,7 +1,4 @@
-"""Compares each exit's predictions with the last layer's, and measures the cost of leaving early.
-
-The model reads given completions and generates no text.
-"""
+"""Compares each exit's predictions with the last layer's, and measures the cost of early exits."""
 
 from __future__ import annotations
 
@@ -31,7 +28,7 @@ THRESHOLDS = (0.05, 0.2)
 def kl_and_agreement(
     final_BCD: HiddenBTD, other_EBCD: Float[Array, "E B C D"], head_VD: Array
 ) -> tuple[Float[Array, "B C E"], Bool[Array, "B C E"]]:
-    """Returns KL(final ‖ other) in nats, and whether both have the same greedy token."""
+    """Returns KL(final ‖ other) of next-token distributions in nats, and if the argmaxes agree."""
     shape = other_EBCD.shape
     found = exit_kl(
         final_BCD.reshape(-1, shape[-1]), other_EBCD.reshape(shape[0], -1, shape[-1]), head_VD
@@ -47,10 +44,10 @@ def compare_exits(
 ) -> tuple[Array, ...]:
     """Returns KL(π_L ‖ π_e) in nats, greedy agreement, and the results of leaving early.
 
-    The first two outputs, [B, C, E], compare exit e with the last layer L for a token that leaves
-    alone, after tokens that all ran every layer. The others, [B, C], are the depth, the KL and the
-    agreement for each threshold in `THRESHOLDS`, if every token leaves at the first exit whose KL
-    is under it.
+    The first two outputs, [B, C, E], compare the next-token distribution π_e at exit e with π_L
+    after the last layer, when all earlier tokens ran every layer. The others, [B, C], are the
+    depth, the KL and the agreement for each threshold in `THRESHOLDS`, when every token leaves at
+    the first exit whose KL is below the threshold.
     """
     model = nnx.merge(graphdef, *states)
     exit_layers, layers = model.exit_layers, model.arch.layers
@@ -80,8 +77,8 @@ def exit_quality(
 
     `policy` is the name of the policy that produced `recorded`. The field `exits` contains the
     agreement of each exit alone. The field `leaving` contains, for each threshold in `THRESHOLDS`,
-    the agreement when every token leaves at the first exit whose KL is under it: tokens that run
-    all layers then attend to the keys and values of tokens that have left.
+    the agreement when every token leaves at the first exit whose KL is below the threshold: tokens
+    that run all layers then attend to the keys and values of tokens that have left.
     """
     found = recorded.through(lambda rows, _: compare_exits(student[0], student[1:], rows))
     lengths = [len(ids) for ids in recorded.completions]

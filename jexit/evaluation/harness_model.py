@@ -1,7 +1,4 @@
-"""Makes a model under a halting policy available to lm-evaluation-harness.
-
-`jexit.evaluation.loglikelihood.Scorer` defines log-likelihoods under a policy.
-"""
+"""Makes a model under a halting policy available to lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -49,20 +46,20 @@ _NEUTRAL: Mapping[str, Any] = {
 
 @register_model("jexit")
 class JexitLM(TemplateLM):
-    """A model under one halting policy with the interface of lm-evaluation-harness.
+    """A model for lm-evaluation-harness that runs under one halting policy.
 
     `pretrained` is a model directory, or a model object that is passed with its `tokenizer`.
     `policy` applies to the passes that score or generate tokens; prompts and contexts run every
     layer. The policy `sample` draws depths with `seed`, from hazards with `hazard_temperature` and
     the lower bound `min_hazard`, by default those of the rl run in `pretrained`, or 1 and 0.
 
-    A context that is too long for `max_length` positions (default: the model's) loses tokens on the
-    left, so that the continuation, or `max_gen_toks` new tokens, fit. A continuation that is too
-    long by itself is an error. A request without `do_sample` or a temperature is decoded greedily.
+    A context that is too long for `max_length` positions (default: the model's) is cut on the left,
+    so that the continuation, or `max_gen_toks` new tokens, fit. A continuation that is too long by
+    itself is an error. A request without `do_sample` or a temperature is decoded greedily.
 
     `thinking` is on, off or auto, for chat templates with a thinking switch. `think_end_token`,
-    such as `</think>`, is the text that ends a thought: the answer is the text after the last one,
-    and empty if a thought does not end. Stop strings then apply only to the answer.
+    such as `</think>`, is the text that ends the model's thinking: the answer is the text after the
+    last one, or empty if the thinking does not end. Stop strings then apply only to the answer.
     """
 
     def __init__(
@@ -121,7 +118,7 @@ class JexitLM(TemplateLM):
         self.depth_total, self.tokens = 0, 0
 
     def get_model_info(self) -> dict[str, Any]:
-        """Returns what lm-eval adds to its results, such as the mean depth over all tokens."""
+        """Returns the settings, mean depth and token count that lm-eval adds to its results."""
         layers = self._model.arch.layers
         depth = self.depth_total / self.tokens if self.tokens else None
         return {
@@ -142,7 +139,7 @@ class JexitLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The id of the token before a string without a context: begin, or else end."""
+        """The id of the token to put before a text without context: begin- or else end-of-text."""
         begin = self.texts.backend.bos_token_id
         return self.eot_token_id if begin is None else begin
 
@@ -155,7 +152,7 @@ class JexitLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Returns token ids, which get no begin token if `add_special_tokens` is False."""
+        """Encodes a text; `add_special_tokens=False` omits the begin-of-text token."""
         if add_special_tokens is False:
             return self.texts.encode(string)
         return self.texts.encode_texts([string])[0]
@@ -163,7 +160,7 @@ class JexitLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Returns the messages in the model's chat format, up to where its answer begins.
+        """Formats messages with the model's chat template, up to where the next answer begins.
 
         Raises UserError if the tokenizer does not have a chat template.
         """
@@ -226,7 +223,7 @@ class JexitLM(TemplateLM):
     # Generation
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Returns each request's continuation; equal settings are decoded together."""
+        """Returns each request's continuation; decodes requests with equal settings together."""
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             key = json.dumps(request.args[1], sort_keys=True, default=str)
@@ -282,10 +279,10 @@ class JexitLM(TemplateLM):
 
 
 def _after_thought(text: str, end: str, *, opened: bool) -> str:
-    """Returns the part of `text` after a thought, which ends with the string `end`.
+    """Returns the answer: the part of `text` after the last `end`, the text that ends thinking.
 
-    The result is empty if the thought does not end, and `text` if there is no thought. `opened` is
-    true if the context has opened a thought.
+    The result is empty if the thinking does not end, and `text` if there is none. `opened` is true
+    if the context has already opened a block of thinking.
     """
     if end not in text:
         return "" if opened or text.lstrip().startswith(THINK_START) else text
@@ -306,7 +303,7 @@ class _Truncating:
 
 
 def _refuse(settings: Mapping[str, Any]) -> None:
-    """Raises UserError for a generation setting with an effect that jexit does not support."""
+    """Raises UserError for a generation setting that would have an effect but is not supported."""
     for name, value in settings.items():
         if value is None or (name in _NEUTRAL and value == _NEUTRAL[name]):
             continue

@@ -32,7 +32,7 @@ BINS = 10
 def _decisions(
     student: Transformer, rows: Completions, depth_BC: Int[Array, "B C"], sample: Sample
 ) -> tuple[Float[Array, "B C E"], Bool[Array, "B C E"], HiddenBTD]:
-    """Returns the hazards of `sample`, whether each exit was reached, and final hidden states."""
+    """Returns hazards, the mask of exits reached, and final hidden states at given depths."""
     result = run(
         student,
         rows.tokens_BT,
@@ -77,10 +77,10 @@ def decisions_and_targets(
 ) -> tuple[Float[Array, "B C E"], Bool[Array, "B C E"], Float[Array, "B C E"], Float[Array, "B C"]]:
     """Returns the student's `decisions`, the target hazards, and KL(student ‖ teacher) in nats.
 
-    The target at exit e is 1 − tanh(k·KL_e / 2), where k is `sharpness`, and KL_e compares the
-    teacher's last layer with exit e: the teacher's or, with `target="student"`, that of the student
-    at full depth. See `config.sft.target`. The last output, [B, C], compares the student's
-    next-token distribution at the depths `depth_BC` with the teacher's at full depth.
+    The target at exit e is 1 − tanh(k·KL_e / 2), where k is `sharpness`. KL_e compares the
+    teacher's last layer with exit e of the teacher or, with `target="student"`, of the student at
+    full depth. See `config.sft.target`. The last output, [B, C], compares the student's next-token
+    distribution at the depths `depth_BC` with the teacher's at full depth.
     """
     student = nnx.merge(student_def, *student_states)
     teacher = nnx.merge(teacher_def, *teacher_states)
@@ -110,9 +110,9 @@ def decisions_and_targets(
 def reliability(hazard_N: np.ndarray, target_N: np.ndarray) -> tuple[float, tuple[HazardBin, ...]]:
     """Returns the expected calibration error (ECE) of hazards against targets, and the bins.
 
-    ECE = Σ_b n_b / N · |mean hazard − mean target| over bins of equal width, without empty ones. It
-    is NaN if there are no hazards. (Guo et al. 2017, arXiv:1706.04599, with a target probability
-    instead of an outcome.)
+    ECE = Σ_b n_b / N · |mean hazard − mean target|, where bin b contains n_b of the N hazards. The
+    bins have equal width. ECE is NaN if there are no hazards. (Guo et al. 2017, arXiv:1706.04599,
+    with a target probability instead of an outcome.)
     """
     which_N = np.minimum((hazard_N * BINS).astype(int), BINS - 1)
     table = []
@@ -137,7 +137,7 @@ def hazards_of(
 ) -> list[list[list[float | None]]]:
     """Returns the hazard of every token at each exit, and None at exits that were not reached.
 
-    The lists are indexed by completion, token and exit. `student` is a split model. `sample` has
+    The lists are indexed by completion, token and exit. `student` is a split model. `sample` gives
     the temperature and the lower bound of hazards.
     """
     hazard_BCE, there_BCE = recorded.through(
@@ -165,7 +165,7 @@ def hazard_calibration(
     sharpness: float,
     target: str,
 ) -> HazardCalibration:
-    """Returns the calibration of every exit's hazards over the completions of one policy.
+    """Measures how well the hazards of each exit match their targets, on one policy's completions.
 
     The `ece` over all exits is the mean of the exits' own errors, weighted by the number of tokens
     that reached each exit, so errors at different exits do not cancel. The record also contains the

@@ -1,4 +1,4 @@
-"""Computes 95 % intervals whose sampling unit is the problem."""
+"""Computes 95 % confidence intervals whose sampling unit is the problem."""
 
 from __future__ import annotations
 
@@ -88,9 +88,9 @@ def bootstrap_lost_difference(
 ) -> Interval:
     """Returns the 95 % interval of the difference between two values 1 − Σ kept / Σ before.
 
-    `ours` and `theirs` are pairs (kept, before) with one value for each of the same problems, whose
-    weights are drawn as in `bootstrap_mean`, the same in both pairs. Half a problem is added for
-    each outcome of `ours`, together with the opposite outcome of `theirs`.
+    `ours` and `theirs` are pairs (kept, before) with one value for each of the same problems. Each
+    draw gives a problem the same weight in both pairs (see `bootstrap_mean`). Half a problem is
+    added for each outcome of `ours`, together with the opposite outcome of `theirs`.
     """
     losses = []
     for (kept, before), corners_CX in ((ours, _CORNERS_CX), (theirs, 1 - _CORNERS_CX)):
@@ -116,7 +116,7 @@ def bootstrap_ratio(parts: Values, wholes: Values) -> Interval:
 def bootstrap_ratio_difference(
     ours: tuple[Values, Values], theirs: tuple[Values, Values], seed: int = 0
 ) -> Interval:
-    """Returns the 95 % bootstrap interval of ours − theirs, two ratios Σ parts / Σ wholes.
+    """Returns the 95 % interval of the difference ours − theirs of two ratios Σ parts / Σ wholes.
 
     `ours` and `theirs` are pairs (parts, wholes). Each draw resamples the same problems for both.
     """
@@ -127,16 +127,16 @@ def bootstrap_ratio_difference(
 
 
 def _resampled(values: Values, seed: int) -> np.ndarray:
-    """Returns the sum of `values` over the problems of each of `DRAWS` draws with replacement."""
+    """Returns [DRAWS] sums of `values`, each over problems drawn with replacement."""
     values_N, rng, count = np.asarray(values, float), np.random.default_rng(seed), len(values)
     drawn = [values_N[rng.integers(0, count, count)].sum() for _ in range(DRAWS)]
     return np.asarray(drawn)
 
 
 def _with_corners(first: Values, second: Values) -> tuple[np.ndarray, np.ndarray]:
-    """Returns pairs of values [N + 4, 2] and their weights [N + 4].
+    """Appends the four possible outcomes to N pairs of values, each with the weight ½.
 
-    The four outcomes, each with the weight of half a problem, follow the N problems.
+    Returns the pairs [N + 4, 2] and their weights [N + 4], which are 1 for the given pairs.
     """
     pairs_NX = np.stack([np.asarray(first, float), np.asarray(second, float)], 1)
     weights_N = np.append(np.ones(len(pairs_NX)), np.full(_CORNERS, _PSEUDO))
@@ -144,16 +144,16 @@ def _with_corners(first: Values, second: Values) -> tuple[np.ndarray, np.ndarray
 
 
 def _drawn_weights(problems: int, pseudo: int, seed: int) -> np.ndarray:
-    """Returns [DRAWS, problems + pseudo] weights; each row is a Dirichlet draw once normalised.
+    """Draws Bayesian bootstrap weights [DRAWS, problems + pseudo], which are not normalised.
 
-    The last `pseudo` columns belong to added half problems.
+    A row divided by its sum is a Dirichlet draw. The last `pseudo` columns are for half problems.
     """
     shapes_N = np.append(np.ones(problems), np.full(pseudo, _PSEUDO))
     return np.random.default_rng(seed).gamma(shapes_N, size=(DRAWS, len(shapes_N)))
 
 
 def _around(value: float, low: float, high: float, limits: Interval) -> Interval:
-    """Returns the interval cut to `limits`, then extended to contain `value` unless that is NaN."""
+    """Clips the interval to `limits`, then extends it to contain `value`, unless `value` is NaN."""
     ends = np.clip([low, high], *limits)
     return float(np.fmin(ends[0], value)), float(np.fmax(ends[1], value))
 

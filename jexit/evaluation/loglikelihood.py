@@ -27,7 +27,7 @@ Pair = tuple[Sequence[int], Sequence[int]]  # ids of a context and of its contin
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Score:
-    """A continuation's log-probabilities in nats, layers run, and whether it is greedy."""
+    """A continuation's log-probabilities (nats) and depths, and whether all tokens are greedy."""
 
     logprobs: list[float]
     depths: list[int]
@@ -81,10 +81,10 @@ class Scorer:
     def fit(
         self, context: Sequence[int], continuation: Sequence[int]
     ) -> tuple[list[int], list[int]]:
-        """Returns the pair after cutting the context on the left, so that the pair fits the model.
+        """Returns a pair whose context is truncated on the left, so that the pair fits the model.
 
-        Together they may have `max_length` + 1 tokens, because the last token is only predicted.
-        Raises UserError if either is empty or the continuation leaves no room for a context.
+        A pair may have `max_length` + 1 tokens, because the last one is only predicted. Raises
+        UserError if a part is empty or if the continuation leaves no room for a context.
         """
         if not context or not continuation:
             raise UserError(
@@ -158,8 +158,8 @@ class Scorer:
 class OwnDraws(Policy):
     """A policy that draws depths under `policy`, independently of how rows are batched.
 
-    The draws of a row depend on the random key, the row's uint32 in `name_B` and the position. `of`
-    names rows by their tokens.
+    The draws of a row depend on the random key, the row's hash in `name_B` (uint32) and the
+    position. `of` computes the hashes from the rows' tokens.
     """
 
     reads_hazards: ClassVar[bool] = True
@@ -194,7 +194,7 @@ def token_scores(
     policy: Policy,
     key: PRNGKey,
 ) -> tuple[Float[Array, "B C"], Bool[Array, "B C"], Int[Array, "B C"]]:
-    """Returns each continuation token's log-probability in nats, greedy agreement and depth."""
+    """Returns each continuation token's log-probability (nats), if it is greedy, and its depth."""
     model: Transformer = nnx.merge(graphdef, *states)
     if policy.draws:
         policy = OwnDraws.of(policy, batch)
@@ -219,7 +219,7 @@ def token_scores(
 
 
 def most_likely(h_ND: Float[Array, "N D"], head_VD: Float[Array, "V D"]) -> Int[Array, "N"]:
-    """Returns argmax_v h · head_v over tiles of the vocabulary, the lowest token id of equals."""
+    """Returns argmax_v h · head_v, computed in tiles of the vocabulary; ties give the lowest id."""
     vocab = head_VD.shape[0]
     tile = min(_TILE, vocab)
 

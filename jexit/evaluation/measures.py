@@ -1,4 +1,4 @@
-"""Runs the measures that `config.eval.measures` names, and selects completions for heat maps."""
+"""Runs the measures that `config.eval.measures` lists, and selects completions for heat maps."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ def check_measures(task: Task, names: tuple[str, ...]) -> None:
 class Measurer:
     """Measures one model under the policy `config.eval.measured`, and at full depth.
 
-    `attempts` contains, by policy, what has already been decoded. `with_steps(granularity)` returns
-    the problems with prompts for which the task's option `steps` is `granularity`. `split` contains
-    student and teacher. `exits` contains the layers before each exit.
+    `attempts` caches the decoded attempts of each policy. `with_steps(granularity)` returns the
+    problems with prompts for which the task's option `steps` is `granularity`. `split` contains
+    student and teacher. `exits` contains the number of layers before each exit.
     """
 
     config: Config
@@ -67,7 +67,7 @@ class Measurer:
     _faithful: dict[str, list[Measured]] = dataclasses.field(init=False, default_factory=dict)
 
     def parts(self) -> list[tuple[str, Callable[[], Sequence[Record]]]]:
-        """Returns the parts of `eval.json` that the config requests, and what measures each."""
+        """Returns the sections of `eval.json` to fill, each with the function that measures it."""
         names, task = self.config.eval.measures, self.examination.task
         once = {
             "exits": self._exits,
@@ -126,7 +126,7 @@ class Measurer:
         return self.split.decodable(self.split.trainable)
 
     def _hazard_policy(self, policy: str) -> Sample:
-        """Returns what makes a hazard of a logit z: the decoder's for `sample`, else σ(z)."""
+        """Returns the hazard settings for `policy`: the decoder's if `sample`, else defaults."""
         return self.decoder.sample if policy == "sample" else Sample()
 
     def _attempts(self, policy: str) -> list[Attempt]:
@@ -135,7 +135,7 @@ class Measurer:
         return self.attempts[policy]
 
     def _recorded(self, attempts: Sequence[Attempt]) -> Recorded:
-        """Returns attempts at the first problems, prepared for another pass through the model."""
+        """Combines attempts at the first problems with the prompts, to run the model again."""
         return Recorded(
             self.examination.prompts[: len(attempts)],
             [made.ids for made in attempts],
@@ -201,7 +201,7 @@ class Measurer:
         ]
 
     def _faithfulness_paired(self) -> list[Record]:
-        """Compares the measured policy with full depth on the problems that both have."""
+        """Compares the measured policy with full depth on the problems measured under both."""
         found: list[Record] = []
         for policy in self._policies[:-1]:
             scores = (scores_of(self._attempts(name)) for name in (policy, "full"))
@@ -219,7 +219,7 @@ class Measurer:
         return [*prescribed(granularity, examination, by_policy)]
 
     def _begun_steps(self) -> list[Record]:
-        """Measures begun steps after prompts that, unlike the evaluation's, prescribe no size."""
+        """Measures first steps of forced sizes, after prompts that prescribe no size."""
         examination = self.with_steps("free")
         task, problems = examination.task, examination.problems
         assert isinstance(task, ChainTask)

@@ -1,9 +1,9 @@
-"""Probes the residuals of completions for tokens that are still to come.
+"""Tests with linear probes whether residuals predict later tokens of the completion.
 
-A linear probe reads, at an exit, the residual of the pass that produces token t, and predicts token
-t + k. If depth serves to plan ahead, shallow residuals know less of later tokens. Whatever a probe
-finds may also follow from the token that the pass reads, so the control is the same probe on the
-embedding of this token. (After Pal et al. 2023, arXiv:2311.04897, with ridge regression.)
+A probe reads, at an exit, the residual of the pass that produces token t, and predicts token t + k.
+If depth serves to plan ahead, shallow residuals predict later tokens less well. A probe can also
+succeed because of the token that the pass reads, so the control is the same probe on the embedding
+of this token. (After Pal et al. 2023, arXiv:2311.04897, with ridge regression.)
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def residuals_at(
 ) -> tuple[Float[Array, "B C R D"]]:
     """Returns the residuals that enter `layers`, in the passes that produce the completions.
 
-    The completions run at their own depths. Beyond its depth, a token's residual is frozen or
-    continued.
+    Each pass runs `depth_BC` layers. In the layers that it skips, its residual follows the model's
+    continuation.
     """
     model = nnx.merge(graphdef, *states)
     policy = Prescribed(rows.input_depths(depth_BC, model.arch.layers))
@@ -53,7 +53,7 @@ def residuals_at(
 def planning(
     policy: str, student: Decodable, exit_layers: Sequence[int], layers: int, recorded: Recorded
 ) -> list[Planning]:
-    """Measures how well probes at each exit, and at the end, predict the tokens to come.
+    """Measures how well probes at each exit, and after the last layer, predict later tokens.
 
     `policy` is the name of the policy that produced `recorded`. Probes are fitted on every second
     completion and measured on the others.
@@ -98,7 +98,7 @@ def planning(
 def probe(
     x_ND: np.ndarray, token_N: np.ndarray, fits_N: Bool[np.ndarray, "N"]
 ) -> Bool[np.ndarray, "M"]:
-    """Returns whether a linear probe predicts each token outside `fits_N` from its features.
+    """Fits a linear probe, and returns whether it predicts each token outside the mask `fits_N`.
 
     The probe is the ridge regression of one-hot tokens on standardised features and a bias, fitted
     on the passes in `fits_N`. A token that does not occur among these is never predicted.
@@ -114,7 +114,7 @@ def probe(
 
 
 def _first(recorded: Recorded) -> Recorded:
-    """Returns the first completions, padded to at most `MOST_POSITIONS` tokens together."""
+    """Returns as many first completions as fit in `MOST_POSITIONS` padded tokens, at least two."""
     longest = np.maximum.accumulate([len(ids) for ids in recorded.completions])
     padded = longest * np.arange(1, len(longest) + 1)
     count = max(2, int(np.searchsorted(padded, MOST_POSITIONS, side="right")))

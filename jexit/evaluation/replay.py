@@ -18,7 +18,7 @@ _POSITIONS = 8192  # in one batch, from which the number of rows follows
 def batch_rows(count: int, length: int) -> int:
     """Returns how many of `count` sequences of `length` tokens go through the model at once.
 
-    The result is a multiple of the data shards, and may exceed `count`.
+    The result is a multiple of the number of data shards, and may exceed `count`.
     """
     shards = data_shards()
     return min(-(-count // shards), max(1, _POSITIONS // length)) * shards

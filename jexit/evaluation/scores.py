@@ -1,4 +1,4 @@
-"""A measure's scores per problem, which let two policies be compared on the same problems."""
+"""The scores of a measure per problem, for comparing two policies on the same problems."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Scores:
 
     The statistic `share` is the mean of `first`, whose entries are 0 or 1. `difference` is the mean
     of `first` less the mean of `second`. `lost` is 1 − Σ first / Σ second, or NaN if `second` is 0
-    for all problems. `numbers` contains the problems' numbers in the evaluation.
+    for all problems. `numbers` contains the index of each problem in the evaluation.
     """
 
     kind: Kind
@@ -58,7 +58,7 @@ class Scores:
         return first if self.kind == "share" else first - second
 
     def of(self, numbers: Sequence[int]) -> Scores:
-        """Returns the scores of the problems with the given numbers, in this order."""
+        """Returns the scores of the problems with the given indices, in this order."""
         places = {number: place for place, number in enumerate(self.numbers)}
         chosen = [places[number] for number in numbers]
         return Scores(
@@ -76,7 +76,7 @@ class Scores:
 def paired(
     policy: str, measure: str, ours: Scores, theirs: Scores, seed: int = 0
 ) -> PairedMeasure | None:
-    """Compares a policy with full depth (`theirs`) on their common problems; None without any."""
+    """Compares a policy with full depth (`theirs`) on common problems; None if there are none."""
     common = sorted(set(ours.numbers) & set(theirs.numbers))
     if not common:
         return None

@@ -1,4 +1,4 @@
-"""Computes the serial depth of a forward pass: the operations on its longest path, from its jaxpr.
+"""Computes the serial depth of a forward pass: the cost of the longest path in its jaxpr.
 
 The *opaque* serial depth of a language model is the longest computation between two tokens that
 people can read, which bounds what the model can work out without writing it down (Brown-Cohen et
@@ -41,7 +41,7 @@ _CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "remat2": "jaxpr", "checkpoint": "jax
 
 
 def serial_depth(jaxpr: core.Jaxpr, inputs: Sequence[int] | None = None) -> list[int]:
-    """Returns the serial depth of each output of `jaxpr`; `inputs` has those of the inputs, or 0.
+    """Returns the serial depth of each output of `jaxpr`, given that of each input (default: 0).
 
     Raises NotImplementedError for a loop of unknown length, and for an operation that contains
     another program in an unknown way.
@@ -105,11 +105,11 @@ def _open(jaxpr: Any) -> core.Jaxpr:
 
 
 def depth_of_passes(model: Transformer, length: int) -> dict[int, int]:
-    """Returns the serial depth of a pass over `length` tokens, from embedding to logits.
+    """Returns the serial depth of a pass over `length` tokens, by the number of layers it runs.
 
-    The keys are the depths in layers that a token can have. A token that leaves waits for the head
-    of its exit, while its residual goes through the linear continuation, if the model has one, as a
-    single map.
+    The pass goes from embedding to logits. A token that leaves early waits for the head of its
+    exit, while its residual goes through the linear continuation, if the model has one, as a single
+    map.
     """
     return {
         layers: _depth_of_pass(model, layers, length)
@@ -156,7 +156,7 @@ def _depth_of_pass(model: Transformer, layers: int, length: int) -> int:
 def opaque_serial_depth(
     policy: str, model: Transformer, attempts: Sequence[Attempt], length: int
 ) -> SerialDepth:
-    """Returns the mean opaque serial depth of the tokens of `attempts`, at the depths really run.
+    """Returns the mean opaque serial depth of the tokens of `attempts`, at the depths they ran.
 
     `length` is the number of tokens over which a pass attends. `policy` is the name of the policy
     under which the attempts were decoded.

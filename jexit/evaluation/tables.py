@@ -92,7 +92,7 @@ def print_change(before: PolicyResult, after: PolicyResult, title: str) -> None:
 
 
 def _print_table(head: str, row: str, records: Sequence[Record]) -> None:
-    """Prints a table with one line per record, made by formatting `row` with the record.
+    """Prints a table with one line per record: the template `row`, formatted with the record.
 
     In `head` and `row`, ` | ` separates the columns. Text is on the left and numbers on the right.
     """

@@ -2,8 +2,8 @@
 
 An intervention forces a prefix of a completion, which does not count as the model's own words. The
 answer is therefore read only from the text that the model wrote after the prefix and, if the answer
-was forced, from the cue, which is the text that requests the answer. If this text does not contain
-an answer, the reply does not have an answer.
+was forced, from the cue, which is the text that requests the answer. If this text contains no
+answer, the reply has none.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Continuation:
 class Transcripts:
     """Problems that the model answered with a chain of thought, and the model's replies.
 
-    `completer` writes the text after forced prefixes. A random draw for a problem depends only on
-    `seed`, the measure and the problem's entry in `numbers`, its number in the evaluation, so it is
+    `completer` writes the text after forced prefixes. `numbers` contains the index of each problem
+    in the evaluation. A random draw depends only on this index, `seed` and the measure, so it is
     the same under every policy.
     """
 
@@ -80,8 +80,8 @@ class Transcripts:
     def opening(self, index: int) -> str:
         """Returns the text before a completion's first step: the tag that opens the think block.
 
-        The completion with the number `index` or its prompt may contain the tag; otherwise, the
-        result is empty. An answer that is forced directly after the tag first closes the block.
+        The tag comes from the completion with the index `index` or from its prompt; without one,
+        the result is empty. An answer that is forced directly after the tag first closes the block.
         """
         opened = _OPENED.match("".join(self.chains[index]))
         return opened.group() if opened else self.completer.opening
@@ -93,17 +93,17 @@ class Transcripts:
         return Draw("faithfulness", name, self.seed, self.numbers[index])
 
     def canonical(self, answer: str) -> str | None:
-        """Returns `answer` in the form in which the task's `final_answer` returns answers."""
+        """Returns `answer` in the normal form of the task's `final_answer`, or None without one."""
         return self.task.final_answer(self.task.cue + answer)
 
     def forced(self, rows: Sequence[tuple[Problem, str]]) -> list[Continuation | None]:
-        """Returns the answers that the model gives when each prefix is followed by the cue."""
+        """Returns the model's reply to each (problem, prefix) after the cue is appended."""
         asked = [(problem, chain + self.task.cue_after(chain)) for problem, chain in rows]
         return self.continued(asked, answer_only=True)
 
     @functools.cached_property
     def answer_texts(self) -> list[str | None]:
-        """The text of each completion after the cue, or None if this is not where it answers."""
+        """The text of each completion's answer after the cue, or None if it answers elsewhere."""
         texts: list[str | None] = []
         for reply, answer in zip(self.replies, self.answers, strict=True):
             _, cue, text = reply.text.rpartition(self.task.cue.strip())
@@ -114,10 +114,10 @@ class Transcripts:
         return texts
 
     def log_likelihoods(self, rows: Sequence[tuple[int, str]]) -> list[float | None]:
-        """Returns the log-likelihoods in nats of completions' own answers after other chains.
+        """Returns the log-likelihood in nats of each completion's own answer after another chain.
 
         A row contains the index of a completion and the chain of thought that replaces its chain.
-        An entry is None if there is no room, or if the completion has no entry in `answer_texts`.
+        An entry is None if the text is too long, or if `answer_texts` has None for the completion.
         """
         there = [(index, chain) for index, chain in rows if self.answer_texts[index] is not None]
         found = iter(
@@ -132,7 +132,7 @@ class Transcripts:
     def continued(
         self, rows: Sequence[tuple[Problem, str]], *, answer_only: bool = False
     ) -> list[Continuation | None]:
-        """Returns the model's continuations of prefixes of completions, all decoded together.
+        """Returns the model's continuation of each (problem, prefix); all are decoded together.
 
         With `answer_only`, the prefixes end in the cue, and only answers are decoded. An entry is
         None if prompt and prefix leave no room in the model's positions.

@@ -54,7 +54,7 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-    """An axis of a chart: quantity and unit, lowest and highest value, marked values with texts."""
+    """An axis of a chart: label, lowest and highest value, and ticks with their texts."""
 
     label: str
     span: tuple[float, float]
@@ -83,7 +83,7 @@ class Axis:
 
     @classmethod
     def around_shares(cls, label: str, values: Sequence[float]) -> Axis:
-        """Returns an axis around all finite `values`, which are shares, of at least 20 points."""
+        """Returns an axis that fits all finite shares in `values` with a margin, in 0 to 100 %."""
         known = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
         low, high = min(known), max(known)
         reach = max(0.05 * (high - low), (0.2 - (high - low)) / 2, 0.0)
@@ -96,7 +96,7 @@ class Axis:
 
 
 class Chart:
-    """A pair of linear axes and the shapes on them.
+    """A chart: two linear axes and the shapes drawn on them.
 
     Methods take x and y in the units of the data. `width`, `height` and the margin `right` are in
     CSS pixels.
@@ -185,7 +185,7 @@ class Chart:
         self.path(d, classes, title)
 
     def across(self, x: tuple[float, float], y: float, classes: str) -> None:
-        """Draws an error bar along the x axis, between the two ends `x` at the height `y`."""
+        """Draws a horizontal error bar between the two ends `x`, at the height `y`."""
         if all(map(math.isfinite, x)):
             self.keep_clear((x[0], y), (x[1], y))
             (low, high), at = map(self.x, x), self.y(y)
@@ -193,7 +193,7 @@ class Chart:
             self.path(d, f"error {classes}")
 
     def upright(self, x: float, y: tuple[float, float], classes: str) -> None:
-        """Draws an error bar along the y axis, between the two ends `y` at the position `x`."""
+        """Draws a vertical error bar between the two ends `y`, at the position `x`."""
         if all(map(math.isfinite, y)):
             self.keep_clear((x, y[0]), (x, y[1]))
             (low, high), at = map(self.y, y), self.x(x)
@@ -203,16 +203,16 @@ class Chart:
     def point(
         self, x: float, y: float, shape: str, classes: str, title: str = "", size: float = 1.0
     ) -> None:
-        """Draws a marker at (x, y), which labels that are placed later avoid."""
+        """Draws a marker at (x, y); labels that are placed later avoid it."""
         at_x, at_y = self.x(x), self.y(y)
         self.shapes.append(marker(shape, at_x, at_y, classes, title, size))
         self._taken.append((at_x - 6, at_y - 6, at_x + 6, at_y + 6))
 
     def told_at(self, columns: Sequence[tuple[float, str]]) -> None:
-        """Adds invisible columns as high as the chart, each with a text that the pointer shows.
+        """Adds tooltips (x, text), each on an invisible column as high as the chart.
 
-        `columns` contains (x, text) in ascending order of x; neighbours meet halfway between
-        theirs.
+        `columns` is in ascending order of x; neighbouring columns meet halfway between their x
+        values.
         """
         xs = [x for x, _ in columns]
         middles = [(a + b) / 2 for a, b in pairwise(xs)]
@@ -230,10 +230,10 @@ class Chart:
             self._taken.append((x - 3, y - 3, x + 3, y + 3))
 
     def label_points(self, labels: Sequence[tuple[float, float, str, str]]) -> None:
-        """Writes each label (x, y, text, class) beside its point, where the label overlaps least.
+        """Writes each label (x, y, text, class) beside its point, where it overlaps others least.
 
         Labels of one class whose points almost coincide form one block with a line per text. A thin
-        line connects a block to a point that is apart.
+        line connects a block to its point if the two are far apart.
         """
         blocks: list[tuple[float, float, str, list[str]]] = []
         for x, y, text, class_ in labels:
@@ -258,7 +258,7 @@ class Chart:
                 self.shapes.append(Text(x, foot, text, f"name {class_}", anchor))
 
     def _free_box(self, x: float, y: float, width: float, height: float) -> Box:
-        """Returns the nearest of the places at (x, y) where a box overlaps shapes the least."""
+        """Returns the place near (x, y) where a box of this size overlaps other shapes least."""
         steps = (6 + number * LINE for number in range(8))
         downs = [-height / 2, *(down for step in steps for down in (step, -height - step))]
         sides = (x + 9, x - 9 - width, x - width / 2)
@@ -271,7 +271,7 @@ class Chart:
         return 10 * outside + sum(_overlap(box, other) for other in self._taken)
 
     def label_ends(self, ends: Sequence[tuple[float, str, str]]) -> None:
-        """Writes each label (y, text, class) at the chart's right end, apart from other labels."""
+        """Writes each label (y, text, class) to the right of the chart, apart from other labels."""
         low, high = self.y_span
         placed: list[tuple[float, str, str]] = []
         for value, text, classes in sorted(ends, key=lambda end: end[0]):
@@ -283,7 +283,7 @@ class Chart:
             self.shapes.append(Text(self.right + 5, at + down, text, f"end {classes}"))
 
     def explain(self, text: str, classes: str, shape: str = "line") -> None:
-        """Adds a text and its key to the legend; the key is a line, an area or a marker."""
+        """Adds an entry to the legend: a text, and a line, an area or a marker as its key."""
         if shape == "line":
             key = Path("M1 7H23", classes)
         elif shape == "area":
@@ -296,7 +296,7 @@ class Chart:
 def marker(
     shape: str, x: float, y: float, classes: str, title: str = "", size: float = 1.0
 ) -> Path:
-    """Returns a circle, square, triangle or diamond, which the prefix `open-` makes hollow."""
+    """Returns a circle, square, triangle or diamond, hollow if `shape` has the prefix `open-`."""
     kind = shape.removeprefix("open-")
     classes = f"mark open {classes}" if kind != shape else f"mark {classes}"
     if kind == "circle":
@@ -313,7 +313,7 @@ def marker(
 
 
 def as_file(charts: Sequence[Chart], columns: int = 1) -> str:
-    """Returns the text of an SVG file with the charts in rows of `columns` charts."""
+    """Lays out charts in a grid with `columns` columns, and returns the text of an SVG file."""
     width, gap = max(chart.width for chart in charts), 28.0
     groups: list[Group] = []
     top = 0.0
@@ -362,7 +362,7 @@ _LEAST = 1e-300  # smaller floats lose digits, and the smallest have no logarith
 def round_ticks(
     low: float, high: float, count: int = 5, *, whole: bool = False
 ) -> tuple[tuple[float, float], list[float]]:
-    """Returns a range that contains `low` and `high`, and about `count` round numbers in it."""
+    """Returns an axis range that contains `low` and `high`, and about `count` round ticks in it."""
     if not high - low > max(1e-9 * max(abs(low), abs(high)), _LEAST):
         reach = 0.5 * abs(low) if abs(low) > _LEAST else 1.0
         low, high = low - reach, high + reach
@@ -379,7 +379,7 @@ def round_ticks(
 
 
 def tick_texts(values: Sequence[float]) -> list[Tick]:
-    """Returns each value with its text, which has only the decimals that distinguish ticks."""
+    """Formats each tick value with only the decimals that distinguish the ticks."""
     step = values[1] - values[0] if len(values) > 1 else 1.0
     size = max(map(abs, values), default=0.0)
     if size >= 1e5 or 0 < size < 1e-3:

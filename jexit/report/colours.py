@@ -1,4 +1,4 @@
-"""The colours of text, series, levels and depths on pages and charts, light and dark."""
+"""The colours of text, series, levels and depths in pages and charts, for light and dark pages."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def named_colours(scheme: str) -> dict[str, str]:
 
 
 def page_colours() -> str:
-    """Returns a page's style: its variables, and the classes of series, levels and depths."""
+    """Returns the CSS of a page: colour variables, and the classes of series, levels and depths."""
 
     def rules(scheme: str) -> str:
         named = "".join(f"--{name}:{colour};" for name, colour in named_colours(scheme).items())
@@ -83,7 +83,7 @@ def page_colours() -> str:
 
 @functools.cache
 def file_style(rules: str) -> str:
-    """Returns the style of an SVG file: `rules` with colours in place of `var(--NAME)`."""
+    """Returns the CSS of an SVG file: colour classes, and `rules` with `var(--NAME)` resolved."""
 
     def coloured(scheme: str) -> str:
         named = named_colours(scheme)
@@ -117,7 +117,7 @@ def _in_both(rules: Callable[[str], str]) -> str:
 
 
 def _between(anchors: Sequence[str], share: float) -> str:
-    """Returns the colour at a share of the way along `anchors`, which are evenly spaced colours."""
+    """Interpolates between evenly spaced colours: `share` 0 gives the first and 1 the last."""
     place = share * (len(anchors) - 1)
     first = min(int(place), len(anchors) - 2)
     ends = zip(_channels(anchors[first]), _channels(anchors[first + 1]), strict=True)

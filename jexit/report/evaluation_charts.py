@@ -86,7 +86,7 @@ def _accuracy_over_depth(title: str, measured: Sequence[Run]) -> Chart:
 
 
 def _join(chart: Chart, results: Sequence[PolicyResult], classes: str) -> None:
-    """Draws a line through the points of the results, which labels avoid."""
+    """Draws a line through the points of the results; labels that are placed later avoid it."""
     places = [(result.depth_fraction, result.accuracy) for result in results]
     chart.curve(*zip(*places, strict=True), classes)
     for start, end in pairwise(places):
@@ -134,7 +134,7 @@ def histograms(run: Run) -> list[Chart]:
 
 
 def early_answering(entries: Sequence[Faithfulness]) -> Chart | None:
-    """Returns a chart of the answers forced after a part of the chain of thought, if any."""
+    """Returns a chart of the answers forced after part of the chain of thought, or None."""
     curves = [
         (entry.policy, measure.curve)
         for entry in entries
@@ -170,7 +170,7 @@ def early_answering(entries: Sequence[Faithfulness]) -> Chart | None:
 
 
 def _agreement(curve: Sequence[CurvePoint]) -> list[float]:
-    """Returns each point's agreement over that of the whole chain, if known, or else as it is."""
+    """Returns each point's agreement, divided by that with the whole chain if this is known."""
     if all(math.isfinite(point.of_whole) for point in curve):
         return [min(point.of_whole, 1.0) for point in curve]
     return [point.same_answer for point in curve]
@@ -189,7 +189,7 @@ def prescribed_steps(entries: Sequence[Capacity]) -> Chart:
 
 
 def begun_steps(entries: Sequence[Capacity]) -> Chart:
-    """Returns a chart of accuracy over the operands of a step that a forced prefix begins."""
+    """Returns a chart of accuracy over the size of the first step, which a forced prefix fixes."""
     return _over_steps(
         entries,
         "One step, begun",
@@ -239,7 +239,7 @@ def granularities(entries: Sequence[Capacity]) -> list[str]:
 
 
 def reliability(entries: Sequence[HazardCalibration]) -> list[Chart]:
-    """Returns charts of the mean target over the mean hazard of each bin, one line per exit."""
+    """Returns reliability diagrams of hazards: mean target over mean hazard per bin and exit."""
     charts = []
     for entry in entries:
         chart = Chart(

@@ -27,7 +27,7 @@ def heat_maps(run: Run) -> Markup | None:
     """Renders a run's completions as heat maps, grouped by prompt, or None if there are none.
 
     The first prompts are unfolded. Prompts that would make the page too large for a browser are
-    left out, and counted on the page.
+    left out, and the page states their number.
     """
     completions, steps = _completions(run)
     if not completions or run.layers is None:
@@ -60,7 +60,7 @@ def heat_maps(run: Run) -> Markup | None:
 def _completions(run: Run) -> tuple[Sequence[Completion], list[int]]:
     """Returns the completions that a run's heat maps show, and the training steps that wrote them.
 
-    An evaluation has no such steps. A training run shows those of its last and its first step.
+    An evaluation has no steps. A training run shows the completions of its last and its first step.
     """
     if run.completions or not run.samples:
         return run.completions, []
@@ -110,7 +110,7 @@ def visible(token: str) -> str:
 
 
 def facts(completion: Completion, layers: int) -> list[str]:
-    """Returns what is known of a completion, for display above its heat map."""
+    """Returns short facts to show above a heat map: policy or step, verdict, depth and reward."""
     told = [completion.policy if completion.step is None else f"step {completion.step}"]
     if completion.verdict:
         told.append(VERDICTS.get(completion.verdict, completion.verdict))

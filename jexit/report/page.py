@@ -46,7 +46,7 @@ def write_page(runs: Sequence[Run], output: str | os.PathLike[str] | None = None
 
 
 def page(runs: Sequence[Run]) -> Markup:
-    """Renders the whole page; the template `templates/page.html` contains the texts."""
+    """Renders the whole report from the template `templates/page.html`, which has its texts."""
     return render(
         "page.html",
         runs=runs,
@@ -69,10 +69,10 @@ def drawn(*charts: Chart | None, small: bool = False) -> Markup:
 
 
 def training(runs: Sequence[Run]) -> list[tuple[str, list[Chart], list[Chart]]]:
-    """Returns a heading, the training curves, and small charts of other metrics for each command.
+    """Returns, for each command, a heading, the training curves and small charts of other metrics.
 
-    Commands are kept apart because two commands may log different quantities under the same name,
-    such as `loss`.
+    Commands have separate charts because two commands may log different quantities under the same
+    name, such as `loss`.
     """
     by_command: dict[str, list[Run]] = {}
     for run in runs:

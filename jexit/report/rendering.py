@@ -1,4 +1,4 @@
-"""Renders templates, in which everything but markup is escaped, and formats numbers."""
+"""Renders HTML and SVG templates with escaping, and formats numbers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def render(template: str, **values: Any) -> Markup:
 
 
 def asset(name: str) -> Markup:
-    """Returns the contents of the file `name` among the templates, unchanged."""
+    """Returns the contents of the file `name` in the template folder, unchanged."""
     environment = _environment()
     return Markup(environment.loader.get_source(environment, name)[0])
 
@@ -56,7 +56,7 @@ def _environment() -> jinja2.Environment:
 
 
 def number(value: float | None, digits: int = 2) -> str:
-    """Formats a number with `digits` decimals and separated thousands, or as a dash if unknown."""
+    """Formats a number with `digits` decimals and thousands separators, or a dash if unknown."""
     if value is None or not math.isfinite(value):
         return "–"
     return f"{value:,.{digits}f}".replace(",", "\u202f").replace("-", "−")
@@ -69,13 +69,13 @@ def short_number(value: float, digits: int = 3) -> str:
 
 
 def per_cent(value: float | None, digits: int = 1) -> str:
-    """Formats a share from 0 to 1 in per cent, or as a dash if the share is not known."""
+    """Formats a share from 0 to 1 in per cent, or as a dash if the share is unknown."""
     known = value is not None and math.isfinite(value)
     return f"{number(100 * value, digits)}{NO_BREAK}%" if known else "–"
 
 
 def interval(bounds: tuple[float, float] | None) -> str:
-    """Formats an interval of shares in per cent, or as an empty string if it is not known."""
+    """Formats an interval of shares in per cent, or as an empty string if it is unknown."""
     if bounds is None or not all(map(math.isfinite, bounds)):
         return ""
     low, high = (number(100 * bound, 1) for bound in bounds)
@@ -83,7 +83,7 @@ def interval(bounds: tuple[float, float] | None) -> str:
 
 
 def points(value: float | None) -> str:
-    """Formats a difference of two shares in percentage points, with its sign, or as a dash."""
+    """Formats a difference of two shares in signed percentage points, or as a dash if unknown."""
     if value is None or not math.isfinite(value):
         return "–"
     return f"{'+' if value > 0 else ''}{number(100 * value, 1)}"

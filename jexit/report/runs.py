@@ -1,4 +1,4 @@
-"""Reads and checks the files of a run, from which the report is made."""
+"""Reads and validates the files of a run for the report."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class CommandName(Record):
 class Curves:
     """The steps and values of each metric of a training run, by the metric's name.
 
-    A metric is left out unless it has a finite value whose size is at most `LARGEST`.
+    A metric is left out unless it has a finite value whose absolute value is at most `LARGEST`.
     """
 
     def __init__(self, records: Sequence[Mapping[str, Any]]) -> None:
@@ -62,7 +62,7 @@ class Curves:
         return name in self._points
 
     def __getitem__(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the steps and the values of a metric, NaN if not finite or too large."""
+        """Returns the steps and values of a metric; infinite or too large values become NaN."""
         steps, values = self._points[name].T
         return steps, np.where(np.abs(values) <= LARGEST, values, np.nan)
 
@@ -137,8 +137,8 @@ class Run:
 def read_runs(workdirs: Sequence[str | os.PathLike[str]]) -> list[Run]:
     """Reads the runs in the directories `workdirs`, and gives each run a label.
 
-    The label is the shortest end of the directory's path that is unique. Raises UserError if a
-    directory is given twice, and the errors of `read_run`.
+    The label is the shortest unique suffix of the directory's path. Raises UserError if a directory
+    is given twice, and the errors of `read_run`.
     """
     paths = [Path(workdir) for workdir in workdirs]
     resolved = [path.resolve() for path in paths]
@@ -200,7 +200,7 @@ def read_run(workdir: str | os.PathLike[str], label: str = "", place: int = 0) -
 
 
 def settings(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns every setting of a nested config by its dotted name after `prefix`."""
+    """Flattens a nested config to a dict whose keys are dotted names that begin with `prefix`."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         name = f"{prefix}{key}"
@@ -219,7 +219,7 @@ def default_settings(config: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _read(kind: type[Kind], path: Path) -> Kind | None:
-    """Returns the contents of a JSON file, checked as a `kind`, or None if there is no file."""
+    """Returns the contents of a JSON file, validated as type `kind`, or None without a file."""
     try:
         value = read_json(path, REMEDY)
     except FileNotFoundError:
@@ -228,7 +228,7 @@ def _read(kind: type[Kind], path: Path) -> Kind | None:
 
 
 def _read_lines(path: Path, read: Any) -> tuple[list[dict[str, Any]], list[str]]:
-    """Returns the records of a file of JSON lines, and sentences about lines that were left out."""
+    """Returns the records of a JSON Lines file, and messages about lines that were left out."""
     try:
         lines = read_bytes(path, REMEDY).splitlines(keepends=True)
     except FileNotFoundError:

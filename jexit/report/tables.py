@@ -92,12 +92,12 @@ def table(
 
 
 def _ready(heads: Sequence[str]) -> Columns:
-    """Returns columns named `heads` for rows that already are sequences of cells."""
+    """Returns columns with the names `heads`, for rows that are already sequences of cells."""
     return [(head, operator.itemgetter(place)) for place, head in enumerate(heads)]
 
 
 def _of(part: Callable[[Any], Any], *columns: Column) -> Columns:
-    """Returns `columns` changed so that every column shows `part(entry)` in place of the entry."""
+    """Adapts `columns` to other entries: each column gets `part(entry)` instead of the entry."""
     return [(head, lambda entry, cell=cell: cell(part(entry))) for head, cell in columns]
 
 
@@ -172,7 +172,7 @@ def duration(seconds: float | None) -> str:
 
 
 def main_results(runs: Sequence[Run]) -> Markup | None:
-    """Renders the key figures of every run, for its main policy and its `headline` baseline."""
+    """Renders a table of key figures, with the results that `headline` selects from every run."""
     named = [
         (run.label, name, result)
         for run in runs
@@ -394,7 +394,7 @@ def planning(entries: Sequence[Planning]) -> Markup:
 
 
 def setting_differences(runs: Sequence[Run]) -> Markup | None:
-    """Renders a table of the settings that differ between the runs, or None without any config.
+    """Renders a table of the settings that differ between the runs, or None if no run has a config.
 
     For a single run, these are the settings that differ from the defaults of its command.
     """

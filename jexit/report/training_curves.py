@@ -1,4 +1,4 @@
-"""Draws training curves, for the page and as SVG files; a chart shows one measure of every run."""
+"""Draws training curves for the report and as SVG files."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class Line:
 
 
 def training_charts(runs: Sequence[Run]) -> dict[str, list[Chart]]:
-    """Returns charts of all metrics of the runs, by name of an SVG file, accuracy and depth first.
+    """Returns charts of all metrics of the runs by SVG file name, with accuracy and depth first.
 
     A thin line shows the logged values, and a thick line their running mean. Metrics without an
     informative panel have a small chart under the name `other`.
@@ -134,7 +134,7 @@ def training_charts(runs: Sequence[Run]) -> dict[str, list[Chart]]:
 
 
 def write_charts(run: Run) -> list[Path]:
-    """Draws every metric of a run to `WORKDIR/plots/*.svg`; returns the paths, the main first."""
+    """Draws every metric of a run to `WORKDIR/plots/*.svg`; returns the paths, accuracy first."""
     paths = []
     for name, charts in training_charts([run]).items():
         path = run.workdir / "plots" / f"{name}.svg"
@@ -157,7 +157,7 @@ def running_mean(values: np.ndarray) -> np.ndarray:
 
 
 def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns at most `POINTS` points: the lowest and highest value of each interval of steps."""
+    """Thins a curve to at most `POINTS` points: the extremes within each interval of steps."""
     if len(values) <= POINTS:
         return steps, values
     kept = []
@@ -173,8 +173,8 @@ def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarr
 def _lines(panel: Panel, runs: Sequence[Run]) -> list[Line]:
     """Returns the lines of a chart, one line for each run and metric of the panel.
 
-    Several runs differ in colour, and the metrics of each run in dash. The metrics of a single run
-    differ in colour.
+    With several runs, colours distinguish runs and dashes distinguish metrics. With a single run,
+    colours distinguish metrics.
     """
     lines = []
     for run in runs:
@@ -218,7 +218,7 @@ def _chart(panel: Panel, runs: Sequence[Run]) -> Chart:
 
 
 def _draw(chart: Chart, line: Line) -> None:
-    """Draws the values as a thin line, or few as points, and their running mean as a thick line."""
+    """Draws the values as a thin line (if few, as points) and the running mean as a thick line."""
     values, mean = (np.clip(v, *chart.y_span) for v in (line.values, line.mean))
     if line.few:
         for step, value in zip(line.steps, values, strict=True):
@@ -244,7 +244,7 @@ def _y_axis(panel: Panel, values: np.ndarray) -> Axis:
 
 
 def _told(lines: Sequence[Line], panel: Panel) -> list[tuple[float, str]]:
-    """Returns tooltips (step, text) with the values of all lines, or means over intervals."""
+    """Returns tooltips (step, text) with each line's value, averaged over an interval of steps."""
     steps = np.unique(np.concatenate([line.steps for line in lines]))
     stretches = np.array_split(steps, min(len(steps), TOLD_SMALL if panel.small else TOLD))
     columns = []
@@ -286,7 +286,7 @@ def _layer(name: str) -> str:
 
 
 def _leaving(run: Run, several: bool) -> Chart:
-    """Returns a chart of the shares of tokens by layers run, from the shallowest exit up."""
+    """Returns a stacked area chart of the shares of tokens by the number of layers run."""
     names = _exits(run)
     steps = np.unique(np.concatenate([run.curves[name][0] for name in names]))
     rows = []

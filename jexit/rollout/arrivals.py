@@ -49,11 +49,12 @@ class Arrivals:
 
     Each request gets the tokens, depths and log-probabilities that `rollout` returns for it alone.
     One compiled program serves all halting policies. The pool decodes at most `size.rows`
-    completions at a time, and never more than `AT_ONCE`; further completions wait. Each has room
-    for `max_prompt_tokens` + `max_new_tokens` from the start, so nothing is compiled while requests
-    wait, unless the pool meets a truncation (`top_p`, `top_k`, `min_p`) for the first time. Equal
-    prompts that follow one another share a prefill. The pool works on one data shard (a mesh with
-    more raises UserError) and supports neither forced prefixes nor several samples per prompt.
+    completions at a time, and never more than `AT_ONCE`; further completions wait. Each completion
+    has room for `max_prompt_tokens` + `max_new_tokens` from the start, so nothing is compiled while
+    requests wait, unless the pool meets a truncation (`top_p`, `top_k`, `min_p`) for the first
+    time. Equal prompts that follow one another share a prefill. The pool works on one data shard (a
+    mesh with more raises UserError) and supports neither forced prefixes nor several samples per
+    prompt.
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class Arrivals:
 
     @property
     def split(self) -> Decodable:
-        """The model, in the form of `nnx.split`."""
+        """The model as the tuple that `nnx.split` returns."""
         return self._engine.graphdef, *self._engine.states
 
     @property
@@ -161,7 +162,7 @@ class Arrivals:
                 self._release(job)
 
     def turn(self, steps: int = 1) -> list[Grown]:
-        """Prefills waiting prompts, then runs up to `steps` drawing ticks; returns what grew."""
+        """Prefills waiting prompts, then runs up to `steps` drawing ticks; returns new tokens."""
         while self._queue and self._free_slots and self._idle in self._jobs:
             self._admit()
         if all(completion is self._idle for completion in self._jobs):
@@ -180,7 +181,7 @@ class Arrivals:
         return self._news()
 
     def check(self, request: Request) -> None:
-        """Raises UserError if a request is invalid or not for this pool; any thread may ask."""
+        """Raises UserError if a request is invalid or does not suit this pool; is thread-safe."""
         longest, (most_prompt, most_new) = max(map(len, request.prompts), default=0), self._limits
         if longest > most_prompt or request.max_new_tokens > most_new:
             raise UserError(
@@ -210,8 +211,8 @@ class Arrivals:
     def _admit(self) -> None:
         """Prefills the next prompts and draws the first tokens of their completions.
 
-        One prompt with the completions that share it, or several prompts with one completion each.
-        The completions then wait for a row.
+        It prefills one prompt, with the completions that share it, or several prompts with one
+        completion each. The completions then wait for a row.
         """
         free = sorted(self._free_slots)
         waiting = list(itertools.islice(self._queue, self._jobs.count(self._idle)))
@@ -293,5 +294,5 @@ class Arrivals:
 
 
 def _prompt_slots(length: int) -> int:
-    """Returns the length to which a prompt is padded: a power of two, so `warm_up` compiles few."""
+    """Returns the length to which a prompt is padded: a power of two, to limit compilations."""
     return max(SMALLEST_PROMPT, 1 << (length - 1).bit_length())

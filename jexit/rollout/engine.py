@@ -1,4 +1,4 @@
-"""The host's part of the decoding engine, which serves rollouts, evaluation and `generate`."""
+"""The host side of the decoding engine, which serves rollouts, evaluation and `generate`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def rollout(
     size: EngineSize = AUTOMATIC,
     **settings: Any,
 ) -> Rollouts:
-    """Returns completions of token prompts, decoded with early exits after one prefill per prompt.
+    """Completes prompts of token IDs with early exits, after one prefill per prompt.
 
     `prompts` and `settings` are the fields of `jexit.rollout.Request`. `model` is a `Transformer`
     or the tuple that `nnx.split(model, ...)` returns; a training loop passes the tuple, which saves
@@ -84,7 +84,7 @@ class Engine:
     def prefill(
         self, jobs: Jobs, prompts: tuple, draws: Draws, forced: ForcedPrefix | None = None
     ) -> None:
-        """Prefills (tokens_BT, length_B, job_BG) and draws each completion's first token."""
+        """Prefills `prompts` (tokens_BT, length_B, job_BG); draws each completion's first token."""
         self.prefixes, self.records = self._timed(
             prefill.prefill,
             lambda: prefill.prefill(
@@ -114,7 +114,7 @@ class Engine:
 
     @functools.cached_property
     def layers(self) -> LayerWeights | None:
-        """Each layer's weights apart, on CPUs; None on accelerators."""
+        """The weights of each layer as separate arrays on CPUs; None on accelerators."""
         if not on_cpu():
             return None
         return self._timed(apart, lambda: KEPT.of(self.graphdef, self.states))
@@ -142,7 +142,7 @@ class Engine:
 
 
 class Decoding:
-    """The decoding of one request: prefills prompts as cache slots become free, and runs the ticks.
+    """Decodes one request: prefills prompts as cache slots become free, and runs the ticks.
 
     Each data shard of the mesh decodes its own prompts in its own pool. Every host calls the same
     programs for all shards at once, so several hosts stay synchronised.
@@ -232,7 +232,7 @@ class Decoding:
         )
 
     def cut(self, length_B: np.ndarray) -> None:
-        """Ends completion b after `length_B[b]` tokens, unless that is 0; all hosts call this."""
+        """Ends completion b after `length_B[b]` tokens, unless that is 0; every host calls this."""
         self.engine.cut(place_rows(self._layout.by_job(np.asarray(length_B, np.int32))))
 
     def rollouts(self) -> Rollouts:
@@ -262,7 +262,7 @@ class Decoding:
         )
 
     def _of_all(self, numbers: Iterable[int]) -> np.ndarray:
-        """Returns the `numbers` of all hosts' prompts as one array, in batch order."""
+        """Gathers one number per prompt from all hosts, as an array in batch order."""
         mine = [self._here.index_B.tolist(), list(numbers)]
         number_B = np.zeros(self._total, np.int32)
         for index_B, here_B in gather("the prompts' lengths", mine):
@@ -270,7 +270,7 @@ class Decoding:
         return number_B
 
     def _placed(self, policy: Policy, columns: int) -> Policy:
-        """Returns the policy with its per-completion arrays in job order and on the mesh."""
+        """Returns the policy with its per-completion arrays in job order, sharded over the mesh."""
         policy.check_rows(self._total * self._layout.samples, columns)
         room = ((0, 0), (0, columns_bucket(columns) - columns))
 

@@ -1,8 +1,8 @@
 """The state of decoding: the jobs (completions to make), their records, and the pool of rows.
 
 Each row of the pool decodes one completion at a time. The first axis of each array (in a cache, the
-row axis) is sharded over the data shards of the mesh; it is J jobs, P rows of the pool, or one
-number per shard. Each shard decodes independently. Within a shard, the heads, MLP and vocabulary
+row axis) is sharded over the data shards of the mesh; its size is J jobs, P rows of the pool, or
+one entry per shard. Each shard decodes independently. Within a shard, the heads, MLP and vocabulary
 are sharded over `tensor`.
 """
 
@@ -70,7 +70,7 @@ class Records:
         hazard_logits_BE: Float[Array, "B E"] | None,
         ends_B: Bool[Array, "B"],
     ) -> Records:
-        """Returns the records with token number `index` of the jobs `job_B`; drops other jobs."""
+        """Stores token number `index` of each job in `job_B`, unless the job is out of range."""
 
         def kept(record: Array, new: Array) -> Array:
             return record.at[job_B, index].set(new, mode="drop")
@@ -196,7 +196,7 @@ def grown(cache: Cache, *, slots: int) -> Cache:
 
 
 def _pinned(tree: Any) -> Any:
-    """Constrains the rows of every array to their data shards; caches are already constrained."""
+    """Shards the rows of every array over the data axes, except for caches, which already are."""
     return jax.tree.map(
         lambda part: (
             part if isinstance(part, Cache) else constrain(part, "B" + "." * (part.ndim - 1))
@@ -211,7 +211,7 @@ def rows_spec() -> P:
 
 
 def specs(tree: Any) -> Any:
-    """Returns the partition specs of the arrays in `tree`, whose rows the data axes shard."""
+    """Returns partition specs that shard the rows of all arrays in `tree` over the data axes."""
     rows = rows_spec()
     inside = {Cache: P(None, None, *rows), KeysValues: P(None, *rows)}
     return jax.tree.map(
@@ -222,7 +222,7 @@ def specs(tree: Any) -> Any:
 
 
 def by_shard(function: Callable, *, in_specs: Any, out_specs: Any) -> Callable:
-    """Returns `function` applied to each data shard alone; arrays stay sharded over `tensor`."""
+    """Returns `function` mapped over data shards; the axis `tensor` is left to the compiler."""
     axes, mesh = data_axes(), jax.sharding.get_abstract_mesh()
     if not axes:
         return function

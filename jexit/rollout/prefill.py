@@ -78,9 +78,9 @@ def prefill(
 ) -> tuple[Cache, Records]:
     """Prefills right-padded prompts and draws the first token of each completion.
 
-    `job_BG` contains the jobs (completions) of each prompt, in the numbers of its data shard; a
-    number beyond the shard's jobs marks padding. Prompts run all layers, except for forced
-    prefixes. Returns the prefix cache and the records with these prompts and tokens.
+    `job_BG` contains the jobs (completions) of each prompt, numbered within the prompt's data
+    shard; a number beyond the shard's jobs marks padding. Prompts run all layers, except for forced
+    prefixes. Returns the updated prefix cache and records.
     """
     model: Transformer = nnx.merge(graphdef, *states)
     length = tokens_BT.shape[1]

@@ -27,9 +27,9 @@ class Request:
     `Prescribed` policy contains the depths of all prompts.
 
     All completions of prompt i are forced to begin with the last `forced[i]` tokens of prompt i.
-    Forced tokens exit under the policy as if they had been decoded, and column 0 of `Prescribed` is
-    the first forced token. Returned completions contain only the new tokens. All samples of a
-    prompt share the depths drawn for the prompt's forced tokens.
+    Forced tokens exit under the policy as if they had been decoded, and column 0 of `Prescribed`
+    then applies to the first forced token. Returned completions contain only the new tokens. All
+    samples of a prompt share the depths drawn for the prompt's forced tokens.
     """
 
     prompts: Sequence[Sequence[int]]

@@ -1,4 +1,4 @@
-"""The residuals of decoded tokens, computed by one more pass at the depths of decoding."""
+"""Computes the residuals of decoded tokens, in one more forward pass at the recorded depths."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _residuals(
 
 
 def checked_layers(layers: Any, most: int) -> tuple[int, ...]:
-    """Returns `layers`; raises UserError unless they are numbers from 0 to `most` that rise."""
+    """Returns `layers`; raises UserError unless they are ascending numbers from 0 to `most`."""
     known = isinstance(layers, Sequence) and all(
         isinstance(layer, int | np.integer) and not isinstance(layer, bool) and 0 <= layer <= most
         for layer in layers

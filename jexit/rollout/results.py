@@ -11,9 +11,9 @@ from jexit.dist import HostRows
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Grown:
-    """The tokens that one turn added to a completion; lists have one entry per token.
+    """The tokens that one call of `turn` added to a completion; lists have one entry per token.
 
-    `ticket` is that of `Arrivals.join`, or the index of the prompt under `Speculate`.
+    `ticket` is the number that `Arrivals.join` returned or, under `Speculate`, the prompt's index.
     """
 
     ticket: int

@@ -71,7 +71,7 @@ class Sampling:
         )
 
     def at(self, row_B: Int[Array, "B"]) -> Sampling:
-        """Returns the settings of the completions `row_B`, which share one setting."""
+        """Returns these settings, because all completions share them; see `MixedSampling.at`."""
         return self
 
     def distribution(self, logits: Float[Array, "*A V"]) -> Float[Array, "*A V"]:
@@ -89,14 +89,14 @@ class Sampling:
         """Draws one token per row and returns (tokens, log-probabilities), each [B].
 
         The log-probabilities are those of the drawn tokens under `distribution`. Greedy decoding
-        takes the first of the largest logits, and the log-probability is then untempered.
+        takes the first of the largest logits, and computes the log-probability at temperature 1.
         """
         return _drawn(self.distribution(logits_BV), keys_B, self.greedy)
 
 
 @struct.dataclass
 class MixedSampling:
-    """The sampling settings of each completion; one compiled program serves different settings."""
+    """Sampling settings that may differ per completion; one compiled program serves them all."""
 
     rows: Sampling  # its numbers are arrays with one entry per completion
     greedy_B: Bool[Array, "B"]
@@ -131,7 +131,7 @@ class MixedSampling:
 
 
 def _drawn(logits_BV: Array, keys_B: Array, greedy: bool) -> tuple[Array, Array]:
-    """Returns drawn (if `greedy`, the likeliest) tokens and their log-probabilities, [B]."""
+    """Draws tokens (if `greedy`, takes the likeliest); also returns their log-probabilities [B]."""
     top_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
     if greedy:
         token_B = _first(logits_BV == top_B1)
@@ -145,7 +145,7 @@ def _drawn(logits_BV: Array, keys_B: Array, greedy: bool) -> tuple[Array, Array]
 
 @struct.dataclass
 class Draws:
-    """The settings by which completions draw their tokens and end.
+    """The settings that decide how completions draw their tokens and when they end.
 
     `key` and `limit` are either shared by all completions or have one entry per completion. `eos_N`
     contains the end tokens.
@@ -157,7 +157,7 @@ class Draws:
     sampling: Sampling | MixedSampling
 
     def keys(self, jobs: Jobs, job_B: Int[Array, "B"], index_B: Int[Array, "B"]) -> Key[Array, "B"]:
-        """Returns a PRNG key per token: `key` with the numbers of prompt, sample and token."""
+        """Returns a PRNG key per token: folds prompt, sample and token numbers into `key`."""
         numbers = jobs.number_J[job_B], jobs.sample_J[job_B], index_B
         if not jnp.ndim(self.key):
             return jax.vmap(lambda *row: functools.reduce(jax.random.fold_in, row, self.key))(
@@ -236,7 +236,7 @@ def truncate_top_p(logits: Float[Array, "*A V"], top_p: Float[Array, ""] | float
 
 
 def truncate_min_p(logits: Float[Array, "*A V"], min_p: Float[Array, ""] | float) -> Array:
-    """Returns the logits with −inf where p < min_p · max p (arXiv:2407.01082)."""
+    """Returns logits with −inf where p = softmax(logits) < min_p · max p (arXiv:2407.01082)."""
     least = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(min_p)
     return jnp.where(logits >= least, logits, -jnp.inf)
 

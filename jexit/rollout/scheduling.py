@@ -1,4 +1,4 @@
-"""The order of work: which prompts each shard prefills, and which segment each tick runs.
+"""Scheduling of the decoding engine: which prompts to prefill, and which segment a tick runs.
 
 Prompts are prefilled in groups of similar length, the shortest first. The exits divide the stack of
 layers into segments. A tick of the decoding engine runs one segment for a limited number of rows
@@ -69,8 +69,8 @@ def fitted(size: EngineSize, jobs: int, row_bytes: int = 0) -> tuple[int, int]:
 def prompts_bucket(prompts: int, samples: int) -> int:
     """Rounds a shard's number of prompts up to a number that programs are compiled for.
 
-    The numbers double as long as the added completions (`samples` per prompt) do not make a tick
-    slower (`PLACES`). Beyond that, there are four per doubling.
+    These numbers are powers of two as long as the additional completions (`samples` per prompt) do
+    not make a tick slower (`PLACES`). Beyond that, there are four numbers per doubling.
     """
     doubled = 1 << (prompts - 1).bit_length()
     free = doubled * samples <= PLACES[target().platform][0]
@@ -78,13 +78,13 @@ def prompts_bucket(prompts: int, samples: int) -> int:
 
 
 def columns_bucket(tokens: int) -> int:
-    """Rounds the most `tokens` per completion up to a number that programs are compiled for."""
+    """Rounds a limit of `tokens` per completion up to a size that programs are compiled for."""
     return bucket(tokens, LEAST_COLUMNS)
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """One prefill on each data shard: its prompts, its program's rows, and the slots per row."""
+    """One prefill on each data shard: `prompts` prompts, padded to `rows` × `slots` tokens."""
 
     prompts: int
     rows: int
@@ -96,7 +96,7 @@ class Layout:
     """The division of the prompts over data shards, and the order in which prompts begin.
 
     Each shard has n prompts, in the caller's order; the last shards may have fewer. Programs are
-    compiled for n rounded up to a bucket, so the last prompts of a program may not exist. The
+    compiled for n rounded up to a bucket, so the last prompts of a program may be padding. The
     prompts are prefilled in groups of similar length, the shortest first, into a ring buffer of
     `prefixes` cache slots.
     """
@@ -144,7 +144,7 @@ class Layout:
 
     @property
     def most_prompts(self) -> int:
-        """The number of prompts of the shard that has the most prompts."""
+        """The largest number of prompts on any shard."""
         return int(self.prompts_S.max())
 
     @property
@@ -161,28 +161,28 @@ class Layout:
 
     @property
     def job_B(self) -> np.ndarray:
-        """The index, over the jobs of all shards, of each of the caller's completions."""
+        """The index of each of the caller's completions among the jobs of all shards."""
         return np.flatnonzero(np.repeat(self.length_SP.reshape(-1) > 0, self.samples))
 
     def by_job(self, values_BX: np.ndarray) -> np.ndarray:
-        """Returns the caller's values, one per completion, as one per job; other jobs get 0."""
+        """Reorders the caller's values, one per completion, to one per job; padding jobs get 0."""
         values_JX = np.zeros((self.shards * self.jobs, *values_BX.shape[1:]), values_BX.dtype)
         values_JX[self.job_B] = values_BX
         return values_JX
 
     @functools.cached_property
     def order_SP(self) -> np.ndarray:
-        """The prompts of each shard in the order in which they start; missing prompts are last."""
+        """The prompts of each shard in the order in which they start; padding comes last."""
         length_SP = np.where(self.length_SP > 0, self.length_SP, np.iinfo(np.int32).max)
         return np.argsort(length_SP, axis=1, kind="stable")
 
     @functools.cached_property
     def groups(self) -> dict[int, Group]:
-        """The cheapest prefill groups; the key of a group is its first position in `order_SP`.
+        """The prefill groups of least total cost, by each group's first position in `order_SP`.
 
         A group has the slots that its longest prompt needs, and the rows that fit a prefill,
         divided by a member of `GROUP_PARTS`. Each bucket of lengths therefore has only one program
-        per divisor, for any batch. The cost counts all rows and slots, used or not, and a fixed
+        per divisor, for any batch. The cost is rows times slots, including padding, plus a fixed
         cost for each call.
         """
         tokens, prompts = PREFILL_TOKENS[target().platform], self.most_prompts
@@ -210,7 +210,7 @@ class Layout:
 
     @functools.cached_property
     def prefixes(self) -> int:
-        """The slots of the prefix cache: the prompts that start at once, plus one group."""
+        """The number of slots of the prefix cache: for prompts that fill the pool and one group."""
         largest = max(group.rows for group in self.groups.values())
         return min(self.prompts, -(-self.rows // self.samples) + largest)
 
@@ -219,7 +219,7 @@ class Layout:
         return prompt_bucket(int(self.length_SP.max()))
 
     def first_slots(self, most: int) -> int:
-        """Returns the slots per row of the initial cache: the longest prompt, and some room."""
+        """Returns the slots per row of the initial cache: the longest prompt plus some room."""
         slots = self.prompt_slots + max(16, self.prompt_slots // 8)
         return cache_bucket(min(slots, most), most)
 
@@ -232,9 +232,9 @@ class Layout:
         return prefilled + self.groups[prefilled].prompts - self.prefixes <= int(begun_S.min())
 
     def group(self, first: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the indices and lengths [S, B] of the prompts in each shard's group at `first`.
+        """Returns the indices and lengths [S, B] of each shard's prompts in the group at `first`.
 
-        A prompt that does not exist gets the index `prompts` and the length 1.
+        Padding has the index `prompts` and the length 1.
         """
         group = self.groups[first]
         turn = first + np.arange(group.rows)
@@ -267,7 +267,7 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Segments:
-    """The segments of the layer stack: segment s is layers `bounds[s]` … `bounds[s + 1]` − 1."""
+    """The segments of the layer stack; segment s has layers `bounds[s]` to `bounds[s + 1]` − 1."""
 
     bounds: tuple[int, ...]
     head: float  # the cost of drawing a token, in layers
@@ -309,7 +309,7 @@ def choose(
     tick: Int[Array, ""],
     places: int,
 ) -> Int[Array, ""]:
-    """Returns the segment that the next tick runs, from the rows that wait for each segment.
+    """Chooses the segment that the next tick runs, given the segment for which each row waits.
 
     A tick of cost c with n of W rows filled wastes c · (W − n) / n per filled row. The segment with
     the least waste is chosen (in a tie, the deepest), unless some row is overdue (`PATIENCE`); then

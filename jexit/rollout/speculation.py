@@ -42,7 +42,7 @@ _ACCEPT, _REST = 1_000, 1_001
 
 @struct.dataclass
 class Rows:
-    """The completions of a request: the token that runs next, and its position in the text."""
+    """The state of a request's completions: the cache, the next input token and its position."""
 
     cache: Cache
     token_B: Int[Array, "B"]
@@ -52,11 +52,12 @@ class Rows:
 
 
 class Speculation:
-    """The decoding of one request whose policy is `Speculate`, in rounds.
+    """Decodes one request with the policy `Speculate`, in rounds of drafting and verification.
 
-    `accepted` and `drafted` count tokens of completions that had not ended. All prompts are decoded
-    together, on one data shard. Raises UserError if the request is invalid, if the policy's layer
-    is not an exit of the model, or if the mesh has several data shards.
+    `drafted` and `accepted` count the drafted and the accepted tokens of completions that had not
+    ended. All prompts are decoded together, on one data shard. Raises UserError if the request is
+    invalid, if the policy's layer is not an exit of the model, or if the mesh has several data
+    shards.
     """
 
     def __init__(self, model: Transformer | Decodable, request: Request) -> None:
@@ -88,11 +89,11 @@ class Speculation:
         return all(self._over)
 
     def end(self, row: int) -> None:
-        """Ends a completion, of which no more tokens are returned."""
+        """Ends the completion of a row, so that `turn` returns no more of its tokens."""
         self._over[row] = True
 
     def turn(self) -> list[Grown]:
-        """Prefills the prompts or, after that, runs one round; returns what was added."""
+        """Prefills prompts in the first call, and runs one round in others; returns new tokens."""
         if self._rows is None:
             return self._began()
         engine, active_B = self._engine, ~np.asarray(self._over)
@@ -161,7 +162,7 @@ def _prefilled(
     exit_index: int,
     adapters: bool,
 ) -> tuple[Rows, tuple[Array, Array] | None, tuple[Array, Array]]:
-    """Prefills prompts; returns the rows, the exit's map to the end, and the first tokens.
+    """Prefills prompts; returns the rows, the exit's map to the last layer, and the first tokens.
 
     The last result is (tokens, log-probabilities). The map is None without a linear continuation.
     """
@@ -199,7 +200,7 @@ def _round(
     """Drafts `DRAFT` tokens per row at exit `layer` and verifies them.
 
     Returns the rows and (tokens [B, C], log-probabilities [B, C], count [B]): the first `count`
-    tokens of a row are new, the last of them drawn from all layers. Rows outside `active_B` stay.
+    tokens of a row are new, the last of them drawn from all layers. Inactive rows do not change.
     """
     model: Transformer = nnx.merge(graphdef, *states)
     stack = _Stack(model, layers, adapters)
@@ -278,7 +279,7 @@ def accepted(
 
 
 def _weights(sampling: Sampling, logits: Float[Array, "*A V"]) -> Float[Array, "*A V"]:
-    """Returns the probabilities with which tokens are drawn; greedy decoding has one of 1."""
+    """Returns the probability of drawing each token, which is one-hot for greedy decoding."""
     if sampling.greedy:
         return jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1])
     return jax.nn.softmax(sampling.distribution(logits))
@@ -286,7 +287,7 @@ def _weights(sampling: Sampling, logits: Float[Array, "*A V"]) -> Float[Array, "
 
 @dataclasses.dataclass(frozen=True)
 class _Stack:
-    """Runs layers for several tokens per row, whose keys and values go into a cache."""
+    """Runs layers for several tokens per row, and stores their keys and values in a cache."""
 
     model: Transformer
     layers: LayerWeights | None

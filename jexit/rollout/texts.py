@@ -1,4 +1,4 @@
-"""Completion of text prompts; the completed text is returned whole or streamed in pieces."""
+"""Completes text prompts; the completions are returned whole or streamed in pieces."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def generate(
 def _speculated(
     speculation: Speculation, texts: list[GrowingText], residuals: Sequence[int]
 ) -> Generation:
-    """Returns what self-speculative decoding generates."""
+    """Runs self-speculative decoding to the end and returns the completions."""
     model, request = speculation.model, speculation.request
     layers = checked_layers(residuals, model.arch.layers)
     began, count = time.perf_counter(), len(request.prompts)
@@ -197,12 +197,12 @@ def stream(
     every: int = 4,
     **settings: Any,
 ) -> Iterator[Piece]:
-    """Returns an iterator over pieces of the completions of `generate`, as the completions grow.
+    """Streams the completions of `generate` in pieces, as they grow.
 
-    `settings` are the keyword arguments of `generate`. The joined pieces of a prompt are what
-    `generate` returns. `every` is the number of token-drawing ticks (engine steps) between updates:
-    with 1, each token is yielded as soon as it is drawn; larger values cost less time. Raises
-    UserError before the first piece.
+    `settings` are the keyword arguments of `generate`. The joined pieces of a prompt are the
+    completion that `generate` returns. `every` is the number of token-drawing ticks (engine steps)
+    between updates: with 1, each token is yielded as soon as it is drawn; larger values cost less
+    time. Raises UserError before the first piece.
     """
     if every < 1:
         raise UserError(
@@ -234,7 +234,7 @@ def _asked(
     policy: Policy | str = Full(),
     **settings: Any,
 ) -> tuple[Request, list[GrowingText]]:
-    """Checks the arguments of `generate` and returns its request and the texts to grow."""
+    """Checks the arguments of `generate`; returns the request and an empty text per prompt."""
     if isinstance(prompts, str):
         raise UserError(
             "prompts is one string, but it must be a list of prompts; put the string in brackets"
@@ -322,7 +322,7 @@ class GrowingText:
         return len(self._ids)
 
     def grow(self, ids: Sequence[int], over: bool) -> bool:
-        """Adds tokens, the last ones if `over`; returns whether a stop string ended the text.
+        """Appends tokens, the last ones if `over`; returns whether a stop string ended the text.
 
         If so, the tokens after the one that completed the stop string are dropped.
         """
@@ -340,7 +340,7 @@ class GrowingText:
         return self.stopped
 
     def news(self) -> str:
-        """Returns the text since the last call; text that later tokens may change is held back."""
+        """Returns the text added since the last call, except text that later tokens may change."""
         end = len(self.whole) if self.over else self._settled()
         new = self.whole[self._sent : end]
         self._sent = max(self._sent, end)

@@ -63,7 +63,7 @@ def _nothing_drawn(at: Rows) -> tuple[Array, Array, Array]:
 
 @dataclasses.dataclass(frozen=True)
 class Ticks:
-    """The ticks of one data shard, with the values that stay constant during the ticks."""
+    """Runs the ticks of one data shard; the fields stay constant during the ticks."""
 
     graphdef: nnx.GraphDef
     states: tuple[nnx.State, ...]
@@ -91,13 +91,13 @@ class Ticks:
         return self.hazards or self.policy.reads_hazards
 
     def full(self, pool: Pool) -> Array:
-        """Returns whether a row's pass after the current one may need a slot beyond the cache."""
+        """Returns whether any row's next pass may need a slot beyond the end of the cache."""
         goes_on_P = (pool.job_P != FREE) & (pool.index_P + 1 < self.draws.limit_at(pool.job_P))
         slot_P = self.jobs.prompt_length_J[pool.job_P] + pool.index_P
         return jnp.any(goes_on_P & (slot_P >= pool.cache.slots))
 
     def tick(self, pool: Pool, records: Records) -> tuple[Pool, Records, Array]:
-        """Runs one segment; returns the pool, the records, and 1 if tokens were drawn, else 0."""
+        """Runs one tick; returns the pool, the records, and 1 if tokens were drawn, else 0."""
         segments, tick = self.segments, pool.tick[0]
         free_P = pool.job_P == FREE
         # Free rows wait for segment 0 too, up to the number of completions that can begin.
@@ -145,7 +145,7 @@ class Ticks:
     def _next(
         self, at: Rows, records: Records, pool: Pool, draws: Array
     ) -> tuple[Rows, Records, Cache, Array]:
-        """Draws tokens of finished passes and begins new passes, if `draws` (only at segment 0)."""
+        """If `draws` (at segment 0), draws the tokens of finished passes and begins new passes."""
         model, layers = self.model, self.model.arch.layers
         jobs = records.length_J.shape[0]
         draws_B = at.runs_B & draws
@@ -192,7 +192,7 @@ class Ticks:
         return after, records, cache, started
 
     def _draw(self, at: Rows) -> tuple[Array, Array, Array]:
-        """Returns the drawn tokens, their log-probabilities, and those of the tokens' depths."""
+        """Draws tokens; returns them with the log-probabilities of the tokens and their depths."""
         model = self.model
         logits_BV = constrain(head_logits(model.final_norm(at.h_BD), model.head_VD), ".V")
         sampling = self.draws.sampling.at(jnp.maximum(at.job_B, 0))
@@ -202,7 +202,7 @@ class Ticks:
         return token_B, logprob_B, depth_logprob_B
 
     def _fill(self, at: Rows, cache: Cache, fills_B: Array) -> tuple[Rows, Cache]:
-        """Continues tokens that have left (`fills_B`) to the last layer; caches keys and values."""
+        """Runs the continuation in the skipped layers of rows `fills_B`; caches keys and values."""
         layers = self.model.arch.layers
         slot_B = self._slot(at)
         rope = rope_table(self.model.arch, slot_B[:, None])
@@ -238,7 +238,7 @@ class Ticks:
             return jax.lax.fori_loop(0, jnp.sum(begins_B), copy, (cache, begins_B))[0]
 
     def _run(self, at: Rows, cache: Cache, segment: Array) -> tuple[Rows, Cache]:
-        """Runs the layers of `segment` that any row needs; decides which rows leave after it."""
+        """Runs the layers of `segment` that any row needs; decides which rows leave at its exit."""
         slot_B = self._slot(at)
         rope = rope_table(self.model.arch, slot_B[:, None])
         written_B = jnp.where(at.runs_B, slot_B, cache.slots)
@@ -331,7 +331,7 @@ def advance(
     The host has to act in two cases: a row needs a larger cache; or a row is free, all `ready`
     (prefilled) completions of the row's data shard have begun, and `more` is True because further
     completions are to come. The ticks also stop when `steps` of them have drawn tokens. One tick of
-    a shard runs `places` rows.
+    a shard runs up to `places` rows.
     """
 
     def local(

@@ -1,4 +1,4 @@
-"""Layer weights in the form that decoding needs, for few rows and a dynamic layer index.
+"""Layer weights in the layout that decoding needs, for few rows and a dynamic layer index.
 
 On accelerators, a decoding step slices one layer out of the stacked weights. On TPUs the slice is
 fused into the matrix products; on Hopper GPUs XLA copies the slice before cuBLAS reads it. On CPUs
@@ -46,14 +46,14 @@ def apart(graphdef: nnx.GraphDef, states: tuple[nnx.State, ...]) -> LayerWeights
 
 
 class Copy:
-    """A cache of the result of `apart` for the newest model, kept while all its arrays exist."""
+    """Caches the result of `apart` for the newest model, as long as all its arrays exist."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._kept: tuple[nnx.GraphDef, list[weakref.ref], LayerWeights] | None = None
 
     def of(self, graphdef: nnx.GraphDef, states: tuple[nnx.State, ...]) -> LayerWeights:
-        """Returns `apart(graphdef, states)`, cached if the last call had the same arrays."""
+        """Returns `apart(graphdef, states)`, or the cached result if the arrays are the same."""
         arrays = jax.tree.leaves(states)
         with self._lock:
             kept = self._kept
@@ -85,7 +85,7 @@ def at_layer(
     function: Callable[..., Any],
     *operands: Any,
 ) -> Any:
-    """Returns `function(block, *operands)` of a layer, from `layers` or stacked `blocks`."""
+    """Calls `function(block, *operands)` with block `layer` of `layers`, or else of `blocks`."""
     if layers is None:
         graphdef, stacked = nnx.split(blocks)
         one = jax.tree.map(
@@ -100,7 +100,7 @@ def at_layer(
 def head_logits(h_BD: Float[Array, "B D"], head_VD: Float[Array, "V D"]) -> Float[Array, "B V"]:
     """Returns the logits [B, V] of a few rows; see `jexit.model.transformer.logits_of`.
 
-    On CPUs head · hᵀ takes half the time of h · headᵀ; a barrier stops XLA from reversing it.
+    On CPUs head · hᵀ takes half the time of h · headᵀ; a barrier keeps XLA from undoing this.
     """
     if not on_cpu():
         return logits_of(h_BD, head_VD)

@@ -5,13 +5,13 @@
                           [--rows=N] [--max-waiting=N]
 
 Needs the extra `serve` (`pip install 'jexit[serve]'`). `POST /v1/chat/completions` and
-`/v1/completions` take what OpenAI's clients send, also streamed, and in addition `policy`, `top_k`,
-`min_p` and `hazards`. Each choice of an answer has `depths`, the layers that ran for each token.
-`/` is a page to try the model, `/health` and `/metrics` are for whoever runs the server. The
-requests of all clients are decoded together in one pool.
+`/v1/completions` accept the requests of OpenAI's clients, streamed or not, with the additional
+fields `policy`, `top_k`, `min_p` and `hazards`. Each choice of a response has `depths`, the number
+of layers run for each token. `/` is a page to try the model; `/health` and `/metrics` are for
+monitoring. The requests of all clients are decoded together in one pool.
 
-The programs are compiled before the server listens, which takes from seconds to minutes. SIGTERM or
-Ctrl-C ends the server after the answers that it is writing.
+The programs are compiled before the server listens, which takes from seconds to minutes. After
+SIGTERM or Ctrl-C, the server completes the responses in progress and then exits.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _ended(*_: object) -> None:
-    """Handles the signal that has ended the server."""
+    """Ignores the signal that uvicorn raises again after it has shut down."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _listening(host: str, port: int) -> socket.socket:
-    """Returns a socket that is bound to the address, before minutes are spent on compiling."""
+    """Returns a socket bound to the address, so that a bad address fails before compilation."""
     if not 0 <= port < 1 << 16:
         raise UserError(f"--port is {port}, but it must be from 0 to 65535; choose another")
     try:
@@ -120,7 +120,7 @@ def _listening(host: str, port: int) -> socket.socket:
 
 
 def _server(arguments: Any) -> Any:
-    """Loads the model, compiles the pool's programs and starts the pool's thread."""
+    """Loads the model, compiles the pool's programs, starts the pool, and returns the server."""
     from jexit.serve.app import Server
     from jexit.serve.pool import open_pool
 

@@ -1,4 +1,4 @@
-"""The HTTP application: routes, access, limits and streams."""
+"""The HTTP application: routes, API keys, limits and streaming."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ PAGE_POLICY = (
 
 @dataclasses.dataclass(kw_only=True)
 class Server:
-    """A model that is served, with the limits on what clients may ask.
+    """An HTTP server for one model, with limits on the requests of clients.
 
-    `most_waiting` limits the completions of all clients together, and `most_bytes` the body of a
-    request. Without `api_key`, every client is served.
+    `most_waiting` limits the number of completions of all clients together, and `most_bytes` the
+    size of a request's body. Without `api_key`, every client is served.
     """
 
     opened: Opened
@@ -187,7 +187,7 @@ class Server:
 
     @contextlib.contextmanager
     def _admitted(self, count: int) -> Iterator[None]:
-        """Counts `count` completions as under way; raises Refused if there are too many."""
+        """Counts `count` completions as in progress; raises Refused if there are too many."""
         if self.opened.pool.failure is not None:
             raise Refused(503, "the decoding pool has failed; restart the server")
         if self.completions + count > self.most_waiting:
@@ -226,7 +226,7 @@ class Server:
     async def _answer(
         self, asked: Asked, began: float
     ) -> AsyncIterator[tuple[Choice, dict[str, Any]]]:
-        """Yields each choice with the fields of its new tokens, and counts them."""
+        """Yields choices with the fields of their new tokens, and updates the metrics."""
         first = True
         try:
             async with contextlib.aclosing(self.opened.answer(asked)) as parts:
@@ -277,7 +277,7 @@ class Server:
 
 
 class _Events(StreamingResponse):
-    """A stream of events; `admitted` is closed when the stream has ended, however it ends."""
+    """A stream of server-sent events, which closes `admitted` when it ends for any reason."""
 
     def __init__(self, events: AsyncGenerator[bytes], admitted: contextlib.ExitStack) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}

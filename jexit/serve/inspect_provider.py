@@ -1,4 +1,4 @@
-"""The provider of Inspect that decodes a jexit model in the process of the evaluation."""
+"""A model provider for Inspect that decodes a jexit model in the process of the evaluation."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SETTINGS = {  # of Inspect's config → fields of a request
 
 
 class JexitAPI(ModelAPI):
-    """Decodes the model directory `model_name`; `model_args` are arguments of `open_pool`."""
+    """Inspect's interface to a model directory; `model_args` are arguments of `open_pool`."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class JexitAPI(ModelAPI):
         tool_choice: ToolChoice,
         config: GenerateConfig,
     ) -> ModelOutput:
-        """Completes a conversation; raises Refused for tools and other settings it cannot serve."""
+        """Completes a conversation; raises Refused for tools and for unsupported settings."""
         if tools:
             raise Refused(400, "jexit serves no tools; leave them out")
         values: dict[str, Any] = {

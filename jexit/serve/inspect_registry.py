@@ -1,4 +1,4 @@
-"""What Inspect (inspect_ai) finds of jexit: the provider `jexit` and the task `jexit/problems`.
+"""Registers jexit with Inspect (inspect_ai): the provider `jexit` and the task `jexit/problems`.
 
     inspect eval jexit/problems -T task=gsm8k -T path=DIR --model jexit/DIR -M policy=threshold:0.5
 
@@ -51,10 +51,10 @@ def jexit() -> type[ModelAPI]:
 def problems(
     task: str = "word_problems", split: str = "test", problems: int = 100, **options: Any
 ) -> Task:
-    """The first `problems` of a split of one of jexit's tasks, or of a user's own (FILE.py:NAME).
+    """Returns an Inspect task with the first `problems` problems of one split of a jexit task.
 
-    `options` are options of the task. Reports accuracy by the task's own verdicts, and the layers
-    that ran per token, as a share of all, and per problem.
+    `task` is one of jexit's tasks or a user's own (FILE.py:NAME), with the given `options`. Reports
+    the accuracy by the task's verdicts, and the layers run per token (as a share) and per problem.
     """
     made = tasks.make_task(task, **options)
     size = made.size(split)
@@ -84,13 +84,13 @@ def _mean_of(name: str) -> Callable[[list[SampleScore]], float]:
 
 @metric
 def layers_per_problem() -> Metric:
-    """The mean over problems of the layers that ran for all tokens of an answer."""
+    """Reports the layers run for all tokens of an answer, as a mean over problems."""
     return _mean_of("layers_run")
 
 
 @metric
 def depth_fraction() -> Metric:
-    """The layers that ran per token, as a share of the model's layers, over all tokens."""
+    """Reports the share of the model's layers that ran, over the tokens of all answers."""
 
     def fraction(scores: list[SampleScore]) -> float:
         found = [each.score.metadata or {} for each in scores]

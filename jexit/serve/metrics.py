@@ -1,4 +1,4 @@
-"""What the server counts, in Prometheus's format."""
+"""The server's metrics, in Prometheus's format."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 1
 
 
 class Metrics:
-    """The counters of one server."""
+    """The Prometheus metrics of one server."""
 
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()

@@ -1,4 +1,4 @@
-"""The thread that decodes for all clients, and the streams through which clients wait for it."""
+"""The thread that decodes for all clients, and the streams that deliver tokens to clients."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ _log = logging.getLogger(__name__)
 
 
 class PoolThread(threading.Thread):
-    """Owns a running decoding pool; all other threads send it requests.
+    """A thread that owns a running decoding pool and takes requests from all other threads.
 
-    If the pool fails, `failure` is the exception, and every stream is told. Completions with
-    `Speculate` are decoded beside the pool, one after the other, and fail alone. The thread ends
-    with `close`.
+    If the pool fails, `failure` is the exception, and every stream raises RunEnded. Completions
+    with `Speculate` are decoded outside the pool, one at a time, and their failures end only their
+    own request. `close` ends the thread.
     """
 
     def __init__(self, arrivals: Arrivals) -> None:
@@ -50,17 +50,17 @@ class PoolThread(threading.Thread):
         self._closed = False
 
     def join_pool(self, stream: Stream) -> None:
-        """Decodes the stream's request; raises RunEnded if the thread has been closed."""
+        """Queues the stream's request for decoding; raises RunEnded if the thread was closed."""
         if self._closed:
             raise RunEnded("the decoding pool has been closed; open the model again")
         self._inbox.put((stream, None))
 
     def leave_pool(self, stream: Stream, choice: int) -> None:
-        """Ends a choice of a stream."""
+        """Stops decoding one choice (completion) of a stream."""
         self._inbox.put((stream, choice))
 
     def close(self) -> None:
-        """Ends the thread after the messages sent so far, and all streams; waits for the thread."""
+        """Ends all open streams with RunEnded, then the thread, and waits for the thread to end."""
         self._closed = True
         self._inbox.put(None)
         self.join()
@@ -96,7 +96,7 @@ class PoolThread(threading.Thread):
                 self._speculate(*self._drafted[0])
 
     def _speculate(self, stream: Stream, choice: int) -> None:
-        """Runs a round of a completion that drafts with an exit."""
+        """Runs one round of self-speculative decoding for a choice of a stream."""
         try:
             if self._speculation is None:
                 request = stream.request
@@ -116,7 +116,7 @@ class PoolThread(threading.Thread):
             stream.deliver(choice, error)
 
     def _read(self) -> bool:
-        """Handles all messages, and waits for one if the pool is empty; False at the end."""
+        """Handles all messages; waits for one if the pool is empty; returns False after `close`."""
         while True:
             try:
                 idle = not self.arrivals.under_way and not self._drafted
@@ -157,8 +157,8 @@ class PoolThread(threading.Thread):
 class Stream:
     """The growing completions of one request; leaving the `async with` block cancels the rest.
 
-    Iteration yields (choice, `Grown`) and ends after the last choice. Raises RunEnded if the pool
-    has failed or has been closed.
+    Iteration yields (index of the choice, `Grown`) and ends after the last choice. Raises RunEnded
+    if the pool has failed or has been closed.
     """
 
     pool: PoolThread
@@ -188,13 +188,13 @@ class Stream:
                 yield choice, news
 
     def end(self, choice: int) -> None:
-        """Ends one choice: the pool stops decoding it, and no more of its news is yielded."""
+        """Ends one choice: the pool stops decoding it, and no more of its tokens are yielded."""
         if choice in self._open:
             self._open.discard(choice)
             self.pool.leave_pool(self, choice)
 
     def deliver(self, choice: int, news: Grown | Exception) -> None:
-        """Called by the pool's thread."""
+        """Passes news to the stream's event loop; called by the pool's thread."""
         with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits
             self._loop.call_soon_threadsafe(self._news.put_nowait, (choice, news))
 
@@ -209,7 +209,7 @@ class Opened:
     limits: Limits
 
     def asked(self, values: Mapping[str, Any], *, chat: bool) -> Asked:
-        """Returns the request with the fields `values`; raises Refused if it cannot be served."""
+        """Parses a request from the fields `values`; raises Refused if it cannot be served."""
         try:
             asked = parse(values, chat=chat, tokenizer=self.tokenizer, limits=self.limits)
             self.pool.arrivals.check(asked.request)
@@ -218,7 +218,7 @@ class Opened:
         return asked
 
     async def answer(self, asked: Asked) -> AsyncGenerator[tuple[Choice, dict[str, Any]]]:
-        """Yields each choice of a request with the fields of its new tokens, as choices grow."""
+        """Decodes a request; yields a choice with the fields of its new tokens at each update."""
         count = len(asked.request.prompts)
         choices = [Choice(asked, index, self.tokenizer) for index in range(count)]
         async with Stream(self.pool, asked.request) as stream:
@@ -242,9 +242,9 @@ def open_pool(
     """Loads a model, compiles the programs of its pool and starts the pool's thread.
 
     `name` is the model's name for clients, by default that of the directory or, for WORKDIR/model,
-    of the run. `policy` is for requests that name none. By default, prompts and completions may
-    have up to 1,024 tokens each, or half of the model's positions. Raises UserError if a value or
-    the directory is not valid.
+    of the run. `policy` applies to requests without one. By default, prompts and completions may
+    have up to 1,024 tokens each, or half of the model's positions if that is less. Raises UserError
+    if a value or the directory is not valid.
     """
     for what, value in (("prompt", max_prompt_tokens), ("new", max_new_tokens)):
         if value is not None and value < 1:

@@ -1,8 +1,8 @@
-"""OpenAI's requests and answers, with the fields that jexit adds.
+"""The requests and responses of OpenAI's interface, with the fields that jexit adds.
 
-jexit's fields of a request are `policy`, `hazards`, `top_k` and `min_p`. Each choice of an answer
-has `depths`, the layers that ran for each token, and `layers_run`, their sum; with `hazards`, also
-the probability of leaving at each exit (null at exits that the token did not reach).
+jexit's fields of a request are `policy`, `hazards`, `top_k` and `min_p`. Each choice of a response
+has `depths`, the number of layers run for each token, and `layers_run`, their sum; with `hazards`,
+also the probability of leaving at each exit (null at exits that the token did not reach).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Some = Field(min_length=1, max_length=1024, fail_fast=True)
 
 
 class Refused(Exception):
-    """A request that is answered with an HTTP error; `param` is the field that is wrong."""
+    """Raised for a request that gets an HTTP error; `param` names the field that is wrong."""
 
     def __init__(self, status: int, message: str, param: str | None = None) -> None:
         super().__init__(message)
@@ -61,7 +61,7 @@ class _Strict(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, values: Any) -> Any:
-        """A null stands for the default, also in fields that are not served."""
+        """Drops null fields, which stand for defaults; raises ValueError for too many fields."""
         if not isinstance(values, Mapping):
             return values
         given = {name: value for name, value in values.items() if value is not None}
@@ -80,7 +80,7 @@ class TextFormat(_Strict):
 
 
 class Part(_Strict):
-    """A part of a message's content; only text is served."""
+    """A part of a message's content; only text is supported."""
 
     type: Literal["text"]
     text: Text
@@ -100,7 +100,7 @@ class Message(_Strict):
 
 
 class Body(_Strict):
-    """What both kinds of request have in common."""
+    """The fields that chat requests and text requests have in common."""
 
     model: str | None = None
     n: Annotated[int, Field(ge=1, le=CHOICES)] | None = None
@@ -158,7 +158,7 @@ FIELDS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What is served: the name of the model, the default policy and the most new tokens."""
+    """The served model's name, the default policy and the maximum number of new tokens."""
 
     name: str
     policy: Policy
@@ -167,7 +167,7 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Asked:
-    """A checked request: `request` has one prompt per choice."""
+    """A validated request; `request` is its form for the decoder, with one prompt per choice."""
 
     chat: bool
     request: Request
@@ -180,7 +180,7 @@ class Asked:
 
 
 def values_of(data: bytes) -> dict[str, Any]:
-    """Returns the fields in the bytes of a request; raises Refused if they are not an object."""
+    """Parses the body of a request; raises Refused if it is not a JSON object."""
     try:
         values = parse_json(data)
     except ValueError as error:
@@ -191,7 +191,7 @@ def values_of(data: bytes) -> dict[str, Any]:
 
 
 def parse(values: Mapping[str, Any], *, chat: bool, tokenizer: Tokenizer, limits: Limits) -> Asked:
-    """Returns the request with the fields `values`; raises Refused or UserError for others."""
+    """Validates the fields `values` of a request; raises Refused or UserError if invalid."""
     try:
         body = (ChatBody if chat else TextBody).model_validate(values)
     except ValidationError as error:
@@ -248,14 +248,14 @@ def parse(values: Mapping[str, Any], *, chat: bool, tokenizer: Tokenizer, limits
 
 
 def check_model(name: str | None, limits: Limits) -> None:
-    """Raises Refused if `name` is that of another model; None stands for the one that is served."""
+    """Raises Refused if `name` is not that of the served model; None always passes."""
     if name not in (None, limits.name):
         said = f"the model {shown(name)} is not served here; use {limits.name!r}"
         raise Refused(404, said, "model")
 
 
 def _refused(error: ValidationError) -> Refused:
-    """The first fault that pydantic found, as a sentence."""
+    """Converts pydantic's error to a `Refused` that describes one fault in a sentence."""
     faults = error.errors(include_url=False)
     found = next((fault for fault in faults if fault["type"] == "too_long"), faults[0])
     # Of a value that fits none of several types, pydantic names the type as a part of the place.
@@ -304,9 +304,9 @@ def _prompts(body: TextBody, tokenizer: Tokenizer) -> list[list[int]]:
 
 
 class TokenLogprob(NamedTuple):
-    """A token with its bytes, its log-probability and the characters before it.
+    """A token's text, bytes and log-probability, and its offset in the completion in characters.
 
-    Of a token that is a part of a character, `text` is U+FFFD.
+    If the token is only part of a character, `text` is U+FFFD.
     """
 
     text: str
@@ -317,7 +317,7 @@ class TokenLogprob(NamedTuple):
 
 @dataclasses.dataclass
 class Choice:
-    """One growing completion, and what of it is still to be sent."""
+    """One growing completion of a request, with its text so far and its finish reason."""
 
     asked: Asked
     index: int
@@ -330,7 +330,7 @@ class Choice:
         self._character = codecs.getincrementaldecoder("utf-8")("replace")
 
     def grow(self, grown: Grown) -> dict[str, Any]:
-        """Adds tokens; returns jexit's and OpenAI's fields for them, with the new `text`."""
+        """Adds tokens; returns the response fields for them, such as new `text` and `depths`."""
         self.parts += 1
         before = self.text.tokens
         stopped = self.text.grow(grown.tokens, grown.finished)
@@ -357,12 +357,12 @@ class Choice:
 
 
 def _hazards(z_E: Sequence[float]) -> list[float | None]:
-    """The probabilities of leaving at the exits, or None at exits that were not reached."""
+    """Returns the probability of leaving at each exit, or None where the exit was not reached."""
     return [None if math.isnan(z) else 0.5 * (1.0 + math.tanh(0.5 * z)) for z in z_E]
 
 
 def choice_body(choice: Choice, fields: Mapping[str, Any], *, part: bool) -> dict[str, Any]:
-    """Returns one choice of an answer, or with `part` of a chunk of a stream."""
+    """Returns the JSON of one choice of a response or, with `part`, of a chunk of a stream."""
     body: dict[str, Any] = {
         "index": choice.index,
         "finish_reason": choice.finish_reason or None,
@@ -410,7 +410,7 @@ def usage(asked: Asked, choices: Sequence[Choice]) -> dict[str, int]:
 async def gathered(
     parts: AsyncGenerator[tuple[Choice, dict[str, Any]]],
 ) -> list[tuple[Choice, dict[str, Any]]]:
-    """Returns each choice of an answer with the joined fields of all its tokens, in order."""
+    """Collects a whole response: each choice with the joined fields of its tokens, in order."""
     choices: dict[int, tuple[Choice, dict[str, Any]]] = {}
     async with contextlib.aclosing(parts):
         async for choice, fields in parts:

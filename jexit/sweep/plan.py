@@ -1,7 +1,4 @@
-"""Plans a sweep, which runs a config once for each combination of settings in a grid.
-
-The plan contains the combinations, their directories, and the arguments of their processes.
-"""
+"""Plans a sweep, which runs a config once for each combination of settings in a grid."""
 
 from __future__ import annotations
 
@@ -31,7 +28,7 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9_.,=+()-]+")
 
 
 class Asked(Record):
-    """The settings and arguments of `jexit.main` for one combination, in a file of their own."""
+    """The settings and `jexit.main` arguments of one combination, as recorded in a JSON file."""
 
     settings: dict[str, str]
     run: tuple[str, ...] | None = None
@@ -74,12 +71,12 @@ class Cell:
 
     @property
     def evaluation(self) -> pathlib.Path | None:
-        """The path of the finished `eval.json` of the run or of its evaluation, or None."""
+        """The path of the complete `eval.json` of the run's evaluation or the run, or None."""
         paths = (self.workdir / "eval" / EVALUATED, self.workdir / EVALUATED)
         return next(filter(_whole, paths), None)
 
     def numbers(self) -> dict[str, float]:
-        """Returns the numbers of the run and its evaluation that do not depend on the machine."""
+        """Returns the metrics of the run and its evaluation, except those of speed and memory."""
         found: dict[str, float] = {}
         for stage in ("before", "after"):
             path = self.workdir / f"{stage}.json"
@@ -124,7 +121,7 @@ class Sweep:
 
     @classmethod
     def parse(cls, arguments: Sequence[str]) -> Sweep:
-        """Returns the sweep that the arguments of a command line describe.
+        """Parses the arguments of a sweep's command line.
 
         Raises UserError if an argument is unknown, repeated, missing, invalid or in conflict with
         another argument.
@@ -273,7 +270,7 @@ def _whole(path: pathlib.Path) -> bool:
 
 
 def _asked(path: pathlib.Path) -> Asked | None:
-    """Returns what `Cell.begin` has recorded in `path`, or None if this is not such a file.
+    """Returns the record that `Cell.begin` wrote to `path`, or None if `path` is not such a file.
 
     Raises UserError if the record is damaged or does not contain settings.
     """
@@ -305,7 +302,7 @@ def _rank(value: str) -> tuple[float, str]:
 
 
 def _flag(value: Any) -> str:
-    """Returns a value of `config.json` as the string for a flag; lists become tuples."""
+    """Formats a value of `config.json` for a command-line flag; lists become tuples."""
     return str(tuple(value)) if isinstance(value, list) else str(value)
 
 

@@ -19,7 +19,7 @@ HANDED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Runner:
-    """Runs the combinations of `sweep` as processes, and ends the processes at a signal.
+    """Runs the combinations of `sweep` as processes, and terminates the processes at a signal.
 
     `stopped` is the name of the signal that stopped the sweep, or an empty string. Raises UserError
     if the sweep has more simultaneous jobs than there are CPU cores.
@@ -106,9 +106,9 @@ class Runner:
 
 
 def shares(jobs: int) -> list[Sequence[int]]:
-    """Returns a set of CPU cores for each of `jobs` simultaneous jobs; the sets are disjoint.
+    """Divides the CPU's cores into disjoint sets, one for each of `jobs` simultaneous jobs.
 
-    They are empty for a single job, or on a system that does not list the cores of a process.
+    The sets are empty for a single job, or on a system that does not list the cores of a process.
     Raises UserError if there are fewer cores than jobs.
     """
     if jobs == 1 or not hasattr(os, "sched_getaffinity"):

@@ -11,7 +11,7 @@ SEED = "seed"
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """A column of the summary: the column of `table.csv` with its numbers, and their format."""
+    """A column of the summary: the column of `table.csv` that it shows, and the number format."""
 
     source: str
     share: bool = True  # shown in per cent
@@ -21,8 +21,8 @@ class Column:
         """Returns a cell: the mean of `values` over seeds and, if they differ, their range.
 
         For an interval, `values` contains the lower ends and `upper` the upper ends, and the cell
-        shows the smallest and the largest end. If only some seeds have the number, the cell counts
-        them.
+        shows the smallest and the largest end. If some seeds lack the number, the cell states how
+        many have it.
         """
         ends = zip(values, upper or values, strict=True)
         whole = [pair for pair in ends if all(map(math.isfinite, pair))]

@@ -13,7 +13,7 @@ Row = tuple[Mapping[str, str], Mapping[str, float]]  # a run's settings and numb
 
 
 def write_csv(path: pathlib.Path, rows: Sequence[Row]) -> None:
-    """Writes a line per run: its settings, then every number that at least one run has."""
+    """Writes one row per run: its settings, then every number that at least one run has."""
     columns = list(dict.fromkeys(column for _, numbers in rows for column in numbers))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
