@@ -254,7 +254,7 @@ class Tokenizer:
 
     @functools.cached_property
     def begin_id(self) -> int | None:
-        """The id of the token that the tokenizer (such as Llama's) puts before each text, or None."""
+        """The id of the token that the tokenizer, such as Llama's, puts before texts, or None."""
         begin = self.backend.bos_token_id
         return begin if begin is not None and self.backend.encode("")[:1] == [begin] else None
 

@@ -92,7 +92,7 @@ class Checkpoints:
             )
 
     def best_step(self) -> int | None:
-        """Returns the step of the checkpoint with the highest score (the latest of them), or None."""
+        """Returns the step of the latest checkpoint with the highest score; None without scores."""
         return self._manager.best_step()
 
     def restore(self, like: Any, step: int | None = None) -> Any | None:

@@ -236,7 +236,10 @@ def _difference(stored: Architecture, found: Architecture) -> str:
 
 
 def check_rising(exits: tuple[Any, ...], layers: int, what: str) -> None:
-    """Raises UserError (`what` …) unless `exits` are rising layer numbers in 1 … `layers` − 1."""
+    """Raises UserError unless `exits` are layer numbers in rising order, from 1 to `layers` − 1.
+
+    `what` is the beginning of the error message.
+    """
     rising = all(isinstance(e, int) for e in exits) and list(exits) == sorted(set(exits))
     if not rising or (exits and not 1 <= exits[0] <= exits[-1] < layers):
         raise UserError(

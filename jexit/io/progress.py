@@ -73,7 +73,7 @@ class Progress(contextlib.AbstractContextManager):
         (self._task,) = self._bar.tasks
 
     def update(self, step: int, **shown: Any) -> None:
-        """Records that `step` steps are finished, and shows the metrics `shown` until they change."""
+        """Records that `step` steps are finished, and displays the latest value of each metric."""
         if not self._enabled:
             return
         self._shown |= shown

@@ -166,7 +166,7 @@ class Safetensors:
             self._check_tied_head()
 
     def dtypes(self) -> dict[str, np.dtype]:
-        """Returns each parameter's dtype by dotted path; dtypes that differ by layer are promoted."""
+        """Returns each parameter's dtype by dotted path; if layers differ, the promoted dtype."""
         specs = self._reader.specs
         return {
             rule.path: functools.reduce(jnp.promote_types, (specs[n].dtype for n in tensors))

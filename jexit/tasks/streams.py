@@ -1,4 +1,4 @@
-"""Generated problems, accessed by split and index, with no problem twice in `val` or `test`."""
+"""Provides generated problems by split and index; no problem occurs twice in `val` or `test`."""
 
 from __future__ import annotations
 
