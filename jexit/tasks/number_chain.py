@@ -125,7 +125,7 @@ def result_of(step: str) -> str | None:
 
 
 def with_result(step: str, number: str) -> str:
-    """Replaces the result of `step` by `number`, including later repetitions of the result.
+    """Returns `step` with its result, and later repetitions of the result, replaced by `number`.
 
     >>> with_result("3+4 = 7, so 7 pens.", "8")
     '3+4 = 8, so 8 pens.'

@@ -56,7 +56,7 @@ class RowsTask(FileTask):
         return self.judge([problem], [Attempt(text=completion)])[0]
 
     def judge(self, problems: Sequence[Problem], attempts: Sequence[Attempt]) -> list[Verdict]:
-        """Returns the verdicts, for which every reward function is called once with all attempts."""
+        """Returns the verdicts; every reward function is called once, with all completions."""
         if not problems:
             return []
         rows = [problem.fields for problem in problems]

@@ -129,7 +129,7 @@ class Sums(ChainTask):
         return _PIECE.findall(completion.partition(self.cue)[0])
 
     def obeys(self, problem: Problem, completion: str) -> bool:
-        """Returns whether all steps have the prescribed sizes; True if the prompt prescribes none."""
+        """Returns whether all steps have the prescribed sizes, or True if none are prescribed."""
         operands, mode = problem.fields["operands"], problem.fields["mode"]
         if mode == "free":
             return True

@@ -91,7 +91,7 @@ def _is_verdict(verdict: Any) -> bool:
 
 
 class _TimeUp(BaseException):
-    """Interrupts user code after the time limit; user code might catch a mere `Exception`."""
+    """Raised in user code at its time limit; no Exception, because the code may catch those."""
 
 
 @contextlib.contextmanager

@@ -1,6 +1,8 @@
 """The task `word_problems`: generated arithmetic stories with answers in the format of GSM8K.
 
-Tom has 3 apples. Mia gives Tom 4 more. How many apples does Tom have now? 3+4=7 #### 7
+    Tom has 3 apples. Mia gives Tom 4 more. How many apples does Tom have now?
+    3+4=7
+    #### 7
 """
 
 from __future__ import annotations
@@ -130,8 +132,7 @@ class WordProblems(NumberChain):
         """Returns whether the solution can continue from a changed result, and the answer it has.
 
         `number` replaces the result of the last of `steps`. The answer is None if `steps` are not
-        the first steps of the reference solution. If a later result is below 0, the solution cannot
-        continue.
+        the first steps of the reference solution. It cannot continue if a result is below 0.
         """
         program, numbers = problem.fields["program"], problem.fields["numbers"]
         place = len(steps) - 1
