@@ -1,4 +1,4 @@
-"""Array types whose names, like those of arrays, end in one letter for each axis.
+"""The letters for axes in the names of arrays, and jaxtyping types for common arrays.
 
 | letter | axis | letter | axis |
 |---|---|---|---|

@@ -934,7 +934,7 @@ def config_dict(command: str, preset: str = TINY_PRESET) -> ConfigDict:
 
 
 def _locked(config: ConfigDict) -> ConfigDict:
-    """Returns `config`, locked against new keys and other types, except in the task's options."""
+    """Locks `config` against new keys and other types, except in the task's options."""
     config.task.options = ConfigDict(config.task.options.to_dict(), type_safe=False)
     config.lock()
     config.task.options.unlock()

@@ -117,8 +117,7 @@ def _with_own_config(argv: Sequence[str]) -> list[str]:
 def _without_task_options(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     """Separates the flags --config.task.options.NAME=VALUE from the rest of a command line.
 
-    Returns the rest, and a dictionary from NAME to VALUE, which is evaluated if it is a Python
-    literal, and otherwise kept as a string.
+    Returns the rest and each VALUE by NAME, evaluated if it is a Python literal, else as a string.
     """
     words: list[str] = []
     options: dict[str, Any] = {}
@@ -138,10 +137,9 @@ def _without_task_options(argv: Sequence[str]) -> tuple[list[str], dict[str, Any
 
 
 def _own_config(value: str) -> str:
-    """Returns `value`, which is FILE or FILE:PRESET, with FILE replaced by the path of the file.
+    """Returns `value`, which is FILE or FILE:PRESET, with the path at which FILE exists, if any.
 
-    FILE is looked up in the working directory, in the installed package and in the checkout. If it
-    is in none of them, `value` is returned unchanged.
+    FILE is looked up in the working directory, in the installed package and in the checkout.
     """
     file, colon, preset = value.partition(":")
     package = pathlib.Path(jexit.__file__).parent
@@ -151,7 +149,7 @@ def _own_config(value: str) -> str:
 
 
 def _flags(argv: Sequence[str]) -> flags.FlagValues:
-    """Defines the flags of jexit for the command line `argv`; the caller parses them."""
+    """Returns the definitions of jexit's flags, which have not parsed `argv` yet."""
     known = flags.FlagValues()
     config_flags.DEFINE_config_file(
         "config",

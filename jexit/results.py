@@ -40,7 +40,7 @@ Kind = TypeVar("Kind")
 
 
 def _fits(fits: Any, wanted: str) -> AfterValidator:
-    """Returns a validator that requires `fits(value)`; errors describe valid values by `wanted`."""
+    """Returns a validator that accepts values for which `fits` is true; `wanted` describes them."""
 
     def check(value: Any) -> Any:
         if not fits(value):
@@ -134,7 +134,7 @@ class PolicyResult(Record):
 
     @property
     def seconds_per_problem(self) -> float:
-        """The decoding time per problem in seconds, in batches; NaN if it was not measured."""
+        """The decoding time per problem in seconds, at the throughput of batches; NaN if unknown."""
         speed = self.tokens_per_second
         return self.completion_length / speed if speed > 0 else math.nan
 
@@ -283,7 +283,7 @@ class Measure(Record):
 
 
 class Faithfulness(Record):
-    """Measures of how faithful a policy's chains of thought are, and its unmodified results."""
+    """How faithful a policy's chains of thought are, and its results without interventions."""
 
     policy: str
     problems: Count
@@ -422,7 +422,7 @@ class Completion(Record):
 
 
 def numbers(place: str, value: Any) -> dict[str, float]:
-    """Returns the finite numbers in `value` by path below `place`; intervals have `low`, `high`."""
+    """Returns the finite numbers in `value` by path; `place` is the beginning of every path."""
     if isinstance(value, Record):
         value = value.model_dump(exclude_unset=True)
     if isinstance(value, Mapping):
@@ -462,7 +462,7 @@ _WANTED = {
 
 
 def _refusal(error: Mapping[str, Any], where: str) -> str:
-    """Returns an error message with the file `where`, the field, its value and the rule."""
+    """Converts a pydantic error to a message with the file `where`, field, value and rule."""
     kind, place, value = error["type"], error["loc"], error["input"]
     if kind == "missing":
         return f"{_placed(where, place[:-1])} lacks the field {place[-1]!r}"

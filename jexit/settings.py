@@ -109,10 +109,10 @@ def annotations(cls: type) -> dict[str, Any]:
 
 
 def build(cls: type[Section], values: Mapping[str, Any], where: str) -> Section:
-    """Builds the dataclass `cls` from plain values such as parsed JSON; errors call them `where`.
+    """Builds the dataclass `cls` from plain values, such as parsed JSON, after checking them.
 
     An integer is accepted for a float, and a list or a single value for a tuple. Raises UserError,
-    with the name of the key, if a key is unknown or missing, or if the annotation of a field does
+    with `where` and the key, if a key is unknown or missing, or if the annotation of a field does
     not allow the value.
     """
     hints = annotations(cls)

@@ -63,7 +63,7 @@ def read_bytes(path: str | os.PathLike[str], remedy: str, limit: int | None = No
 
 
 def read_object(path: str | os.PathLike[str], remedy: str) -> dict[str, Any]:
-    """Returns the JSON object in a file, like `read_json`; raises UserError if it is no object."""
+    """Reads a JSON file like `read_json`, but raises UserError if the value is not an object."""
     value = read_json(path, remedy)
     if not isinstance(value, dict):
         raise UserError(f"{path} contains a JSON {type(value).__name__}, not an object; {remedy}")

@@ -17,9 +17,8 @@ exploration). Reinforcement of some of these models:
         --eval=configs/experiments/measures.py:depth --jobs=2 --config.rl.depth_coef=0.4 \
         "model.path=$at=0,sft.target=student,seed=0|$at=0.5,sft.target=student,seed=0|$at=0,sft.target=teacher,seed=0"
 
-The variant `:published` calibrates on all tasks as in arXiv:2603.21376, except for one draw of the
-depths instead of four, and the learning rates and steps of this model. It takes two hours on one
-core. Study A also starts from the result:
+The variant `:published`, from which Study A also starts, calibrates on all tasks in two hours as in
+arXiv:2603.21376, except for the learning rates, the steps, and one draw of depths instead of four:
 
     python -m jexit.main --config=configs/experiments/calibration.py:published \
         --workdir=runs/published

@@ -56,9 +56,9 @@ def _rounded(lengths: np.ndarray) -> np.ndarray:
 
 
 def _best_borders(lengths_N: np.ndarray, count: int) -> np.ndarray:
-    """Returns at most `count` lengths, in rising order, to which to pad rows of `lengths_N`.
+    """Returns the padded lengths, at most `count` in rising order, that minimise the total padding.
 
-    Each row is padded to the smallest of them that it fits into. They minimise the total padding.
+    `lengths_N` are the lengths of the rows, each padded to the next of the returned lengths.
     """
     lengths_U, rows_U = np.unique(lengths_N, return_counts=True)
     below_U = np.concatenate([[0], np.cumsum(rows_U)])

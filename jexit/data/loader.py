@@ -1,4 +1,4 @@
-"""Batches as pure functions of (seed, step), so that resuming needs no state other than the step.
+"""Makes batches as pure functions of (seed, step), so that resuming needs only the step.
 
 Each host uses only its own rows of a batch, so the batch does not depend on the number of hosts.
 """

@@ -104,7 +104,7 @@ def config_of_architecture(
     pad_id: int | None = None,
     bos_id: int | None = None,
 ) -> dict[str, Any]:
-    """Returns the contents of a config.json that transformers 4 and 5 can read."""
+    """Returns the contents of a config.json for `arch`, readable by transformers 4 and 5."""
     ends = sorted(eos_ids)
     config: dict[str, Any] = {
         "architectures": [f"{arch.family.title()}ForCausalLM"],
@@ -295,7 +295,7 @@ def read_adapter_config(directory: pathlib.Path) -> tuple[LoRA, str]:
 
 
 def adapter_config(lora: LoRA, base: str) -> dict[str, Any]:
-    """Returns the contents of PEFT's adapter_config.json; `base` is the base's name or path."""
+    """Returns the contents of adapter_config.json; `base` is the base model's name or path."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -98,7 +98,7 @@ class Attempt:
 
 
 class Task(abc.ABC):
-    """A source of problems that are accessed by index, and the judge of their completions.
+    """A source of problems, which are accessed by index, and the judge of completions.
 
     `problem(split, index)` depends only on the task's settings, the split and the index, so a
     resumed run continues with exactly the problems that an uninterrupted run would see. The model

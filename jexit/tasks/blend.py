@@ -28,10 +28,9 @@ class Blend(Task):
     """A task that combines several tasks and takes problems from each of them equally often.
 
     Problem i of the blend is problem i // n of task i mod n, where n is the number of tasks. This
-    task also judges the completions and determines their rewards. The metrics and reward functions
-    of a task are reported under the task's name, such as `sums/step_size`, and so is its accuracy,
-    as `sums/accuracy`. Raises UserError unless `tasks` contains at least two tasks, with different
-    names.
+    task also judges the completions and determines their rewards. The metrics, the reward functions
+    and the accuracy of a task are reported under its name (`sums/accuracy`). Raises UserError
+    unless `tasks` contains at least two tasks, with different names.
     """
 
     name = "blend"

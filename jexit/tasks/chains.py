@@ -66,7 +66,7 @@ class ChainTask(Task):
     def obeys(self, problem: Problem, completion: str) -> bool:
         """Returns whether the completion has the steps that the prompt prescribes.
 
-        By default, it must have as many steps as the reference completion, if there is one.
+        By default, the completion must have as many steps as the reference, if there is one.
         """
         if problem.completion is None:
             return True
@@ -77,11 +77,11 @@ class ChainTask(Task):
         """Returns the answer of `completion`, or None; equal answers have the same string."""
 
     def begun_step(self, problem: Problem, size: int) -> str | None:
-        """Returns the part of a first step with `size` operands before its result, or None."""
+        """Returns the beginning of a first step with `size` operands, up to its result, or None."""
         return None
 
     def first_result(self, problem: Problem, completion: str) -> tuple[int, bool]:
-        """Returns the first step's number of operands and if its result is right, or (0, False)."""
+        """Returns the first step's operand count and if its result is correct; else (0, False)."""
         return 0, False
 
     @abc.abstractmethod

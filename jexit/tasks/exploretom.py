@@ -1,8 +1,7 @@
-"""The task `exploretom`: theory-of-mind stories from CSV files.
+"""The task `exploretom`: stories from CSV files with the columns story, question and answer.
 
-The columns (`story`, `question` and `answer`) and the styles of answer are those of ExploreToM
-(Sclar et al., "Explore Theory of Mind: Program-guided adversarial data generation for theory of
-mind reasoning", arXiv:2412.12175).
+The format of the data is that of ExploreToM (Sclar et al., "Explore Theory of Mind: Program-guided
+adversarial data generation for theory of mind reasoning", arXiv:2412.12175).
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ def _words_and_starts(text: str) -> tuple[tuple[str, ...], set[int]]:
 
 
 def strict_phrase(text: str) -> str | None:
-    """Returns the text after `#### ` in the last line, or None if it is no such line or no word."""
+    """Returns the text after `#### ` in the last line; None if the line has no such text."""
     line = text.rstrip().rpartition("\n")[2]
     phrase = line[len(MARKER) + 1 :].strip()
     return phrase if line.startswith(MARKER + " ") and words_of(phrase) else None

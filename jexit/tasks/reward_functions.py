@@ -37,7 +37,7 @@ class RewardFunction:
 
     @property
     def columns(self) -> list[str]:
-        """The names of the columns without which the function cannot be called."""
+        """The names of the columns that the function requires."""
         return [
             parameter.name
             for parameter in self._parameters

@@ -192,7 +192,7 @@ def _digits(seed: int, operands: tuple[int, int]) -> Stream[str]:
 
 
 def prescribed_steps(count: int, step: int) -> list[int]:
-    """Returns step sizes that reduce `count` operands to one: all `step`, the last perhaps less."""
+    """Returns the step sizes that reduce `count` operands to one: `step` each, then what is left."""
     return _reducing(count, lambda left: min(step, left))
 
 
@@ -225,10 +225,9 @@ def reduce_by(digits: str, steps: Sequence[int]) -> tuple[str, str]:
 class ChainStep:
     """One step of a completion, from the list of digits `given` to the list `wrote`.
 
-    `given` is the list that the completion contains before the step, correct or not. In a last
-    step, `wrote` may be the answer. `announced` is the size that the plus signs state, or None for
-    the jump from a list to the answer. `size` is the number of operands reduced; below 2, the step
-    reduces nothing.
+    `given` is taken from the completion, correct or not. `wrote` may be the answer. `announced` is
+    the size that the plus signs state, or None for the jump from a list to the answer. `size` is
+    the number of operands reduced; below 2, the step reduces nothing.
     """
 
     given: str

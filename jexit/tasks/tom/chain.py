@@ -8,7 +8,7 @@ these forms. The word after the colon is the answer to the question at that time
     Tom Mia see jar, Ben in secret: jar
     Tom Mia and Tom Ben see jar: jar   two rooms, whose people do not see each other
     Tom tells Mia Ben tin: jar         the hearers, and the place or the topic
-    Tom moves jar: jar                 questions about nobody's mind need no witnesses
+    Tom moves jar: jar                 no witnesses if the question is not about beliefs
 
 A line of the coarse chain, which has a line for every change of the answer, is `Mia: jar` (what Mia
 thinks) or `Tom Mia: jar` (what Tom thinks that Mia thinks).
@@ -81,7 +81,7 @@ def _heading(event: Event, question: Question, seen: Witnesses) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChainLine:
-    """A line of a chain that ends in the current answer to the question, as its parts.
+    """The parts of one line of a chain, which ends in the current answer to the question.
 
     `head` contains the words before the place or topic `what`, `secret` is the secret witness, and
     `state` the answer after the line. In a line of the coarse chain, such as `Mia: jar`, `head`

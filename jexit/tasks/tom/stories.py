@@ -76,8 +76,8 @@ def draw_problem(
 ) -> tuple[Story, Question]:
     """Draws a story and a question of the given kind.
 
-    `people` contains the smallest and the largest number of people. `moves` contains those numbers
-    of sentences that name a place or, if the answer is yes or no, a topic.
+    `people` contains the smallest and the largest number of people, and `moves` the same for the
+    sentences that name a place or, if the answer is yes or no, a topic.
     """
     cast = Cast(
         people=draw.sample(NAMES, draw.integer(*people)),
