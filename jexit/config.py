@@ -852,7 +852,8 @@ def check_key(key: str) -> type:
 def check_exits(exits: tuple[int, ...], layers: int) -> tuple[int, ...]:
     """Returns `exits` or, if it is empty, every 5th layer of a model with `layers` layers.
 
-    Raises UserError if an exit is not below `layers`, or if there are no exits.
+    Raises UserError if an exit is not below `layers`, or if the model is too shallow for the
+    default.
     """
     exits = tuple(exits) or tuple(range(5, layers, 5))
     if not exits:

@@ -40,7 +40,7 @@ from jexit.settings import shown
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """The parsed values of the command line: the checked config, the workdir and other flags.
+    """The parsed command line: a checked config, the run's directory, and the values of the flags.
 
     `aot` is the topology to compile for, or None to run the config.
     """

@@ -40,7 +40,7 @@ Kind = TypeVar("Kind")
 
 
 def _fits(fits: Any, wanted: str) -> AfterValidator:
-    """Returns a validator that accepts values for which `fits` is true; `wanted` describes them."""
+    """Returns a validator that rejects values unless `fits(value)`; `wanted` states the rule."""
 
     def check(value: Any) -> Any:
         if not fits(value):
@@ -134,7 +134,7 @@ class PolicyResult(Record):
 
     @property
     def seconds_per_problem(self) -> float:
-        """The decoding time per problem in seconds, at the throughput of batches; NaN if unknown."""
+        """The decoding time per problem in seconds, at the speed of batches; NaN if unknown."""
         speed = self.tokens_per_second
         return self.completion_length / speed if speed > 0 else math.nan
 

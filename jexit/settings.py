@@ -94,7 +94,7 @@ Options = Annotated[dict, Keywords()]
 
 
 def shown(value: Any) -> str:
-    """Returns `value` as error messages quote it: as its repr, cut off after 100 characters."""
+    """Returns the repr of `value` for error messages, cut off after 100 characters."""
     try:
         text = " ".join(repr(value).split())
     except ValueError:  # Python does not write out integers of thousands of digits

@@ -1,4 +1,4 @@
-"""Study F: Qwen2.5-Coder-0.5B on GSM8K, calibrated with and without a frozen trunk; then RL.
+"""Study F: calibrates Qwen2.5-Coder-0.5B on GSM8K, with and without a frozen trunk, then runs RL.
 
     python -m convert.from_hf --source=Qwen/Qwen2.5-Coder-0.5B-Instruct --target=models/qwen
     bash studies/qwen.sh

@@ -33,7 +33,7 @@ Outputs = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """The sizes of test inputs; no kernel's tile size divides the tokens or the vocabulary."""
+    """The sizes of test inputs, where kernels' tiles divide neither tokens nor vocabulary evenly."""
 
     tokens: int
     width: int

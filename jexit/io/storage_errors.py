@@ -36,7 +36,7 @@ def reason(error: BaseException) -> str:
 
 
 def say_once() -> None:
-    """Hides write errors in background threads, because the call that waits raises them too."""
+    """Hides write errors in background threads, because waiting for the write raises them too."""
     absl_logging.use_absl_handler()
     absl_logging.get_absl_handler().addFilter(_is_news)
     if not isinstance(sys.unraisablehook, functools.partial):

@@ -177,8 +177,8 @@ def rows_task(
       The task. It reports a metric `reward/NAME` for each reward function.
 
     Raises:
-      UserError: If a reward is not a function, a weight is not a number, two functions have the
-        same name, or `rewards` is empty.
+      UserError: If an argument is invalid, `rewards` is empty, two functions have the same name, or
+        a function has the name of a metric of every run, such as `length`.
     """
     if not (callable(rewards) or isinstance(rewards, (Mapping, Sequence))):
         raise UserError(

@@ -96,7 +96,7 @@ class Sums(ChainTask):
 
         `written_out` is the share of additions that are written out, Σ written_reductions / Σ
         (operands − 1). `step_size` is the mean number of operands that a step reduces. The jump
-        from a list to the answer counts as a step, a repetition of the list does not.
+        from a list to the answer counts as a step, but a repetition of the list does not.
         `steps_correct` is the share of steps whose result follows from the list before them.
         `as_announced` is the share of written steps whose plus signs agree with their size.
         """
@@ -192,7 +192,7 @@ def _digits(seed: int, operands: tuple[int, int]) -> Stream[str]:
 
 
 def prescribed_steps(count: int, step: int) -> list[int]:
-    """Returns the step sizes that reduce `count` operands to one: `step` each, then what is left."""
+    """Returns the step sizes that reduce `count` operands to one: each `step` or what is left."""
     return _reducing(count, lambda left: min(step, left))
 
 
@@ -279,9 +279,9 @@ def chain_steps(operands: str, completion: str) -> list[ChainStep]:
 def written_reductions(operands: str, steps: Sequence[ChainStep]) -> int:
     """Returns the number of additions whose results `steps` write out, at most operands − 1.
 
-    A step counts 1 if its result is correct and its list is shorter than all earlier ones, so a
-    chain that repeats its lists gains nothing. Counting stops at the first step that changes
-    operands outside its first `size` operands.
+    A step counts as one addition if its result is correct and its list is shorter than all earlier
+    ones, so that repeated lists do not count. Counting stops at the first step that changes other
+    operands than its first `size`.
     """
     count, shortest = 0, len(operands)
     for step in itertools.takewhile(lambda step: step.wrote[1:] == step.given[step.size :], steps):

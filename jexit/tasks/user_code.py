@@ -28,8 +28,8 @@ _MOST_INTERRUPTS = 100
 def user_code(what: str, file: str | None) -> Iterator[None]:
     """Turns an exception in the `with` block, which runs a user's code, into a UserError.
 
-    The message consists of `what`, which states what failed, the line in the user's `file`, and the
-    reason. A UserError passes unchanged.
+    The error message contains `what`, which says what failed, the line in the user's `file`, and
+    the reason. A UserError passes through unchanged.
     """
     try:
         yield
@@ -98,8 +98,8 @@ class _TimeUp(BaseException):
 def time_limit(seconds: float, what: str) -> Iterator[None]:
     """Raises UserError, which names `what`, if the `with` block takes longer than `seconds`.
 
-    Works only in the main thread, because others receive no signals. If the block catches every
-    interrupt, the process exits with code 1.
+    The limit applies only in the main thread, because others receive no signals. If the block
+    catches every interrupt, the process exits with code 1.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

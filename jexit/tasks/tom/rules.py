@@ -31,8 +31,8 @@ def last_named(question: Question, story: Story) -> str:
 def before_last_move(person: str, thing: str, story: Story) -> str:
     """Returns the last place named with `thing` before `person` last entered or left a room.
 
-    Without such a move, returns the last place named with the thing. Without such a place, returns
-    the first.
+    If the person never did, returns the last place named with the thing. If no place was named
+    before that move, returns the first place.
     """
     moves = [at for at, e in enumerate(story.events) if e.actor == person and not e.place]
     until = story.events[: moves[-1]] if moves else story.events
@@ -66,8 +66,8 @@ class Surface:
     """Features of a story about a belief that do not depend on who knows what.
 
     `verbs` contains the verbs of the second and third mention of the thing ("moves", "tells" or
-    "whispers"). `last_named` is the rank of the place that the function `last_named` returns in the
-    order of the first mentions.
+    "whispers"). `last_named` is the rank, in the order of first mentions, of the place that the
+    function `last_named` returns.
     """
 
     verbs: tuple[str, str]

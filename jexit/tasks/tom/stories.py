@@ -5,15 +5,15 @@ asked about, possibly with mentions of another thing in between. (For `memory`, 
 of a place is its position in this order. The rank of the answer is drawn before the story.
 
 In three of four stories about beliefs, only the comings and goings of one person determine the
-answer (see `jexit.tasks.tom.presence`). In the others, a sentence may name the person asked about
+answer (see `jexit.tasks.tom.presence`). In the fourth, a sentence may name the person asked about
 when this person learns of a place. Some features of such a story could help a rule that does not
 track knowledge (see `Surface`): whether the thing is later moved, told about or whispered about,
 and the last place that an event names together with the person. These features are drawn before the
 story and independently of the answer, and stories are drawn until one has them. Therefore no rule
 about places, verbs or the position of the thing is right in more than one of three stories. A rule
-that uses the rooms in which the person is named does better on these stories, and is right in about
-0.4 of all stories. If the question then asks what one person thinks that another thinks, the other
-knows where the thing is, as in the classic test (Perner and Wimmer 1985).
+that uses the rooms in which the person is named does better on this fourth kind of story, and is
+right in about 0.4 of all stories. If the question then asks what one person thinks that another
+thinks, the other knows where the thing is, as in the classic test (Perner and Wimmer 1985).
 
 For questions of the kind `reality` (where the thing is now), things are moved and talked about
 equally often for every answer. For `memory` (where the thing was at first), the thing and another
