@@ -6,10 +6,10 @@
 
 The default preset, `tiny`, calibrates the shipped trunk on `sums`, `word_problems` and `tom`, in 20
 minutes on two CPU cores. With sampled exits, the model then has an accuracy of 67 % at 0.45 L (45 %
-of all layers) over all kinds of prompt. Accuracy on 256 test problems of each task at full depth,
-and with sampled exits (layers per problem in parentheses): sums 94 % (171), and 87 % at 0.63 L
-(108); word problems 73 % (151), and 58 % at 0.29 L (44); stories 65 % (116), and 59 % at 0.45 L
-(48). Training at explored depths costs accuracy at full depth: the trunk has 95 % on word problems.
+of all layers) over all kinds of prompt. On 256 test problems of each task, accuracy (and layers per
+problem) at full depth and with sampled exits: sums 94 % (171), and 87 % at 0.63 L (108); word
+problems 73 % (151), and 58 % at 0.29 L (44); stories 65 % (116), and 59 % at 0.45 L (48). Training
+at explored depths costs accuracy at full depth: the trunk has 95 % on word problems.
 
     python -m jexit.main --config=configs/sft.py:qwen2.5-0.5b
 

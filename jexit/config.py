@@ -852,8 +852,7 @@ def check_key(key: str) -> type:
 def check_exits(exits: tuple[int, ...], layers: int) -> tuple[int, ...]:
     """Returns `exits` or, if it is empty, every 5th layer of a model with `layers` layers.
 
-    Raises UserError if an exit is not below `layers`, or if the model is too shallow for the
-    default.
+    Raises UserError if an exit is not below `layers`, or if the default is empty.
     """
     exits = tuple(exits) or tuple(range(5, layers, 5))
     if not exits:

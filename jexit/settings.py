@@ -1,6 +1,6 @@
 """Validates settings: frozen dataclasses whose annotations define the allowed values.
 
-The string after a field documents it. `build` checks values from a file or a command line.
+The string below a field documents it. `build` checks values from a file or a command line.
 """
 
 from __future__ import annotations

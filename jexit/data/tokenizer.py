@@ -259,7 +259,7 @@ class Tokenizer:
         return begin if begin is not None and self.backend.encode("")[:1] == [begin] else None
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Returns the token ids of each text, starting with one `begin_id` unless it is None."""
+        """Returns the token ids of each text, with one `begin_id` in front if the model uses it."""
         made = self.encode_batch(texts)
         if self.begin_id is None:
             return made

@@ -1,4 +1,4 @@
-"""Compares every implementation of an operation on this device with a float32 reference."""
+"""Checks the implementations of each operation on this device against a float32 reference."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Outputs = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """The sizes of test inputs, where kernels' tiles divide neither tokens nor vocabulary evenly."""
+    """The sizes of test inputs; kernels' tiles divide neither `tokens` nor `vocab` evenly."""
 
     tokens: int
     width: int

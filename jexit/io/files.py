@@ -70,7 +70,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def disk_message(path: Path, error: OSError) -> str:
-    """Returns an error message: `path` cannot be written, for which reason, and what to do."""
+    """Returns an error message that `path` cannot be written, with the reason and a remedy."""
     remedy = "free some space" if error.errno in DISK_FULL else "make it writable"
     reason = error.strerror or str(error)
     return f"cannot write {path}: {reason}; {remedy}, or choose another place"

@@ -76,7 +76,7 @@ class ModelSource:
         return self._read(self.lora and adapter_part(self.architecture, self.lora))
 
     def exits(self) -> dict[str, np.ndarray]:
-        """Returns the parameters of the exit heads and continuation by dotted path, or {}."""
+        """Returns the exit heads' and continuation's parameters by dotted path; {} if none."""
         layers = self.exit_layers
         return self._read(exit_part(self.architecture, layers, self.exit_head) if layers else None)
 
@@ -236,7 +236,7 @@ def _difference(stored: Architecture, found: Architecture) -> str:
 
 
 def check_rising(exits: tuple[Any, ...], layers: int, what: str) -> None:
-    """Raises UserError, beginning with `what`, unless `exits` rise within 1 … `layers` − 1."""
+    """Raises UserError, beginning with `what`, unless `exits` rise from 1 or more to < `layers`."""
     rising = all(isinstance(e, int) for e in exits) and list(exits) == sorted(set(exits))
     if not rising or (exits and not 1 <= exits[0] <= exits[-1] < layers):
         raise UserError(

@@ -81,7 +81,7 @@ class ChainTask(Task):
         return None
 
     def first_result(self, problem: Problem, completion: str) -> tuple[int, bool]:
-        """Returns the first step's operand count and if its result is correct; else (0, False)."""
+        """Returns (operand count, is the result correct) for the first step, or (0, False)."""
         return 0, False
 
     @abc.abstractmethod

@@ -1,6 +1,6 @@
 """The task `word_problems`: generated arithmetic stories with answers in the format of GSM8K.
 
-An example of a story, with its reference completion:
+A story and its reference completion:
 
     Tom has 3 apples. Mia gives Tom 4 more. How many apples does Tom have now?
     3+4=7

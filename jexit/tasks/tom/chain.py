@@ -44,8 +44,7 @@ def chain(story: Story, question: Question, *, fine: bool) -> list[str]:
     With `fine`, there is a line for every event that concerns the thing in the question, with the
     people who learn of the event and the answer after it. For a question about a belief or
     knowledge, each coming and going before the last of these events also has a line, with the
-    people who are in the room afterwards. Without `fine`, each event that changes the answer has a
-    line with the answer.
+    people who are in the room afterwards. Without `fine`, each change of the answer has a line.
     """
     about = [event.thing == question.thing for event in story.events]
     last = max((index for index, concerns in enumerate(about) if concerns), default=-1)

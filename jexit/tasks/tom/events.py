@@ -66,10 +66,10 @@ class Mention:
 
 
 def plan(draw: Draw, cast: Cast, thing: str, other: str, how: Sequence[How]) -> list[Mention]:
-    """Returns mentions of `thing` with each place, with mentions of another thing in between.
+    """Returns mentions of `thing` with each place, interspersed with mentions of the thing `other`.
 
-    The first PLACES (3) entries of `how` are for `thing`. The others are for the thing `other`,
-    whose mentions are inserted at random positions, in their order.
+    The first PLACES (3) entries of `how` are for `thing`, the others, in their order, for the
+    mentions of `other`, which are inserted at random positions.
     """
     count = len(how)
     places = [*cast.places, *(draw.choice(cast.places) for _ in range(count - PLACES))]

@@ -208,8 +208,7 @@ def _twins(draw: Draw, story: Story, asked: Sequence[Question]) -> tuple[Story, 
     """Returns a twin of `story`, and a question from `asked` that the twin answers differently.
 
     In a twin, two events or one part of each (such as the two actors) are exchanged. `told_by_name`
-    is the same for both stories, and so is `who_knows`, if possible. Returns None if there is no
-    such twin.
+    and, if possible, `who_knows` are equal for both stories. Returns None if there is no such twin.
     """
     before = story.end()
     assert before is not None

@@ -8,9 +8,9 @@
     Tom see jar: box
     #### box
 
-The last sentence prescribes the chain of thought: `in full` asks for a line for every event that
-matters for the answer, `in short` for a line for every change of the answer (`Mia: box`), and `at
-once` for no chain.
+The last sentence prescribes the chain of thought: a line for every event that matters for the
+answer (`in full`), a line for every change of the answer (`in short`: `Mia: box`), or none (`at
+once`).
 """
 
 from __future__ import annotations
@@ -161,8 +161,8 @@ class Tom(ChainTask):
 
         The line then names another place, or other people who hear about the topic. The new answer
         is known, because only lines that determine the answer are changed, and stands at the end of
-        the line. A model that merely copies the last word of its chain therefore follows the change
-        as well. In the task `sums`, such a model fails, because more steps must be computed.
+        the line. A model that merely copies the last word of its chain therefore also passes. In
+        the task `sums`, it fails, because more steps must be computed.
         """
         answer, lines = self.final_answer(completion), self.steps(completion)
         if answer is None:

@@ -61,7 +61,7 @@ class Question:
         return self.kind in OF_PLACES
 
     def answer(self, world: World) -> str:
-        """Returns the answer in the given state of the world; UNKNOWN if there is no such place."""
+        """Returns the answer in the given state of the world; UNKNOWN if no place is known."""
         if self.kind == "reality":
             return world.place_of.get(self.thing, UNKNOWN)
         if self.kind == "memory":
