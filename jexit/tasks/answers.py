@@ -221,7 +221,7 @@ def _announced(text: str) -> str | None:
 
 
 def _given(answer: str) -> Fraction | None:
-    """Splits `answer` at equals signs; returns the number of the last side that has one, or None."""
+    """Splits `answer` at equals signs, and returns the number that the last possible side gives."""
     before = answer.partition("(")[0]
     sides = _EQUALS.split(before if _IN_ANSWER.search(before) else answer)
     return next((value for side in reversed(sides) if (value := _side(side)) is not None), None)

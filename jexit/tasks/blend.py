@@ -73,7 +73,7 @@ class Blend(Task):
         return self.tasks[problem.part].verify(problem.own, completion)
 
     def judge(self, problems: Sequence[Problem], attempts: Sequence[Attempt]) -> list[Verdict]:
-        """Returns the verdicts, for which each task judges all of its own problems in one call."""
+        """Returns the verdicts; each task judges the attempts at its own problems in one call."""
         verdicts: dict[int, Verdict] = {}
         for name, task in self.tasks.items():
             place, own, made = _of_part(name, problems, attempts)

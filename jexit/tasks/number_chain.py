@@ -38,7 +38,7 @@ _OFFSETS = (-10, -3, -2, -1, 1, 2, 3, 10)
 
 
 class NumberChain(ChainTask):
-    """A task with numeric answers; steps are the lines of a chain, or a single line's sentences."""
+    """A task with numeric answers, whose steps are lines or, in a single line, sentences."""
 
     cue = "\n#### "
 

@@ -200,8 +200,8 @@ def _stories(
 def make_problem(story: Story, question: Question, *, mode: str, fine: bool) -> Problem:
     """Returns the problem that asks `question` about `story`, with its reference completion.
 
-    `mode` is a key of CLOSINGS: the kind of chain that the prompt prescribes. Unless it is
-    "at_once", the reference has the fine chain or, if `fine` is False, the coarse one.
+    `mode` is a key of CLOSINGS: the kind of chain that the prompt prescribes. `fine` selects the
+    fine or the coarse reference chain; with the mode "at_once", there is no chain.
     """
     world = story.end()
     assert world is not None, "the story cannot happen"

@@ -162,7 +162,7 @@ class World:
         return person != actor and self.room_of.get(person) == self.room_of[actor]
 
     def happen(self, event: Event) -> Event:
-        """Updates the state and the beliefs after `event`, which must be possible, and returns it."""
+        """Updates the state and the beliefs by `event`, which must be possible, and returns it."""
         seen = self.witnesses(event)
         value = KNOWN if event.kind == "tells" else event.place
         for a, b in seen.pairs():
