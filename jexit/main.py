@@ -149,7 +149,7 @@ def _own_config(value: str) -> str:
 
 
 def _flags(argv: Sequence[str]) -> flags.FlagValues:
-    """Returns the definitions of jexit's flags, which have not parsed `argv` yet."""
+    """Defines the flags of jexit for the command line `argv`, and returns them not yet parsed."""
     known = flags.FlagValues()
     config_flags.DEFINE_config_file(
         "config",

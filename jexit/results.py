@@ -205,7 +205,7 @@ class HazardBin(Record):
 
 
 class ExitCalibration(Record):
-    """How well one exit's hazards are calibrated, over the passes that reach the exit."""
+    """How well the hazards of one exit are calibrated, over the passes that reach the exit."""
 
     exit: Count
     ece: Finite  # expected calibration error

@@ -72,7 +72,7 @@ class FileTask(Task):
 
     @abc.abstractmethod
     def _sources(self) -> Mapping[Source, Iterable[Row]]:
-        """Returns the rows by split, or all under "whole" if the data is not divided into splits."""
+        """Returns the rows by split, or all under "whole" if the data has no splits."""
 
     @abc.abstractmethod
     def _fault(self, row: dict[str, Any]) -> str | None:

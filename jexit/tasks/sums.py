@@ -225,9 +225,9 @@ def reduce_by(digits: str, steps: Sequence[int]) -> tuple[str, str]:
 class ChainStep:
     """One step of a completion, from the list of digits `given` to the list `wrote`.
 
-    `given` is taken from the completion, correct or not. `wrote` may be the answer. `announced` is
-    the size that the plus signs state, or None for the jump from a list to the answer. `size` is
-    the number of operands reduced; below 2, the step reduces nothing.
+    `given` is the list as the completion wrote it, correct or not. `wrote` may be the answer.
+    `announced` is the size that the plus signs state, or None for the jump from a list to the
+    answer. `size` is the number of operands reduced; below 2, the step reduces nothing.
     """
 
     given: str
