@@ -1,8 +1,9 @@
-"""Measures accuracy and depth of a model under halting policies.
+"""Measures the accuracy and the depth of a model under several halting policies.
 
     python -m jexit.main --config=configs/eval.py --config.model.path=runs/rl-tiny
 
-`tiny` measures the shipped calibrated model under seven policies: two minutes on two CPU cores.
+The default preset, `tiny`, takes two minutes on two CPU cores. It measures the shipped calibrated
+model under seven policies.
 """
 
 from jexit.config import EVAL_MEASURES, TINY_CALIBRATED_PATH, config_dict

@@ -1,4 +1,4 @@
-"""Completes prompts and prints how many layers each token took.
+"""Completes prompts, and prints how many layers ran for each token.
 
     python -m jexit.main --config=configs/generate.py \
         --config.generate.prompts='("sum 3729518",)'

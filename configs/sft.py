@@ -4,18 +4,18 @@
     python -m convert.to_hf --source=runs/sft-tiny --target=jexit/assets/tiny-calibrated \
         --adapter=peft --base=jexit/assets/tiny
 
-`tiny` calibrates the shipped trunk on `sums`, `word_problems` and `tom` in turn: twenty minutes on
-two CPU cores, then 67 % accuracy at 0.45 L with sampled exits over all kinds of prompt. On 256 test
-problems of each task, full depth and sampled exits, with layers a problem: sums 94 % (171) and 87 %
-at 0.63 L (108), word problems 73 % (151) and 58 % at 0.29 L (44), stories 65 % (116) and 59 % at
-0.45 L (48). Training at explored depths costs accuracy at full depth: the trunk has 95 % on word
-problems.
+The default preset, `tiny`, calibrates the shipped trunk on `sums`, `word_problems` and `tom`, in 20
+minutes on two CPU cores. With sampled exits, the model then has an accuracy of 67 % at 0.45 L (45 %
+of all layers) over all kinds of prompt. On 256 test problems of each task, accuracy (and layers per
+problem) at full depth and with sampled exits: sums 94 % (171), and 87 % at 0.63 L (108); word
+problems 73 % (151), and 58 % at 0.29 L (44); stories 65 % (116), and 59 % at 0.45 L (48). Training
+at explored depths costs accuracy at full depth: the trunk has 95 % on word problems.
 
     python -m jexit.main --config=configs/sft.py:qwen2.5-0.5b
 
-Other presets calibrate on GSM8K from models/PRESET, which `convert.from_hf` writes. The smallest
-preset has been run on CPU for 24 steps with short completions (docs/models.md has the options);
-nobody has timed a whole run with these settings.
+Other presets calibrate models/PRESET, which `convert.from_hf` writes, on GSM8K. The smallest has
+been run on CPU for 24 steps with short completions (docs/models.md lists the options); no whole run
+has been timed.
 """
 
 from jexit.config import config_dict

@@ -1,9 +1,9 @@
-"""Stochastic early exits that reward language models for reasoning in the open.
+"""Stochastic early exits for language models, trained so that reasoning moves into the text.
 
-`load` reads a model directory. `forward` and `generate` run the model under a policy: `Full`,
-`Fixed`, `Prescribed`, `Sample`, `Threshold` or `Speculate`. `rows_task` makes a task from your rows
-and reward functions. Names are imported when they are first used, so that the parts that do not
-need jax (tasks, tokenizer, report) load without it.
+`load` reads a model directory. `forward` and `generate` run the model under a policy that decides
+where tokens exit: `Full`, `Fixed`, `Prescribed`, `Sample`, `Threshold` or `Speculate`. `rows_task`
+makes a task from your rows and reward functions. Each name is imported on first use, so that code
+that does not need JAX (tasks, tokenizer, report) loads without JAX.
 """
 
 from __future__ import annotations

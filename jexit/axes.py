@@ -1,4 +1,4 @@
-"""Axis letters that suffix array names, and the array types built from them.
+"""The letters for axes in the names of arrays, and jaxtyping types for common arrays.
 
 | letter | axis | letter | axis |
 |---|---|---|---|
@@ -9,8 +9,8 @@
 | N | query heads (tokens, in the kernels) | G | rollouts of one prompt |
 | K | key/value heads | R | LoRA rank |
 | H | head dimension | P | rows of a decoding pool |
-| J | completions, several to a row | W | tokens of one completion |
-| C | tokens of a row's completions | | |
+| J | completions (rows may have several) | W | tokens of one completion |
+| C | completion tokens of a row | | |
 
 A name such as `hazard_logits_BTE` has one axis per letter, in that order. Depths are int32 layer
 counts (1 … L), never indices into the exits.

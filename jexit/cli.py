@@ -1,12 +1,12 @@
-"""The installed command.
+"""The command-line program `jexit`.
 
     jexit --config=configs/rl.py [--config.KEY=VALUE ...]        trains or evaluates
-    jexit report WORKDIR ...                                     writes a page about runs
-    jexit compare DIR[@POLICY] DIR[@POLICY]                      compares evaluations by problem
-    jexit convert from_hf --source=DIR_OR_HUB_ID --target=DIR    reads Hugging Face's format
-    jexit convert to_hf --source=DIR --target=HF_DIR             writes Hugging Face's format
-    jexit sweep --config=FILE --into=DIR KEY=VALUE,VALUE ...     runs a grid of settings
-    jexit serve --model=DIR [--port=8000] [--policy=POLICY]      serves OpenAI's interface over HTTP
+    jexit report WORKDIR ...                                     writes an HTML report on runs
+    jexit compare DIR[@POLICY] DIR[@POLICY]                      compares two evaluations
+    jexit convert from_hf --source=DIR_OR_HUB_ID --target=DIR    imports a Hugging Face model
+    jexit convert to_hf --source=DIR --target=HF_DIR             exports a model to Hugging Face
+    jexit sweep --config=FILE --into=DIR KEY=VALUE,VALUE ...     trains with a grid of settings
+    jexit serve --model=DIR [--port=8000] [--policy=POLICY]      serves OpenAI's API over HTTP
     jexit doctor                                                 checks this machine
 
 Each command is also a module: jexit.main, jexit.report, jexit.evaluation.compare, convert.from_hf,
@@ -32,10 +32,10 @@ MODULES = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command that `argv` begins with, and returns its exit code.
+    """Runs the command that `argv` begins with, and returns the exit code.
 
     The rest of `argv` is passed to the `main` function of the command's module. If `argv` begins
-    with a flag, all of `argv` is passed to `jexit.main`. `argv` is by default the command line.
+    with a flag, all of `argv` is passed to `jexit.main`. `argv` defaults to `sys.argv[1:]`.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv in (["-h"], ["--help"]):

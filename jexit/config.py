@@ -1,4 +1,4 @@
-"""All settings of jexit, with their defaults, allowed values, meanings and the rules between them.
+"""All settings of jexit: defaults, allowed values, meanings, and checks of their combinations.
 
 A file in `configs/` starts from `config_dict(command, preset)` and sets only what differs from that
 preset. `main` passes the parsed `ConfigDict` to `Config.from_dict`, which checks the values and
@@ -674,7 +674,7 @@ def _exits(config: Config) -> Iterator[str]:
 
 
 def _sizes(config: Config) -> Iterator[str]:
-    """Yields a message for each contradiction between sizes, and for products beyond the memory."""
+    """Yields a message for each pair of incompatible sizes and each product that is too large."""
     accumulate, mesh = config.optim.accumulate, config.mesh
     together = config.sft.completions if config.command == "sft" else 1  # sequences of a row
     if config.batch_size % (accumulate * together):
@@ -850,9 +850,9 @@ def check_key(key: str) -> type:
 
 
 def check_exits(exits: tuple[int, ...], layers: int) -> tuple[int, ...]:
-    """Returns `exits`, or every 5th layer of a model of `layers` layers if it is empty.
+    """Returns `exits` or, if it is empty, every 5th layer of a model with `layers` layers.
 
-    Raises UserError if an exit is not below `layers`, or if there are no exits.
+    Raises UserError if an exit is not below `layers`, or if the default is empty.
     """
     exits = tuple(exits) or tuple(range(5, layers, 5))
     if not exits:
@@ -869,11 +869,11 @@ def check_exits(exits: tuple[int, ...], layers: int) -> tuple[int, ...]:
 
 
 def parse_policy(text: str, *further: str) -> tuple[str, float | int | None]:
-    """Returns the kind and the number of the halting policy with the name `text`.
+    """Parses the name of a halting policy into its kind and its number.
 
-    Names are `threshold:X` (0 < X < 1), `fixed:LAYERS` (at least 1), and `full` and `sample`, whose
-    number is None. `further` adds `confidence` (0 < X < 1) or `speculate` (a layer). Raises
-    UserError for any other name.
+    The names are `full` and `sample`, whose number is None, `threshold:X` (0 < X < 1) and `fixed:N`
+    (N layers, at least 1). If `further` contains the kind, `confidence:X` (0 < X < 1) or
+    `speculate:N` (N layers) is allowed as well. Raises UserError for any other name.
     """
     kind, _, argument = text.partition(":")
     if kind in ("full", "sample") and not argument:
@@ -895,7 +895,7 @@ def parse_policy(text: str, *further: str) -> tuple[str, float | int | None]:
 
 
 def control_of(text: str) -> str | None:
-    """Returns the name of the policy whose mean depth the control `text` copies; None for others.
+    """Returns the policy whose mean depth the control `text` matches; None if it is no control.
 
     The control `shuffled` assigns the depths of `sample` to tokens at random. The control
     `fixed:matched` stops each completion at one of the two exits that enclose the mean depth of
@@ -934,7 +934,7 @@ def config_dict(command: str, preset: str = TINY_PRESET) -> ConfigDict:
 
 
 def _locked(config: ConfigDict) -> ConfigDict:
-    """Returns `config`, locked against new keys and other types, except in the task's options."""
+    """Locks `config` against new keys and other types, except in the task's options."""
     config.task.options = ConfigDict(config.task.options.to_dict(), type_safe=False)
     config.lock()
     config.task.options.unlock()

@@ -1,10 +1,10 @@
-"""Errors that are not bugs in jexit; for each, `jexit.main` prints one sentence and exits."""
+"""Exceptions that do not indicate a bug in jexit; `jexit.main` reports each in one sentence."""
 
 INTERRUPTED, HOST_LOST = 3, 4  # exit codes of runs that the same command continues
 
 
 class UserError(ValueError):
-    """An error that the user can fix.
+    """An error that the user can fix, such as an invalid setting.
 
     The message says what is wrong, which rule applies, and what to do.
     """
@@ -20,7 +20,7 @@ class SharedUserError(UserError):
 
 
 class MissingFile(UserError, FileNotFoundError):
-    """An error about a file or directory that does not exist."""
+    """A UserError for a file or directory that does not exist."""
 
 
 class RunEnded(RuntimeError):

@@ -1,4 +1,4 @@
-"""The command line of jexit.
+"""Trains, evaluates or runs a model, as a config file describes.
 
     python -m jexit.main --config=configs/COMMAND.py[:PRESET] [--workdir=DIR]
                          [--config.KEY=VALUE ...] [--aot=TOPOLOGY]
@@ -7,13 +7,13 @@
 COMMAND is pretrain, finetune, sft, rl, eval or generate. A run writes into its workdir (by default
 runs/COMMAND-PRESET), and running the same command again continues the run. Each KEY is a field of
 `Config` in jexit/config.py, such as seed, rl.depth_coef or model.path. --aot=v5e:4x4 (or v5p:2x2x1,
-v6e:2x2, h100:8, …) does not run the config. It compiles the config's steps for that topology and
-prints the resources that the steps need.
+v6e:2x2, h100:8, …) does not run the command, but compiles its steps for that topology and prints
+the resources that they need.
 
 On several hosts, run the same command on each host. On Cloud TPU slices and under SLURM, the hosts
 find each other. Elsewhere, --coordinator is an address of process 0, --processes is the number of
-processes, and --process is each host's own number. --host_timeout is the number of seconds that a
-host waits for another host.
+processes, and --process is the index of each host's process, from 0. --host_timeout is the number
+of seconds that a host waits for another host.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from jexit.settings import shown
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """A parsed command line: the checked config, the run's directory, and where to run.
+    """The parsed command line: a checked config, the run's directory, and the values of the flags.
 
-    `aot` is the topology for which to compile instead of running.
+    `aot` is the topology to compile for, or None to run the config.
     """
 
     config: Config
@@ -55,10 +55,10 @@ class Arguments:
 
 
 def parse(argv: Sequence[str]) -> Arguments:
-    """Parses and checks a command line, whose first word in `argv` is the program's name.
+    """Parses and checks the command line `argv`, whose first word is the program's name.
 
-    A config file that does not exist is also looked up in jexit's installation. Raises UserError
-    for every mistake in the command line.
+    A config file that is not in the working directory is looked up in jexit's installation. Raises
+    UserError for every mistake in the command line.
     """
     argv, options = _without_task_options(_with_own_config(argv))
     for argument in argv[1:]:
@@ -103,7 +103,7 @@ def parse(argv: Sequence[str]) -> Arguments:
 
 
 def _with_own_config(argv: Sequence[str]) -> list[str]:
-    """Returns the command line with the path of an existing config file; see `_own_config`."""
+    """Returns the command line with the config file looked up by `_own_config`."""
     words = list(argv)
     for index, word in enumerate(argv):
         flag, equals, value = word.partition("=")
@@ -115,9 +115,9 @@ def _with_own_config(argv: Sequence[str]) -> list[str]:
 
 
 def _without_task_options(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """Returns the command line without config.task.options.NAME=VALUE, and the values by NAME.
+    """Separates the flags --config.task.options.NAME=VALUE from the rest of a command line.
 
-    A value that is a Python literal is evaluated; any other value is a string.
+    Returns the rest and each VALUE by NAME, evaluated if it is a Python literal, else as a string.
     """
     words: list[str] = []
     options: dict[str, Any] = {}
@@ -149,7 +149,7 @@ def _own_config(value: str) -> str:
 
 
 def _flags(argv: Sequence[str]) -> flags.FlagValues:
-    """Returns the flags of jexit, not yet parsed, for the command line `argv`."""
+    """Defines the flags of jexit for the command line `argv`, and returns them not yet parsed."""
     known = flags.FlagValues()
     config_flags.DEFINE_config_file(
         "config",
@@ -171,7 +171,7 @@ def _flags(argv: Sequence[str]) -> flags.FlagValues:
 
 
 def _unknown(error: flags.UnrecognizedFlagError) -> str:
-    """Returns the error message for an unknown flag, or for a setting without `config.`."""
+    """Returns the error message for an unknown flag or a setting without the prefix `config.`."""
     setting = f"config.{error.flagname}"
     try:
         check_key(setting)
@@ -181,7 +181,7 @@ def _unknown(error: flags.UnrecognizedFlagError) -> str:
 
 
 def _refusal(error: flags.IllegalFlagValueError) -> str:
-    """Returns the error message for a flag with an invalid value: jexit's own for a setting."""
+    """Returns the error message for an invalid value; for a setting, it names the required type."""
     name, _, rest = str(error).removeprefix("flag --").partition("=")
     if not name.startswith("config."):
         return _one_line(error)
@@ -193,7 +193,7 @@ def _refusal(error: flags.IllegalFlagValueError) -> str:
 
 
 def dispatch(config: Config, workdir: pathlib.Path, topology: str | None = None) -> None:
-    """Runs the command of `config` in `workdir`, or compiles its steps for `topology`."""
+    """Runs `config.command` in `workdir`, or only compiles its steps if `topology` is given."""
     from jexit.dist import make_mesh, several_hosts, use_mesh
     from jexit.io.model_source import find_model
     from jexit.io.workdir import check_same_run, sole_run
@@ -225,8 +225,8 @@ def dispatch(config: Config, workdir: pathlib.Path, topology: str | None = None)
 def main(argv: Sequence[str]) -> int:
     """Parses and runs a command line, and returns the exit code.
 
-    A mistake of the user is reported on stderr as one sentence. An unexpected error is raised on a
-    single host; with several hosts, its traceback is printed.
+    An error of the user is reported in one sentence on stderr. An unexpected exception propagates
+    on a single host; with several hosts, its traceback is printed and the process exits.
     """
     flags.FLAGS.mark_as_parsed()  # for absl's log handler; all flags keep their defaults
     logging.set_verbosity(logging.WARNING)
@@ -265,7 +265,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _exit_code(error: Exception, workdir: pathlib.Path) -> int | None:
-    """Prints why the run ended and returns the exit code; None for an unexpected error."""
+    """Reports an expected error on stderr and returns its exit code; else returns None."""
     from jexit.dist import multihost
 
     if lost := multihost.ended(error):

@@ -23,7 +23,7 @@ Number = Annotated[float, Bounds(1e-30, 1e30)]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Yarn:
-    """YaRN scaling of rotary embeddings (arXiv:2309.00071), with Hugging Face's parameters."""
+    """YaRN scaling of rotary embeddings (arXiv:2309.00071), parameterised as in Hugging Face."""
 
     kind: Literal["yarn"] = "yarn"
     factor: Number
@@ -39,7 +39,7 @@ class Yarn:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Llama3Rope:
-    """Llama 3.1's rope scaling (meta-llama/llama-models), with Hugging Face's parameters."""
+    """Llama 3.1's scaling of rotary embeddings, parameterised as in Hugging Face."""
 
     kind: Literal["llama3"] = "llama3"
     factor: Number
@@ -161,7 +161,7 @@ def _preset(
     lora_rank: int = 8,
     **other: Any,
 ) -> Preset:
-    """Returns a preset with the fields `common` of its family and `other` of its own."""
+    """Builds a preset; `heads` counts query and key/value heads, and `other` overrides `common`."""
     shape = {"width": width, "layers": layers, "mlp_width": mlp_width}
     shape |= {"query_heads": heads[0], "kv_heads": heads[1], "head_dim": width // heads[0]}
     architecture = Architecture(**shape | common | other)

@@ -40,7 +40,7 @@ Kind = TypeVar("Kind")
 
 
 def _fits(fits: Any, wanted: str) -> AfterValidator:
-    """Returns a validator that refuses values for which `fits` is false as not `wanted`."""
+    """Returns a validator that rejects values unless `fits(value)`; `wanted` states the rule."""
 
     def check(value: Any) -> Any:
         if not fits(value):
@@ -88,7 +88,7 @@ class Record(BaseModel):
         return checked(cls, read_json(path, REMEDY), str(path))
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Replaces the JSON file `path` as a whole, by the fields that were set."""
+        """Writes the fields that were set to the JSON file `path`, which is replaced atomically."""
         write_json_atomic(path, self.model_dump(exclude_unset=True))
 
 
@@ -101,7 +101,7 @@ class PolicyResult(Record):
     """The results of one policy: an entry of `runs` in `eval.json`, `before.json` or `after.json`.
 
     The depth of a token is the number of layers run in the pass that produced the token. The
-    intervals of depth and layers are bootstrapped over problems.
+    confidence intervals of depths and layers are bootstrapped over problems.
     """
 
     policy: str  # full, sample, threshold:X, confidence:X, fixed:N, or a control
@@ -134,7 +134,7 @@ class PolicyResult(Record):
 
     @property
     def seconds_per_problem(self) -> float:
-        """The wall time per answer in seconds when problems are decoded in batches, or NaN."""
+        """The decoding time per problem in seconds, at the speed of batches; NaN if unknown."""
         speed = self.tokens_per_second
         return self.completion_length / speed if speed > 0 else math.nan
 
@@ -144,12 +144,12 @@ class PolicyResult(Record):
 
     @property
     def is_control(self) -> bool:
-        """Whether the policy matches the mean depth of another one; `fixed:N` does not."""
+        """Whether the policy is a control, chosen to have the mean depth of another policy."""
         return self.control_of is not None
 
 
 class ControlDifference(Record):
-    """The accuracy and the share of layers of a policy less those of its control.
+    """The accuracy and the depth fraction of a policy, minus those of its control.
 
     A positive difference of the accuracies is the gain from choosing which tokens stop early.
     """
@@ -176,9 +176,9 @@ class ExitAgreement(Record):
 
 
 class EarlyLeaving(Record):
-    """The agreement with full depth when each token leaves at the first exit under a threshold.
+    """The agreement with full depth if exits were chosen by their KL to the last layer.
 
-    If no exit has a KL to the last layer under `threshold_nats`, the token runs all layers.
+    Each token leaves at the first exit whose KL is below `threshold_nats`, if there is one.
     """
 
     threshold_nats: Number
@@ -205,7 +205,7 @@ class HazardBin(Record):
 
 
 class ExitCalibration(Record):
-    """The calibration of one exit's hazards, over the passes that reach the exit."""
+    """How well the hazards of one exit are calibrated, over the passes that reach the exit."""
 
     exit: Count
     ece: Finite  # expected calibration error
@@ -216,7 +216,7 @@ class ExitCalibration(Record):
 
 
 class HazardCalibration(Record):
-    """The calibration of the exits' hazards against target hazards, over a policy's completions.
+    """How closely the exits' hazards match target hazards, over a policy's completions.
 
     A hazard is the probability of leaving at an exit that has been reached.
     """
@@ -231,7 +231,7 @@ class HazardCalibration(Record):
 
 
 class SerialDepth(Record):
-    """The opaque serial depth of a policy's tokens: see `jexit.evaluation.serial_depth`."""
+    """The opaque serial depth of a policy's tokens, defined in `jexit.evaluation.serial_depth`."""
 
     policy: str
     length: Count  # tokens over which a pass attends
@@ -242,7 +242,7 @@ class SerialDepth(Record):
 
 
 class Planning(Record):
-    """How well a linear probe of the residual at one depth predicts a token that is to come.
+    """How well a linear probe on the residual at one depth predicts a later token.
 
     The control is the same probe on the embedding of the token that the pass reads.
     """
@@ -257,7 +257,7 @@ class Planning(Record):
 
 
 class CurvePoint(Record):
-    """The shares of problems when the answer is forced after a part of the chain of thought."""
+    """The results when the answer is forced after only a part of the chain of thought."""
 
     kept: Share  # share of the steps after which the answer was forced
     same_answer: Number  # share of answers that equal the whole completion's answer
@@ -266,7 +266,7 @@ class CurvePoint(Record):
 
 
 class Measure(Record):
-    """The result of one measure of faithfulness, which tests whether answers use their chains.
+    """The result of one test of whether answers depend on their chains of thought.
 
     `jexit.evaluation.faithfulness` defines `value` and the entries of `detail`.
     """
@@ -283,7 +283,7 @@ class Measure(Record):
 
 
 class Faithfulness(Record):
-    """A policy's results without any intervention, and the measures of its chains' faithfulness."""
+    """How faithful a policy's chains of thought are, and its results without interventions."""
 
     policy: str
     problems: Count
@@ -294,7 +294,7 @@ class Faithfulness(Record):
 
 
 class PairedMeasure(Record):
-    """A measure under `policy` less that under `against`, on the problems with a value in both."""
+    """The difference of a measure between two policies, on the problems that have both values."""
 
     policy: str
     against: str
@@ -307,9 +307,9 @@ class PairedMeasure(Record):
 
 
 class Capacity(Record):
-    """The accuracy of a policy when the steps of its chains have one prescribed size.
+    """The accuracy of a policy when steps in the chain of thought have a prescribed size.
 
-    The prompt prescribes the size of all steps, or a forced prefix that of the first step.
+    The prompt prescribes the size of all steps, or a forced prefix fixes that of the first step.
     """
 
     policy: str
@@ -367,7 +367,7 @@ class Evaluation(Record):
         return self
 
     def numbers(self) -> dict[str, float]:
-        """Returns the finite numbers of all parts but `exits`, by paths like `sample/accuracy`."""
+        """Returns all finite results but those in `exits`, by path, such as `sample/accuracy`."""
         placed: list[tuple[str, Record]] = [(run.policy, run) for run in self.runs]
         placed += [(f"{pair.policy} less {pair.control}", pair) for pair in self.controls]
         placed += [
@@ -422,7 +422,7 @@ class Completion(Record):
 
 
 def numbers(place: str, value: Any) -> dict[str, float]:
-    """Returns the finite numbers in `value` by path from `place` on, with `…/low` and `…/high`."""
+    """Returns the finite numbers in `value` by path; `place` is the beginning of every path."""
     if isinstance(value, Record):
         value = value.model_dump(exclude_unset=True)
     if isinstance(value, Mapping):
@@ -438,9 +438,9 @@ def is_number(value: Any) -> bool:
 
 
 def checked(kind: type[Kind], value: Any, where: str) -> Kind:
-    """Returns the JSON value `value` as a `kind`, such as a record or a tuple of records.
+    """Converts a JSON value to the type `kind`, such as a record or a tuple of records.
 
-    Raises UserError for the first field that is missing or invalid in the file `where`.
+    Raises UserError for the first missing or invalid field; the message names the file `where`.
     """
     try:
         return TypeAdapter(kind).validate_python(value)
@@ -462,7 +462,7 @@ _WANTED = {
 
 
 def _refusal(error: Mapping[str, Any], where: str) -> str:
-    """Returns a pydantic error as a sentence with the place, the value and the rule."""
+    """Converts a pydantic error to a message with the file `where`, field, value and rule."""
     kind, place, value = error["type"], error["loc"], error["input"]
     if kind == "missing":
         return f"{_placed(where, place[:-1])} lacks the field {place[-1]!r}"
@@ -475,7 +475,7 @@ def _refusal(error: Mapping[str, Any], where: str) -> str:
 
 
 def _placed(where: str, place: Sequence[str | int]) -> str:
-    """Returns a file and the path of a field in it, such as `eval.json: runs[1].accuracy`."""
+    """Returns the location of a field in a file, such as `eval.json: runs[1].accuracy`."""
     parts = (f"[{p}]" if isinstance(p, int) else f".{repr(p[:40])[1:-1]}" for p in place)
     path = "".join(parts).removeprefix(".")
     return f"{where}: {path}" if path else where

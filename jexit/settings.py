@@ -1,6 +1,6 @@
-"""Checks settings in frozen dataclasses, whose annotations define the allowed values.
+"""Validates settings: frozen dataclasses whose annotations define the allowed values.
 
-The string after a field explains the field. `build` checks values from a file or a command line.
+The string below a field documents it. `build` checks values from a file or a command line.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Section = TypeVar("Section")
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """An annotation of a number: the smallest and the largest allowed value, both finite.
+    """An annotation for a number: the smallest and the largest allowed value, both finite.
 
     With `or_zero`, 0 is allowed as well.
     """
@@ -40,7 +40,7 @@ class Bounds:
 
 @dataclasses.dataclass(frozen=True)
 class Length:
-    """An annotation of a string or tuple: the largest number of characters or values."""
+    """An annotation for a string or tuple: the largest number of characters or elements."""
 
     at_most: int
 
@@ -55,7 +55,7 @@ class Length:
 
 @dataclasses.dataclass(frozen=True)
 class Keywords:
-    """An annotation of a task's own settings: identifiers with numbers, strings or lists."""
+    """An annotation for a task's own settings: identifiers mapped to numbers, strings or lists."""
 
     def check(self, values: Mapping[str, Any], where: str) -> None:
         for name, value in values.items():
@@ -94,7 +94,7 @@ Options = Annotated[dict, Keywords()]
 
 
 def shown(value: Any) -> str:
-    """Returns `value` as error messages quote it: as its repr, cut off after 100 characters."""
+    """Returns the repr of `value` for error messages, cut off after 100 characters."""
     try:
         text = " ".join(repr(value).split())
     except ValueError:  # Python does not write out integers of thousands of digits
@@ -109,10 +109,10 @@ def annotations(cls: type) -> dict[str, Any]:
 
 
 def build(cls: type[Section], values: Mapping[str, Any], where: str) -> Section:
-    """Builds the dataclass `cls` from plain values, such as parsed JSON, named `where` in messages.
+    """Builds the dataclass `cls` from plain values, such as parsed JSON, after checking them.
 
     An integer is accepted for a float, and a list or a single value for a tuple. Raises UserError,
-    with the name of the key, if a key is unknown or missing, or if the annotation of a field does
+    with `where` and the key, if a key is unknown or missing, or if the annotation of a field does
     not allow the value.
     """
     hints = annotations(cls)
@@ -137,9 +137,9 @@ def build(cls: type[Section], values: Mapping[str, Any], where: str) -> Section:
 
 
 def check(settings: Any) -> None:
-    """Raises UserError if the annotation of a field of the dataclass `settings` forbids its value.
+    """Raises UserError if a field of the dataclass instance `settings` has a forbidden value.
 
-    Call it in `__post_init__`, so that an instance made directly is checked as in `build`.
+    Call this in `__post_init__`, so that instances are checked even if `build` did not make them.
     """
     for name, hint in annotations(type(settings)).items():
         if not dataclasses.is_dataclass(hint):
@@ -150,7 +150,7 @@ def checked(hint: Any, value: Any, where: str) -> Any:
     """Returns `value`, converted to the type of the annotation `hint`.
 
     Integers become floats, and lists and single values become tuples, where `hint` requires it.
-    Raises UserError, which begins with `where`, if `hint` does not allow the value.
+    Raises UserError, with `where` as the value's name, if `hint` does not allow the value.
     """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
@@ -196,7 +196,7 @@ def remedy_of(hint: Any) -> str:
 
 
 def is_unicode(text: str) -> bool:
-    """Returns whether a string can be written as UTF-8, which half a surrogate pair cannot."""
+    """Returns whether `text` can be encoded as UTF-8, which fails for a lone surrogate."""
     try:
         text.encode()
     except UnicodeEncodeError:

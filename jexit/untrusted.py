@@ -1,4 +1,4 @@
-"""Reads untrusted files: only regular files, and only strict JSON of limited size and depth."""
+"""Reads untrusted files safely: regular files only, and strict JSON of limited size and depth."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def read_bytes(path: str | os.PathLike[str], remedy: str, limit: int | None = No
 
 
 def read_object(path: str | os.PathLike[str], remedy: str) -> dict[str, Any]:
-    """Returns the object in a JSON file; raises UserError as `read_json`, and for other values."""
+    """Reads a JSON file like `read_json`, but raises UserError if the value is not an object."""
     value = read_json(path, remedy)
     if not isinstance(value, dict):
         raise UserError(f"{path} contains a JSON {type(value).__name__}, not an object; {remedy}")
@@ -71,7 +71,7 @@ def read_object(path: str | os.PathLike[str], remedy: str) -> dict[str, Any]:
 
 
 def read_json_lines(path: str | os.PathLike[str], remedy: str) -> Iterator[Any]:
-    """Yields the values of a file with one JSON text per line; yields nothing if there is no file.
+    """Yields the value of each line of a JSON Lines file, or nothing if the file does not exist.
 
     Skips lines that are incomplete or not valid JSON. Raises UserError if the file cannot be read.
     """

@@ -1,24 +1,24 @@
-"""Study C: what a calibration is made of, before any reinforcement. On sums.
+"""Study C: how the settings of calibration affect the model before reinforcement, on sums.
 
     bash launch/sweep.sh --config=configs/experiments/calibration.py \
         --eval=configs/experiments/measures.py:depth --into=runs/calibration --jobs=2 \
         sft.explore=0,0.1,0.25,0.5 sft.target=teacher,student seed=0
 
-A run takes some seven minutes on a CPU core. From the predecessor of the shipped model: with the
-teacher's targets it ends at 79 % of the depth and 94 to 98 % correct; with the student's at 56 %
-(97 % correct) without exploration and at 49 % (91 %) with 0.5. Other settings one at a time, each
-`--into` a directory of its own:
+A run takes about seven minutes on one CPU core. Results with the predecessor of the shipped model:
+the teacher's targets lead to 79 % of the depth and 94 to 98 % correct answers, the student's
+targets to 56 % (97 % correct) without exploration and 49 % (91 % correct) with `sft.explore=0.5`.
+Further settings are varied one at a time, each with its own directory for `--into`:
 `sft.sharpness=1,10,200`, `sft.direction=teacher_student,jeffreys`, `exit_head.kind=linear`,
-`sft.samples=4`; and `sft.exit_loss=sampled --config.sft.explore=0`, as sampled depths that are
-partly explored would be no draws from the targets. What reinforcement makes of some:
+`sft.samples=4`, and `sft.exit_loss=sampled --config.sft.explore=0` (the sampled loss does not allow
+exploration). Reinforcement of some of these models:
 
     at=runs/calibration/sft.explore
     bash launch/sweep.sh --config=configs/experiments/pressure.py --into=runs/calibration-rl \
         --eval=configs/experiments/measures.py:depth --jobs=2 --config.rl.depth_coef=0.4 \
         "model.path=$at=0,sft.target=student,seed=0|$at=0.5,sft.target=student,seed=0|$at=0,sft.target=teacher,seed=0"
 
-`:published` is on all tasks, for Study A to start from, and has what arXiv:2603.21376 has, but for
-one draw of the depths where that has four, and this model's rates and steps; two hours on a core:
+The variant `:published`, from which Study A also starts, calibrates on all tasks in two hours as in
+arXiv:2603.21376, except for the learning rates, the steps, and one draw of depths instead of four:
 
     python -m jexit.main --config=configs/experiments/calibration.py:published \
         --workdir=runs/published

@@ -1,20 +1,20 @@
-"""The studies on the shipped model: what a depth penalty saves, and what it does to the reasoning.
+"""The studies on the shipped model: what a depth penalty saves, and how it changes the reasoning.
 
     bash studies/evidence.sh [--jobs=2]
 
-runs all of them in order, into runs/evidence-*, and goes on where it was stopped. An RL run takes
-some ten minutes on one CPU core, and its measurement as long. The variants:
+runs all studies in order, writes into runs/evidence-*, and resumes where it was stopped. An RL run
+takes about ten minutes on one CPU core, and its evaluation as long. The variants:
 
 `reinforce`   RL from the calibrated model, with the depth penalty of `rl.depth_norm` and
               `rl.depth_coef`
-`full_depth`  RL of a trunk at full depth
+`full_depth`  RL of a trunk whose tokens never leave early
 `small`       fine-tunes a trunk that was cut to its first layers (convert.from_hf --layers)
 `relearn`     fine-tunes a model after RL on steps of five digits for 50 updates, at full depth or
               under its exits (`finetune.policy`)
-`measure`     policies, controls and every measure on sums; `measure_word_problems` the same on word
-              problems, which have no prescribed steps
-`measure_full` accuracy and prescribed steps at full depth alone
-`compare`     full depth and sampled exits, without measures
+`measure`     evaluates policies, controls and every measure on sums; `measure_word_problems` does
+              so on word problems, which have no prescribed steps
+`measure_full` evaluates accuracy and prescribed steps at full depth only
+`compare`     evaluates full depth and sampled exits, without measures
 """
 
 import configs.eval

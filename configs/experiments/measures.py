@@ -1,9 +1,8 @@
-"""How the studies measure a trained model: accuracy, depth, controls and externalisation.
+"""Evaluates the models of the studies: accuracy, depth, controls and all further measures.
 
-`:word_problems` leaves out the prescribed steps, which that task has not; `:depth` the measures of
-the chain; `:quick` everything but the policies, on fewer problems. The initial checkpoint, on many
-problems and on those of the studies, some minutes each on a CPU core (the predecessor of the
-shipped model: sums 91 % correct at 42 % of the depth, word problems 80 at 26, stories 67 at 46):
+The variant `:word_problems` omits prescribed steps, which that task does not have, `:depth` omits
+the measures of the chain of thought, and `:quick` omits all measures, on fewer problems. These
+commands evaluate the initial checkpoints, in some minutes each on one CPU core:
 
     bash launch/sweep.sh --config=configs/experiments/measures.py:quick --into=runs/starts \
         --jobs=2 task.name=sums,word_problems,tom --config.eval.problems=1024

@@ -1,23 +1,23 @@
-"""Study B: does reasoning move into the chain of thought when layers and text both cost?
+"""Study B: does reasoning move into the chain of thought if layers and tokens are both penalised?
 
     bash launch/sweep.sh --config=configs/experiments/page.py \
         --eval=configs/experiments/measures.py --into=runs/page --jobs=2 \
         rl.depth_coef=0,0.5,1,2,4 seed=0,1
 
-Depth and text compete: a long completion of small steps is shallow, a short one of large steps is
-deep. Both penalties come in over 40 updates and are withheld while fewer than 90 % of the answers
-are correct, since a length penalty collapses the text of a model that is often wrong.
+The penalties compete: a long completion in small steps needs few layers per token, and a short one
+in large steps needs many. Both penalties rise over 40 updates, and are withheld at less than 90 %
+correct answers, because a length penalty would shrink the text of a model that is often wrong.
 
-A larger length penalty, under which steps keep their size at any depth penalty:
+With a larger length penalty, steps keep their size at any depth penalty:
 
     bash launch/sweep.sh --config=configs/experiments/page.py \
         --eval=configs/experiments/measures.py --into=runs/page-dear_text --jobs=2 \
         --config.rl.length_coef=0.5 rl.depth_coef=0,2 seed=0,1
 
-A run takes a quarter of an hour on a CPU core. From the predecessor of the shipped model, all end
-at 99.6 % correct or more; from λ = 0 to λ = 4 the depth falls from 63 to 37 % (60 to 48 layers a
-problem), the additions that are written out rise from 55 to 78 % (87 % before any of it), and
-prescribed steps of three are taken by 32 % of the completions instead of all.
+A run takes 15 minutes on one CPU core. With the predecessor of the shipped model, all runs end at
+99.6 % correct or more. From λ = 0 to λ = 4, the depth falls from 63 to 37 % (60 to 48 layers per
+problem), the share of additions that are written out rises from 55 to 78 % (87 % before training),
+and only 32 % of the completions instead of all still obey a prescribed step size of three.
 """
 
 import configs.rl

@@ -1,10 +1,10 @@
-"""Study F: Qwen2.5-Coder-0.5B as it is, on GSM8K: calibrated with a frozen trunk and without.
+"""Study F: calibrates Qwen2.5-Coder-0.5B on GSM8K, with and without a frozen trunk, then runs RL.
 
     python -m convert.from_hf --source=Qwen/Qwen2.5-Coder-0.5B-Instruct --target=models/qwen
     bash studies/qwen.sh
 
-The second command runs every stage below, in order, and goes on where it was stopped. GSM8K comes
-as docs/tasks.md says.
+The second command runs all stages below in order, and resumes where it was stopped. docs/tasks.md
+explains how to obtain GSM8K.
 """
 
 import configs.eval

@@ -1,11 +1,11 @@
-"""Study E: SmolLM2-135M, real pretrained weights: fine-tuned, calibrated and reinforced.
+"""Study E: fine-tunes, calibrates and reinforces SmolLM2-135M, a model with published weights.
 
     python -m convert.from_hf --source=HuggingFaceTB/SmolLM2-135M-Instruct --target=models/smollm2
     bash studies/smollm2.sh
 
-The second command runs every stage below, in order, and goes on where it was stopped: fine-tuning
-on the task's references, calibration on the model's own completions with three seeds, and from each
-of them reinforcement with λ = 0 and two penalties.
+The second command runs all stages below in order, and resumes where it was stopped: fine-tuning on
+the task's reference completions, calibration on the model's own completions with three seeds, and
+for each seed reinforcement with λ = 0 and two other penalties.
 """
 
 import configs.eval

@@ -1,4 +1,4 @@
-"""Forms batches of rows of similar length, which are padded to one of a few shapes."""
+"""Batches rows of similar length, and pads each batch to one of a few shapes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MULTIPLE = 8  # every padded length is a multiple of this
 
 
 class LengthBuckets:
-    """Divides a pool of rows into buckets by length, which saves padding and limits batch shapes.
+    """Divides a pool of rows into buckets by length, to save padding and limit the batch shapes.
 
     A row consists of a prompt and a completion, of the given lengths in tokens. Each of at most
     `count` buckets pads its rows to one length. The lengths minimise the number of tokens in the
@@ -34,11 +34,11 @@ class LengthBuckets:
         self.shapes = [(int(total), width) for total, width in zip(borders, widths, strict=True)]
 
     def batch(self, *, seed: int, step: int, batch_size: int) -> tuple[np.ndarray, tuple[int, int]]:
-        """Returns the row indices [B] of a step's batch, and the pair in `shapes` for its padding.
+        """Returns the row indices [B] of a step's batch, and the entry of `shapes` to pad it to.
 
         If the number of rows is a multiple of `batch_size`, an epoch uses every row once; otherwise
-        each epoch leaves out other randomly drawn rows. If the pool has fewer rows than a batch,
-        rows are repeated.
+        it leaves out a few rows, drawn at random. If the pool has fewer rows than a batch, rows are
+        repeated.
         """
         rows_N = np.arange(len(self._bucket_N))
         rows_N = np.tile(rows_N, -(-batch_size // len(rows_N)))
@@ -56,9 +56,9 @@ def _rounded(lengths: np.ndarray) -> np.ndarray:
 
 
 def _best_borders(lengths_N: np.ndarray, count: int) -> np.ndarray:
-    """Returns at most `count` rising lengths that minimise the padded size of rows of `lengths_N`.
+    """Returns the padded lengths, at most `count` in rising order, that minimise the total padding.
 
-    Every row is padded to the smallest of these lengths that is not below its own.
+    `lengths_N` are the lengths of the rows, each padded to the next of the returned lengths.
     """
     lengths_U, rows_U = np.unique(lengths_N, return_counts=True)
     below_U = np.concatenate([[0], np.cumsum(rows_U)])

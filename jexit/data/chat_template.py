@@ -47,7 +47,7 @@ def render(template: str, messages: Sequence[Mapping[str, str]], **variables: An
 
 
 class _Child:
-    """The child process that renders templates; a request starts the process if necessary."""
+    """The child process that renders templates, started by the first request."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -101,7 +101,7 @@ os.register_at_fork(after_in_child=_forget)  # the pipe belongs to the parent
 
 
 def _serve() -> None:
-    """Answers each request, a line of JSON on stdin, with a line on stdout; runs in the child."""
+    """Runs in the child process: answers each line of JSON on stdin with a line on stdout."""
     environment = _environment()
     compiled = functools.lru_cache(maxsize=64)(environment.from_string)
     _limit()

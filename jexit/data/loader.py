@@ -1,4 +1,4 @@
-"""Batches as pure functions of (seed, step), so that resuming needs no state other than the step.
+"""Makes batches as pure functions of (seed, step), so that resuming needs only the step.
 
 Each host uses only its own rows of a batch, so the batch does not depend on the number of hosts.
 """
@@ -30,7 +30,7 @@ Batch = TypeVar("Batch")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextBatch:
-    """Prompts with reference completions, several per row, padded at the end of each row.
+    """A packed batch: rows of several prompts with reference completions, padded at the end.
 
     `loss_mask_BT` float32 is the weight of each token *as a target*: 1 on the completion and its
     end token, 0 on the prompt and on padding. `segment_BT` int32 numbers the texts of a row from 1
@@ -49,7 +49,7 @@ class TextBatch:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptBatch:
-    """The problems of one step that belong to this host, with the token ids of their prompts.
+    """This host's problems of one step, with the token ids of their prompts.
 
     `skipped` is the number of problems left out because their prompt exceeds the limit: of the
     whole split for finite data, of this batch's draws for generated data.
@@ -156,7 +156,7 @@ def encode_references(
 def _encoded(
     tokenizer: Tokenizer, problems: Sequence[Problem], length: int
 ) -> list[tuple[list[int], int]]:
-    """Returns for each problem its token ids, at most `length`, and the prompt's number."""
+    """Returns each problem's token ids (at most `length`) and how many of them are the prompt's."""
     prompts = encode_problems(tokenizer, problems)
     completions = encode_references(tokenizer, problems)
     made = []
@@ -172,10 +172,10 @@ def _encoded(
 
 
 def pack(lengths: Sequence[int], room: int) -> list[int]:
-    """Returns the row of each text, chosen by best-fit decreasing; rows are numbered from 0.
+    """Packs texts of these lengths into rows of `room` tokens, and returns each text's row index.
 
-    From the longest text to the shortest, each goes into the fullest row of `room` tokens that has
-    room for it, or into a new row.
+    This is best-fit decreasing: from the longest to the shortest, each text goes into the fullest
+    row that has room for it, or into a new row.
     """
     row_of = [0] * len(lengths)
     rows: list[tuple[int, int]] = []  # (room that is left, row), the fullest first
@@ -233,7 +233,7 @@ def prompt_batch(
 
 
 def encode_problems(tokenizer: Tokenizer, problems: Sequence[Problem]) -> list[list[int]]:
-    """Returns the token ids of each problem's prompt, with the messages before the user's."""
+    """Returns the token ids of each problem's prompt, including the earlier chat messages."""
     return tokenizer.encode_prompts([problem.messages for problem in problems])
 
 
@@ -265,7 +265,7 @@ def _problem_at(task: Task, split: Split, *, seed: int, position: int) -> Proble
 
 @functools.lru_cache(maxsize=8)
 def _shuffled(seed: int, size: int) -> grain.MapDataset:
-    """Returns an endless data set: 0 … size - 1, epoch after epoch, each in its own order."""
+    """Returns an endless dataset of the indices 0 … size − 1, shuffled anew in every epoch."""
     seed = stable_hash("epochs", seed) & 0x7FFFFFFF  # seeds may be large or negative
     return grain.MapDataset.range(size).shuffle(seed=seed).repeat()
 
@@ -274,7 +274,7 @@ def _shuffled(seed: int, size: int) -> grain.MapDataset:
 def _short_enough(
     task: Task, tokenizer: Tokenizer, split: Split, max_prompt_tokens: int
 ) -> tuple[int, ...]:
-    """Returns the indices of the problems in a finite split whose prompts are within the limit."""
+    """Returns the indices in a finite split of the problems whose prompts are within the limit."""
     problems = [task.problem(split, index) for index in range(task.size(split) or 0)]
     lengths = map(len, encode_problems(tokenizer, problems))
     kept = tuple(i for i, tokens in enumerate(lengths) if tokens <= max_prompt_tokens)

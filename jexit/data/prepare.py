@@ -1,4 +1,4 @@
-"""Builds datasets of tensorflow-datasets from published files, without network access.
+"""Prepares published data sets for tensorflow-datasets, without network access.
 
     python -m jexit.data.prepare gsm8k --from=DIR [--to=TFDS_DIR]
 
@@ -33,9 +33,9 @@ _AS_PUBLISHED = "put the files of github.com/openai/grade-school-math there, exa
 def prepare_gsm8k(source: str | os.PathLike[str], target: str | os.PathLike[str] | None) -> str:
     """Builds the dataset `target`/gsm8k/VERSION from the files in `source`; returns a summary line.
 
-    `target` None means the library's data directory. An existing dataset is not changed. Raises
-    MissingFile or UserError if files or rows are missing or damaged, if an existing dataset cannot
-    be read, or if the dataset cannot be written.
+    `target` defaults to the data directory of tensorflow-datasets. An existing dataset is not
+    changed. Raises MissingFile or UserError if files or rows are missing or damaged, if an existing
+    dataset cannot be read, or if the dataset cannot be written.
     """
     source = pathlib.Path(source).expanduser()
     data_dir = str(pathlib.Path(target).expanduser().absolute()) if target else None
@@ -75,7 +75,7 @@ def _source_files(source: pathlib.Path) -> dict[str, pathlib.Path]:
 
 
 def _rows(file: pathlib.Path) -> Iterator[dict[str, str]]:
-    """Yields the published file's rows with the dataset's fields; raises UserError if damaged."""
+    """Yields the rows of a published file, in the dataset's schema; raises UserError if damaged."""
     empty = True
     for place, row in read_jsonl(file):
         empty = False
@@ -97,7 +97,7 @@ def _rows(file: pathlib.Path) -> Iterator[dict[str, str]]:
 
 
 def _builder(data_dir: str | None) -> Any:
-    """Returns tensorflow-datasets' builder of GSM8K, which uses its `rows` instead of a download.
+    """Returns the GSM8K builder of tensorflow-datasets, changed to read `rows`, not to download.
 
     Raises UserError if `data_dir` contains a gsm8k dataset that the library cannot read.
     """

@@ -14,7 +14,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Trajectory:
-    """The token ids of a prompt and of its completion, with the end token if it has one."""
+    """The token ids of a prompt and its completion, including the end token if there is one."""
 
     prompt: list[int]
     completion: list[int]
@@ -23,10 +23,10 @@ class Trajectory:
 class TeacherStore:
     """Stores trajectories on disk: prompts with the completions of a teacher model.
 
-    `settings` are all settings that affect the trajectories; each set of settings has its own
-    folder in `directory`. Each `writer`, usually the index of the host, appends only to its own
-    file, so hosts never wait for each other, and reads the files of all writers, because an earlier
-    run may have had another number of hosts.
+    `settings` contains everything that affects the trajectories; different settings are stored in
+    different folders of `directory`. Each `writer`, usually the index of the host, appends only to
+    its own file, so hosts never wait for each other, and reads the files of all writers, because an
+    earlier run may have had another number of hosts.
 
     The first line of a file contains the settings, and each further line the rows of one batch.
     Each line begins with a checksum. A damaged or incomplete line and all lines after it are

@@ -37,12 +37,12 @@ TOKENIZER_FILES = (
 
 
 class Tokenizer:
-    """Converts strings to token ids and back, applies the chat template, and knows the end tokens.
+    """Converts between text and token ids, and applies the chat template of a model.
 
-    `backend` is a tokenizer of transformers. The attribute `eos_ids` contains its end token and the
-    argument `eos_ids`, because a model may end with one of several tokens (Qwen3: 151645 or
-    151643). The padding token `pad_id` may be one of them, so the end of a sequence must be
-    determined from its length, never from `pad_id`. Raises UserError if there is no end token.
+    `backend` is a tokenizer of transformers. The attribute `eos_ids` combines the backend's end
+    token with the argument `eos_ids`, because a model may end with one of several tokens (Qwen3:
+    151645 or 151643). The padding token `pad_id` may be one of them, so the end of a sequence must
+    be determined from its length, never from `pad_id`. Raises UserError if there is no end token.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Tokenizer:
         """Returns `directory` as a path, after checking that it contains the files of a tokenizer.
 
         Raises MissingFile if the directory or its tokenizer files are missing, and UserError for a
-        special file or a link that leads out of it.
+        special file or a link out of the directory.
         """
         path = pathlib.Path(directory)
         if not path.is_dir():
@@ -109,7 +109,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """The number of token ids with added tokens; a model's embedding may have more rows."""
+        """The number of token ids, including added tokens; the embedding may have more rows."""
         return len(self.backend)
 
     @property
@@ -118,7 +118,7 @@ class Tokenizer:
 
     @property
     def thinking(self) -> Thinking:
-        """The thinking mode that prompts pass to the chat template; `auto` passes none.
+        """The thinking mode for the chat template: `on`, `off`, or `auto` for the template's own.
 
         Assigning `on` or `off` raises UserError if the template has no switch for thinking, such as
         Qwen3's `enable_thinking`.
@@ -248,18 +248,18 @@ class Tokenizer:
         return self.encode_prompts([prompt])[0]
 
     def encode_prompts(self, prompts: Sequence[str | Messages]) -> list[list[int]]:
-        """Returns what `encode_prompt` returns for each prompt, but several times as fast."""
+        """Returns the token ids of each prompt, like `encode_prompt` but several times as fast."""
         texts = [self.chat_text(prompt) for prompt in prompts]
         return self.encode_batch(texts) if self.has_chat_template else self.encode_texts(texts)
 
     @functools.cached_property
     def begin_id(self) -> int | None:
-        """The id of the token that the tokenizer (such as Llama's) puts before texts, or None."""
+        """The id of the token that the tokenizer, such as Llama's, puts before texts, or None."""
         begin = self.backend.bos_token_id
         return begin if begin is not None and self.backend.encode("")[:1] == [begin] else None
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Returns the token ids of each text, which start with one `begin_id`, if there is one."""
+        """Returns the token ids of each text, with one `begin_id` in front if the model uses it."""
         made = self.encode_batch(texts)
         if self.begin_id is None:
             return made
@@ -273,7 +273,7 @@ class Tokenizer:
         return self.backend.encode(text, add_special_tokens=False)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Returns what `encode` returns for each text, but several times as fast."""
+        """Returns the token ids of each text, like `encode` but several times as fast."""
         return self.backend(list(texts), add_special_tokens=False)["input_ids"] if texts else []
 
     def decode(self, ids: Iterable[int], *, keep_special: bool = False) -> str:
@@ -285,10 +285,10 @@ class Tokenizer:
         )
 
     def completion_text(self, ids: Iterable[int]) -> str:
-        """Returns the string by which a task judges the completion `ids`.
+        """Returns the text of the completion `ids`, as a task judges it.
 
-        It begins with `<think>` if the chat template ends the prompt so, because an unfinished
-        thought could otherwise not be distinguished from an answer.
+        The text begins with `<think>` if the chat template ends prompts with `<think>`. Otherwise,
+        an unfinished thought would look like an answer.
         """
         return (f"{THINK_START}\n" if self.opens_thinking else "") + self.decode(ids)
 
@@ -297,7 +297,7 @@ class Tokenizer:
         return [self._token(int(i)) for i in ids]
 
     def token_bytes(self, token: int) -> bytes:
-        """Returns the bytes that a token stands for, even if they are a part of a character."""
+        """Returns the bytes that a token encodes, even if they are only a part of a character."""
         text = self._token(int(token))
         if "\ufffd" not in text:
             return text.encode()
@@ -359,7 +359,7 @@ def _configured_eos_ids(directory: pathlib.Path) -> set[int]:
 
 
 def token_ids(value: Any) -> tuple[int, ...]:
-    """Returns the token ids in a JSON value: one id, a list of ids, or None."""
+    """Returns the token ids in a JSON value (an id, a list of ids or None), or raises UserError."""
     ids = value if isinstance(value, list) else [] if value is None else [value]
     for number in ids:
         if type(number) is not int or not 0 <= number < LARGEST_COUNT:

@@ -1,1 +1,1 @@
-"""A check of this machine: its hardware and software, the correctness of its results, its speed."""
+"""Checks a machine: its hardware and software, the correctness of its results, and its speed."""

@@ -1,12 +1,12 @@
-"""Reports what this machine is, whether its results are correct, and how fast it is.
+"""Reports a machine's hardware and software, and checks its results and its speed.
 
     python -m jexit.doctor
 
-Compares every kernel and attention implementation that jexit may choose on the first device with
-its definition in float32: outputs and gradients, in float32 and bfloat16. For each failure, prints
-a sentence with the fault and what avoids it. Then times decoding and the training steps
-of a random model, without the kernels if any check failed. Exits with code 1 if any check failed.
-Takes one to ten minutes.
+Compares every kernel and attention implementation that jexit may choose on the first device with a
+float32 reference: outputs and gradients, in float32 and bfloat16. For each failure, prints the
+fault and a setting that avoids it. Then times decoding and training steps of a model with random
+weights, without the kernels if any check failed. Exits with code 1 if any check failed. Takes one
+to ten minutes.
 """
 
 from __future__ import annotations

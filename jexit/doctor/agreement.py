@@ -1,4 +1,4 @@
-"""Compares every implementation of an op that may run on a device with its float32 definition."""
+"""Checks the implementations of each operation on this device against a float32 reference."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Outputs = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """The sizes of the inputs; no kernel's tile size divides the tokens or the vocabulary."""
+    """The sizes of test inputs; kernels' tiles divide neither `tokens` nor `vocab` evenly."""
 
     tokens: int
     width: int
@@ -48,7 +48,7 @@ ACCELERATOR = Sizes(531, 1_024, 50_257, 4, 1_024)
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """The result for one implementation of an op in one dtype; `failure` is empty if correct."""
+    """The result for one implementation in one dtype; `failure` is empty if it is correct."""
 
     operation: str
     implementation: str
@@ -61,10 +61,10 @@ class Check:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One operation to check, with the implementations to compare with its definition.
+    """One operation, with the implementations to compare with its reference.
 
     `function(implementation, inputs)` returns the outputs and gradients by name, and
-    `inputs(dtype)` makes the inputs. `setting` is what avoids the implementations other than XLA's.
+    `inputs(dtype)` makes the inputs. `setting` is the setting that selects XLA's implementation.
     """
 
     operation: str
@@ -75,10 +75,10 @@ class Case:
 
 
 def checks() -> Iterator[Check]:
-    """Yields the check of each implementation that the first device may choose, in each dtype.
+    """Yields the result for each implementation that the first device may choose, in each dtype.
 
-    A float32 implementation computes its products in full precision, because an accelerator's
-    faster default has larger rounding errors than the tolerance allows.
+    Matrix products in float32 use full precision, because an accelerator's faster default has
+    larger rounding errors than the tolerance allows.
     """
     for case in cases():
         for dtype in TOLERANCE:
@@ -117,7 +117,7 @@ def _check(case: Case, name: str, dtype: str, inputs: Any, wanted: Outputs) -> C
 
 
 def seconds(run: Callable[[], Any], repeats: int = REPEATS) -> float:
-    """Returns the median time in seconds of `repeats` calls, with the wait for their outputs."""
+    """Returns the median time in seconds of `repeats` calls of `run`, until outputs are ready."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -127,7 +127,7 @@ def seconds(run: Callable[[], Any], repeats: int = REPEATS) -> float:
 
 
 def relative_error(found: Any, wanted: Any) -> float:
-    """Returns max |found − wanted| / max |wanted|, or ∞ if different entries are finite."""
+    """Returns max |found − wanted| / max |wanted|, or ∞ if they are finite at different entries."""
     found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
     if not np.array_equal(np.isfinite(found), np.isfinite(wanted)):
         return float("inf")
@@ -158,7 +158,7 @@ def cases() -> list[Case]:
 
 
 def _states(sizes: Sizes, dtype: str) -> Outputs:
-    """Returns random hidden states [N, D] and [E, N, D], a head for logits ≤ 10, and targets."""
+    """Returns random states [N, D] and [E, N, D], an output head [V, D], and target tokens [N]."""
     shapes = {
         "h_ND": (sizes.tokens, sizes.width),
         "h_END": (sizes.exits, sizes.tokens, sizes.width),
@@ -206,7 +206,7 @@ def _linear_logprob(name: str, inputs: Outputs) -> Outputs:
 
 
 def _cache(sizes: Sizes, dtype: str) -> Outputs:
-    """Returns random queries, and a cache of 7 rows that are filled to different lengths."""
+    """Returns random queries, and a key/value cache of 7 rows, filled to different lengths."""
     rows, heads, width = 7, 2, 64
     shape = (heads, 2, rows, sizes.slots, width)
     return {
@@ -226,7 +226,7 @@ def _decode_attention(name: str, inputs: Outputs) -> Outputs:
 
 
 def _texts(sizes: Sizes, dtype: str) -> Outputs:
-    """Returns random queries, keys and values of two sequences, without a mask for padding."""
+    """Returns random queries, keys and values of two sequences."""
     heads, width = 2, 64
     keys = (2, sizes.slots, heads, width)
     return {
@@ -272,7 +272,7 @@ def _attention_by_definition(q_BTNH: Any, k_BTKH: Any, v_BTKH: Any) -> jax.Array
 def _weighted(values: jax.Array) -> jax.Array:
     """Returns the sum of `values`, each multiplied by a fixed random number.
 
-    Entries then differ in their gradients, so that those in the wrong place are noticed.
+    Gradients then differ between entries, so that a misplaced entry is noticed.
     """
     return jnp.vdot(_normal("weights", values.shape, "float32"), values.astype(jnp.float32))
 

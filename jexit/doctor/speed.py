@@ -53,9 +53,9 @@ class Timing:
 
 
 def fitting() -> tuple[str, Architecture]:
-    """Returns the name and architecture of the largest of `FITTING` that fits the first device.
+    """Returns the name and architecture of the largest preset in `FITTING` that fits the device.
 
-    If none fits, returns the smallest, and on a CPU `SMALL`, a model of 10 layers.
+    If none fits, returns the smallest; on a CPU, returns `SMALL`, a model of 10 layers.
     """
     if target().platform == "cpu":
         return "a small model", SMALL
@@ -68,7 +68,7 @@ def fitting() -> tuple[str, Architecture]:
 
 
 def parameters(arch: Architecture) -> int:
-    """Returns the number of parameters of a model with one exit, base weights included."""
+    """Returns the number of parameters of a model with one exit head, including base weights."""
     model = nnx.eval_shape(lambda: Transformer(arch, exit_layers=(1,), rngs=nnx.Rngs(0)))
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
@@ -76,7 +76,7 @@ def parameters(arch: Architecture) -> int:
 def timings(arch: Architecture, *, kernels: bool) -> Iterator[Timing]:
     """Yields the timings of decoding, of a calibration step and of a reinforcement step.
 
-    With `kernels`, those that an accelerator chooses come first, then XLA's alone.
+    With `kernels`, an accelerator is timed with its default kernels first, then with XLA alone.
     """
     on_cpu = target().platform == "cpu"
     dtype = jnp.float32 if on_cpu else jnp.bfloat16
@@ -88,7 +88,7 @@ def timings(arch: Architecture, *, kernels: bool) -> Iterator[Timing]:
 
 
 def random_model(arch: Architecture, dtype: Any, execution: Execution = Execution()) -> Transformer:
-    """Returns a model with random weights, linear continuation, exits and rank-8 adapters."""
+    """Returns a model with random weights, exits, linear continuation and rank-8 adapters."""
     layers = tuple(range(5, arch.layers, 5))
     return nnx.jit(
         lambda: Transformer(
@@ -163,12 +163,12 @@ def random_rollouts(model: Transformer, *, rows: int, prompt: int, new: int) -> 
 
 
 def sft_step(model: Transformer, split: SplitModel, config: SFTConfig, rows: Completions) -> Any:
-    """Returns a function that runs a compiled calibration step, and has run once already."""
+    """Returns a function that runs a calibration step on `rows`, already compiled."""
     return _step(model, split, functools.partial(make_sft_step, config=config), rows)
 
 
 def rl_step(model: Transformer, split: SplitModel, config: RLConfig, batch: RLBatch) -> Any:
-    """Returns a function that runs a compiled reinforcement step on `batch`, as in `sft_step`."""
+    """Returns a function that runs a reinforcement step on `batch`, already compiled."""
     make = functools.partial(make_rl_step, config=config)
     return _step(model, split, make, batch, Penalties(0.5, 0.0))
 

@@ -1,4 +1,4 @@
-"""Stores each parameter on disk as an Orbax checkpoint of its own, which limits the use of memory.
+"""Stores each parameter on disk as an Orbax checkpoint of its own, to limit the use of memory.
 
 At most one parameter is in memory twice at any time; a single checkpoint of all parameters would
 need about three times their memory. The name of a parameter is its dotted path in the parameter
@@ -55,7 +55,7 @@ class ArrayStore:
             ) from error
 
     def spec(self, name: str) -> Spec:
-        """Returns the shape and dtype of the array `name` without reading its values."""
+        """Returns the shape and dtype of the array `name` without reading the values."""
         path = (self.directory / name).resolve()
         try:
             # The checkpointer's own `metadata` logs damage instead of raising an error.
@@ -100,7 +100,7 @@ def _handler() -> ocp.PyTreeCheckpointHandler:
 
 
 def _this_process() -> ocp.options.MultiprocessingOptions:
-    """Returns options with which every host reads and writes without waiting for other hosts."""
+    """Returns options for Orbax to read and write on this host without waiting for other hosts."""
     if not jax.distributed.is_initialized():
         return ocp.options.MultiprocessingOptions()
     host = jax.process_index()

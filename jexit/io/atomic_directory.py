@@ -19,9 +19,9 @@ def atomic_directory(
 ) -> Iterator[pathlib.Path]:
     """Yields a new empty directory, and renames it to `target` when the `with` block ends.
 
-    Its files are flushed to disk before the rename. If the block raises an error, nothing is left.
-    If `target` is a directory that is not empty, it is replaced with `overwrite`; without,
-    UserError is raised, as for a file or a `target` that cannot be written.
+    All files are flushed to disk before the rename. If the block raises an error, the new directory
+    is removed. Raises UserError if `target` is not empty, unless `overwrite` allows it to be
+    replaced, if `target` is a file, or if it cannot be written.
     """
     target = pathlib.Path(target).absolute()
     _check_target(target, overwrite)

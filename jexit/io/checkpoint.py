@@ -1,4 +1,4 @@
-"""Asynchronous, atomic checkpoints of a run (Orbax), of which the newest and the best are kept."""
+"""Writes atomic checkpoints of a run in the background (Orbax); keeps the newest and the best."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Checkpoints:
 
     Each array is stored under the name of its path in the pytree. If a checkpoint cannot be read
     (truncated, corrupted), `restore` logs a warning and tries the one before it. Checkpoints are
-    written in the background: if a write fails, `save` or a later call of `save`, `wait` or `close`
-    raises UserError.
+    written in the background. If a write fails, UserError is raised by `save` or by the next call
+    of `save`, `wait` or `close`.
     """
 
     def __init__(self, workdir: pathlib.Path, config: CheckpointConfig):
@@ -59,14 +59,14 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def newest(self, step: int) -> int | None:
-        """Returns the largest step with a stored checkpoint that is at most `step`, or None."""
+        """Returns the step of the newest checkpoint that is not later than `step`, or None."""
         return max((stored for stored in self._manager.all_steps() if stored <= step), default=None)
 
     def due(self, step: int) -> bool:
         return self.every > 0 and step % self.every == 0
 
     def save(self, step: int, tree: Any, score: float | None = None) -> None:
-        """Starts writing the pytree `tree` as the checkpoint of `step`, unless that exists.
+        """Starts writing the pytree `tree` as the checkpoint of `step`, if there is none yet.
 
         `score` (higher is better) ranks the checkpoint among the best ones; without a score, it is
         kept only as one of the newest. Raises UserError if an array on the devices contains NaN or
@@ -92,7 +92,7 @@ class Checkpoints:
             )
 
     def best_step(self) -> int | None:
-        """Returns the latest step whose checkpoint has the highest score, or None without one."""
+        """Returns the step of the latest checkpoint with the highest score; None without scores."""
         return self._manager.best_step()
 
     def restore(self, like: Any, step: int | None = None) -> Any | None:

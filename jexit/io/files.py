@@ -18,7 +18,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as indented JSON, not atomically, into a directory written atomically."""
+    """Writes `value` as indented JSON, not atomically; meant for files in an `atomic_directory`."""
     path.write_bytes(json_line(value, indent=2))
 
 
@@ -28,7 +28,7 @@ def write_json_atomic(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def write_bytes_atomic(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes `data` to `path` through a temporary file beside it, which is then renamed.
+    """Writes `data` to a temporary file in the same directory, and renames the file to `path`.
 
     Creates missing parent directories. Raises UserError, and leaves an existing file unchanged, if
     `path` cannot be written.
@@ -70,7 +70,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def disk_message(path: Path, error: OSError) -> str:
-    """Returns an error message that says that `path` cannot be written, why, and what to do."""
+    """Returns an error message that `path` cannot be written, with the reason and a remedy."""
     remedy = "free some space" if error.errno in DISK_FULL else "make it writable"
     reason = error.strerror or str(error)
     return f"cannot write {path}: {reason}; {remedy}, or choose another place"

@@ -1,4 +1,4 @@
-"""Digests of arrays that do not depend on the number of devices and hosts."""
+"""Checksums of arrays that do not depend on the number of devices and hosts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def digests(named: Mapping[str, jax.Array | np.ndarray]) -> dict[str, int]:
 
 
 def fingerprint(params: Any) -> str:
-    """Returns eight hexadecimal digits that depend on a pytree's arrays, names and shapes."""
+    """Returns a hash of a pytree's array names, shapes, dtypes and values, as 8 hex digits."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     named = {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
     total = hashlib.sha256()

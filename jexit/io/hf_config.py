@@ -1,4 +1,4 @@
-"""Reads and writes the JSON files of Hugging Face directories as jexit's settings.
+"""Converts the JSON files of Hugging Face directories to jexit's settings, and back.
 
 `config.json` corresponds to `Architecture`, PEFT's `adapter_config.json` to `LoRA`, and jexit's own
 `exit_heads.json` to `ExitSettings`. `config.json` is read both as transformers 4 writes it
@@ -104,7 +104,7 @@ def config_of_architecture(
     pad_id: int | None = None,
     bos_id: int | None = None,
 ) -> dict[str, Any]:
-    """Returns a config.json for `arch` and weights of `dtype`, for transformers 4 and 5."""
+    """Returns the contents of a config.json for `arch`, readable by transformers 4 and 5."""
     ends = sorted(eos_ids)
     config: dict[str, Any] = {
         "architectures": [f"{arch.family.title()}ForCausalLM"],
@@ -182,8 +182,7 @@ def positive(
 def _rope(config: dict[str, Any], where: str) -> tuple[float, RopeScaling | None]:
     """Returns rope_theta and the rope scaling (None for plain rope) of a parsed config.json.
 
-    Reads `rope_parameters` of transformers 5, and `rope_theta` and `rope_scaling` of transformers
-    4.
+    transformers 5 writes `rope_parameters`, and transformers 4 `rope_theta` and `rope_scaling`.
     """
     given: dict[str, Any] = {}
     for key in ("rope_parameters", "rope_scaling"):
@@ -230,9 +229,9 @@ def _rope(config: dict[str, Any], where: str) -> tuple[float, RopeScaling | None
 
 
 def _attention_factor(given: dict[str, Any], factor: float, where: str) -> float | None:
-    """Returns the attention factor in a checkpoint's rope parameters; None means YaRN's own rule.
+    """Returns the attention factor in YaRN's rope parameters `given`; None means the default.
 
-    From mscale and mscale_all_dim, it is (0.1·mscale·ln(factor) + 1) /
+    If mscale and mscale_all_dim are given instead, the factor is (0.1·mscale·ln(factor) + 1) /
     (0.1·mscale_all_dim·ln(factor) + 1), or 1 if factor ≤ 1 (DeepSeek-V2, arXiv:2405.04434, section
     3.1.4, as in transformers).
     """
@@ -248,7 +247,7 @@ def _attention_factor(given: dict[str, Any], factor: float, where: str) -> float
 
 
 def read_adapter_config(directory: pathlib.Path) -> tuple[LoRA, str]:
-    """Returns the LoRA settings and the base model's name or path ("": none) of a PEFT adapter.
+    """Returns a PEFT adapter's LoRA settings and its base model's name or path ("" if none).
 
     Raises UserError for an adapter that is more than plain LoRA on whole projections, such as DoRA.
     """
@@ -296,7 +295,7 @@ def read_adapter_config(directory: pathlib.Path) -> tuple[LoRA, str]:
 
 
 def adapter_config(lora: LoRA, base: str) -> dict[str, Any]:
-    """Returns the contents of an adapter_config.json for `peft`, with the base's name or path."""
+    """Returns the contents of adapter_config.json; `base` is the base model's name or path."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -1,4 +1,4 @@
-"""Looks up, downloads and uploads models of the Hugging Face hub through huggingface_hub."""
+"""Finds, downloads and uploads models on the Hugging Face hub, through huggingface_hub."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def cached(hub_id: str) -> pathlib.Path:
 
 
 def download(hub_id: str) -> None:
-    """Downloads those files of the model `hub_id` that the local cache of the hub lacks.
+    """Downloads the files of the model `hub_id` that are not yet in the hub's local cache.
 
     Raises UserError if `hub_id` is not an OWNER/NAME or is a local directory, and if the hub
     refuses the download or cannot be reached.
@@ -57,7 +57,7 @@ def download(hub_id: str) -> None:
 
 
 def upload(directory: str | os.PathLike[str], hub_id: str) -> None:
-    """Uploads the files of `directory` to the repository `hub_id`, created as private if missing.
+    """Uploads the files of `directory` to the hub repository `hub_id`; a new one is private.
 
     Raises UserError if the hub refuses the upload or cannot be reached.
     """

@@ -1,4 +1,4 @@
-"""The files that a run writes step by step: metrics and sample completions.
+"""Reads and writes the files that grow during a run: metrics and sample completions.
 
 `metrics.jsonl` and `samples.jsonl` contain one JSON object per line, with `step` as the first key.
 Each line is written immediately and as a whole. If the process is killed, at most the last line is
@@ -37,7 +37,7 @@ MetricValue = Any
 
 
 class _LineWriter(contextlib.AbstractContextManager):
-    """The base class of writers that append whole lines to one of a run's JSON-lines files.
+    """The base class of the writers that append lines to the JSON Lines files of a run.
 
     Lines of steps above `resume_step`, the number of finished steps, are removed from the file. The
     methods write only if `enabled`, which is False for every process but the first. Raises
@@ -154,13 +154,13 @@ class SamplesWriter(_LineWriter):
     file_name = SAMPLES_FILE
 
     def write(self, step: int, records: Iterable[Mapping[str, Any]]) -> None:
-        """Appends `records` in one write, each as a line with `step` as its first key."""
+        """Appends `records` in one write, one line each, with `step` as the first key."""
         if self._file is not None:
             self._append({"step": int(step), **record} for record in records)
 
 
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Returns the records of `metrics.jsonl` in line order, with NaN for null; [] if none."""
+    """Returns the records of `metrics.jsonl` in order, with NaN for null; [] if no file exists."""
     return [
         {name: _null_to_nan(value) for name, value in record.items()}
         for record in _read_records(Path(workdir) / METRICS_FILE)
@@ -168,12 +168,12 @@ def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def read_samples(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Returns the records of `samples.jsonl` in line order; [] if the file does not exist."""
+    """Returns the records of `samples.jsonl` in order; [] if the file does not exist."""
     return list(_read_records(Path(workdir) / SAMPLES_FILE))
 
 
 def _read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the records of the JSON-lines file `path`; skips lines without a valid `step`."""
+    """Yields the records of the JSON Lines file `path`; skips lines without a valid `step`."""
     for record in read_json_lines(path, "remove it, or repeat the run that wrote it"):
         step = record.get("step") if isinstance(record, dict) else None
         if type(step) is int and 0 <= step <= LARGEST_COUNT:

@@ -108,12 +108,11 @@ def save_model(
 ) -> None:
     """Writes a model directory, either completely or not at all.
 
-    If `base` is empty, all parameters are stored. Otherwise only LoRA adapters and exit heads are,
-    and the new directory refers to the model directory `base`, which must have the base weights of
-    `model`; if that is the directory that is replaced, all parameters are stored even so. Without
-    `with_exits`, the directory contains a plain transformer. `overwrite` allows an existing
-    directory to be replaced. With several hosts, all hosts must call this function, and the primary
-    host writes.
+    If `base` is empty or is the directory that is replaced, all parameters are stored. Otherwise
+    only LoRA adapters and exit heads are stored, and the new directory refers to the model
+    directory `base`, which must contain the base weights of `model`. Without `with_exits`, the
+    directory contains a plain transformer. `overwrite` allows an existing directory to be replaced.
+    With several hosts, all hosts must call this function, and the primary host writes.
 
     Raises UserError if `base` has another architecture than `model`, or if `directory` exists, is
     not empty and `overwrite` is false.
@@ -166,10 +165,10 @@ def write_model(
 ) -> None:
     """Writes the files of a model directory into `model.directory`, which must exist.
 
-    `model` is the description that is written. Arrays are named by their dotted paths. `base` is
-    the path of the model directory that contains the base weights if `weights` is empty. To keep
-    memory use low, the arrays of `weights` are read one at a time, and the function `tokenizer`,
-    which loads the tokenizer, is called after all arrays have been written.
+    `model` describes the model. Arrays are named by their dotted paths. If `weights` is empty,
+    `base` is the path of the model directory that contains the base weights. To keep memory use
+    low, the arrays of `weights` are read one at a time, and the function `tokenizer`, which loads
+    the tokenizer, is called after all arrays have been written.
     """
     dtypes: dict[str, str] = {}
     parts = {"base": weights, "adapters": adapters.items(), "exits": exits.items()}
@@ -200,8 +199,8 @@ def write_model(
 def write_eos_ids(directory: pathlib.Path, tokenizer: Tokenizer) -> None:
     """Writes the tokenizer's end tokens to the file generation_config.json in `directory`.
 
-    An existing file keeps its values, except that `eos_token_id` becomes the list of all end tokens
-    if the file lacks one other than `tokenizer.eos_id`.
+    If the file exists, only its `eos_token_id` can change: it becomes the list of all end tokens if
+    it lacks one of them other than `tokenizer.eos_id`.
     """
     file = directory / "generation_config.json"
     values = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
@@ -213,7 +212,7 @@ def write_eos_ids(directory: pathlib.Path, tokenizer: Tokenizer) -> None:
 
 
 def _reference(base: pathlib.Path) -> str:
-    """Returns the absolute path of `base`, or jexit/assets/... for a model shipped with jexit."""
+    """Returns the path by which to refer to `base`: absolute, or jexit/assets/... if shipped."""
     shipped = pathlib.Path(jexit.__file__).parent.parent.resolve()
     base = base.resolve()
     if base.is_relative_to(shipped / "jexit" / "assets"):
@@ -266,7 +265,7 @@ def _lora_to_use(source: ModelSource, wanted: LoRA | None) -> LoRA | None:
 
 
 def _check_same(source: ModelSource, pairs: Mapping[str, tuple[Any, Any]]) -> None:
-    """Raises UserError if a setting's stored and requested values, listed by its key, differ."""
+    """Raises UserError for the first setting whose stored and requested values differ."""
     for key, (stored, wanted) in pairs.items():
         if stored != wanted:
             raise UserError(
@@ -276,7 +275,7 @@ def _check_same(source: ModelSource, pairs: Mapping[str, tuple[Any, Any]]) -> No
 
 
 def _fresh_trainables(build: Callable[[], Transformer]) -> dict[str, Array]:
-    """Returns new adapters and exit heads, by dotted path; jit skips the base weights."""
+    """Returns newly initialised adapters and exit heads by dotted path, but no base weights."""
 
     @jax.jit
     def trainables() -> nnx.State:

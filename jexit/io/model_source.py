@@ -1,4 +1,4 @@
-"""Model directories in every format, opened without reading their weights.
+"""Opens model directories of every format without reading the weights.
 
 A model directory is one of these:
 - jexit's own format (`jexit.json`), written by `convert.from_hf` and by runs, with the base weights
@@ -76,7 +76,7 @@ class ModelSource:
         return self._read(self.lora and adapter_part(self.architecture, self.lora))
 
     def exits(self) -> dict[str, np.ndarray]:
-        """Returns the parameters of exit heads and continuation by dotted path; {} if none."""
+        """Returns the exit heads' and continuation's parameters by dotted path; {} if none."""
         layers = self.exit_layers
         return self._read(exit_part(self.architecture, layers, self.exit_head) if layers else None)
 
@@ -236,7 +236,7 @@ def _difference(stored: Architecture, found: Architecture) -> str:
 
 
 def check_rising(exits: tuple[Any, ...], layers: int, what: str) -> None:
-    """Raises UserError unless `exits` are rising numbers below `layers`; it begins with `what`."""
+    """Raises UserError, beginning with `what`, unless `exits` rise from 1 or more to < `layers`."""
     rising = all(isinstance(e, int) for e in exits) and list(exits) == sorted(set(exits))
     if not rising or (exits and not 1 <= exits[0] <= exits[-1] < layers):
         raise UserError(
@@ -246,7 +246,7 @@ def check_rising(exits: tuple[Any, ...], layers: int, what: str) -> None:
 
 
 def find_model(path: str | os.PathLike[str]) -> pathlib.Path:
-    """Returns the directory to which the model path or hub id `path` refers.
+    """Returns the model directory to which `path`, a path or a hub id, refers.
 
     A relative path is looked up in the working directory, and a path `jexit/assets/...` also in the
     installed package. OWNER/NAME is looked up in the hub's local cache, and nothing is downloaded.
@@ -281,7 +281,7 @@ def find_model(path: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def _maker(text: str) -> str:
-    """Returns the command that makes the model at models/PRESET or runs/COMMAND-PRESET, or ""."""
+    """Returns the command that makes models/PRESET or runs/COMMAND-PRESET; "" for other paths."""
     if (found := re.fullmatch(r"models/([\w.-]+)", text)) and found[1] in PRESETS:
         return f"python -m convert.from_hf --source={PRESETS[found[1]].hub_id} --target={text}"
     run = re.fullmatch(rf"runs/({'|'.join(COMMANDS)})-([\w.-]+?)(/model)?", text)

@@ -1,4 +1,4 @@
-"""A progress display for a run, and a table of the metrics before and after a run."""
+"""Shows the progress of a run, and a table of the metrics before and after the run."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Progress(contextlib.AbstractContextManager):
         (self._task,) = self._bar.tasks
 
     def update(self, step: int, **shown: Any) -> None:
-        """Records that `step` steps are finished; a metric is shown until its next value."""
+        """Records that `step` steps are finished, and displays the latest value of each metric."""
         if not self._enabled:
             return
         self._shown |= shown
@@ -166,7 +166,7 @@ def is_share(name: str) -> bool:
 
 
 def format_duration(seconds: float) -> str:
-    """Formats rounded seconds as `m:ss`, or as `h:mm:ss` from one hour on."""
+    """Formats a duration, rounded to seconds, as `m:ss`, or as `h:mm:ss` from one hour on."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

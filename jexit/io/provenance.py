@@ -1,4 +1,4 @@
-"""Records every start of a run, with the time and the version of jexit, in `starts.jsonl`."""
+"""Records the time and the version of jexit at every start of a run, in `starts.jsonl`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Start:
 
 
 def record_start(workdir: Path) -> None:
-    """Appends a line with the present time and code version to `starts.jsonl` in `workdir`."""
+    """Appends the current time and code version as a line to `starts.jsonl` in `workdir`."""
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M")
     start = Start(time=now, version=jexit.__version__, commit=_commit())
     path = workdir / STARTS_FILE
@@ -37,7 +37,7 @@ def record_start(workdir: Path) -> None:
 
 
 def read_starts(workdir: Path) -> tuple[Start, ...]:
-    """Returns the starts of the run in `workdir`, from the first to the last; skips other lines."""
+    """Returns the starts of the run in `workdir`, oldest first; invalid lines are skipped."""
     names = [field.name for field in dataclasses.fields(Start)]
     return tuple(
         Start(**{name: line[name] for name in names})

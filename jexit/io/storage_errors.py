@@ -1,4 +1,4 @@
-"""Reports failed writes of Orbax and TensorStore once, with the reason of the operating system."""
+"""Reports a failed write of Orbax or TensorStore only once, with the system's error message."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CODE = re.compile(r"os_error_code='(\d+)'")  # TensorStore's
 def system_reason(error: BaseException | None) -> str | None:
     """Returns the operating system's message for an error, such as "File too large", or None.
 
-    It belongs to the first exception with an error code in the chain of causes and contexts.
+    The message is for the first error code found in the chain of causes and contexts.
     """
     while error is not None:
         code = error.errno if isinstance(error, OSError) else None
@@ -36,7 +36,7 @@ def reason(error: BaseException) -> str:
 
 
 def say_once() -> None:
-    """Suppresses tracebacks of Orbax's and TensorStore's threads; waiting raises the errors."""
+    """Hides write errors in background threads, because waiting for the write raises them too."""
     absl_logging.use_absl_handler()
     absl_logging.get_absl_handler().addFilter(_is_news)
     if not isinstance(sys.unraisablehook, functools.partial):

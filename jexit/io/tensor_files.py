@@ -84,7 +84,7 @@ class TensorReader:
             self._files[name] = (path, file)
 
     def read(self, name: str) -> np.ndarray:
-        """Returns the tensor `name` in the dtype in which the file stores the tensor."""
+        """Returns the tensor `name` as stored; raises UserError if it is damaged or not finite."""
         path, file = self._files[name]
         try:
             tensor = file.get_tensor(name)
@@ -142,8 +142,8 @@ def _find_files(directory: pathlib.Path, stem: str) -> list[pathlib.Path]:
 class TensorWriter:
     """Writes `STEM.safetensors`, or shards with an index file if the tensors exceed `shard_bytes`.
 
-    The constructor lays out the files for `specs`, and `write` accepts the tensors in any order. If
-    the `with` block ends without an error, an assertion checks that every tensor has been written.
+    The constructor lays out the files for `specs`; `write` accepts the tensors in any order. At the
+    end of the `with` block, every tensor must have been written.
     """
 
     def __init__(

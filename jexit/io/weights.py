@@ -34,8 +34,8 @@ class Part:
 
     In jexit's format, a part is the directory `folder`; in Hugging Face's, the file
     `STEM.safetensors` for the field `stem`. `stacks` contains pairs (rules, numbers): each rule
-    maps one parameter to the tensors of the layers or exits with these numbers. `sizes` contains
-    the length of every axis letter.
+    maps one parameter to the tensors of the layers or exits with these numbers. `sizes` maps each
+    axis letter to the length of the axis.
     """
 
     folder: str
@@ -44,14 +44,14 @@ class Part:
     sizes: Mapping[str, int]
 
     def rules(self) -> Iterator[tuple[Rule, list[str]]]:
-        """Yields each parameter's conversion rule and the checkpoint tensors it is made of."""
+        """Yields each parameter's conversion rule and the names of the tensors that form it."""
         for rules, numbers in self.stacks:
             for rule in rules:
                 stacked = numbers if rule.stacked else (None,)
                 yield rule, [rule.name_at(number) for number in stacked]
 
     def shapes(self) -> Shapes:
-        """Returns the shape of every parameter, with its stacked first axis, by dotted path."""
+        """Returns each parameter's shape, including the axis of stacked layers, by dotted path."""
         return {
             rule.path: (*([len(numbers)] if rule.stacked else []), *rule.shape(self.sizes))
             for rules, numbers in self.stacks
@@ -109,7 +109,7 @@ class StoredArrays:
     """One part of a model, read from a directory in jexit's own format.
 
     Raises MissingFile if the directory does not contain the part, and UserError if names or shapes
-    are not those that `part` describes.
+    differ from those in `part`.
     """
 
     def __init__(self, directory: pathlib.Path, part: Part):
@@ -166,7 +166,7 @@ class Safetensors:
             self._check_tied_head()
 
     def dtypes(self) -> dict[str, np.dtype]:
-        """Returns the dtype of every parameter, one that can represent those of all its layers."""
+        """Returns each parameter's dtype by dotted path; if layers differ, the promoted dtype."""
         specs = self._reader.specs
         return {
             rule.path: functools.reduce(jnp.promote_types, (specs[n].dtype for n in tensors))
@@ -208,7 +208,7 @@ def write_safetensors(
     """Writes one part of a model as safetensors files into `directory`.
 
     `parameters` yields the dotted path and the stacked array of each parameter, and is read one
-    parameter at a time to keep memory use low.
+    parameter at a time to save memory. `dtypes` contains the dtype of each array, by path.
     """
     rules = {rule.path: (rule, tensors) for rule, tensors in part.rules()}
     specs = {
@@ -225,7 +225,7 @@ def write_safetensors(
 
 
 def _check_shapes(directory: pathlib.Path, found: Shapes, expected: Shapes) -> None:
-    """Raises one UserError that lists every difference between found and expected shapes."""
+    """Raises one UserError that lists all missing, surplus and misshapen tensors, if any."""
     missing = [name for name in expected if name not in found]
     surplus = [name for name in found if name not in expected]
     misshapen = [

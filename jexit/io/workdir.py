@@ -38,10 +38,10 @@ TRAINED_UNDER = {"sft": ("sharpness", "target"), "rl": ("min_hazard", "hazard_te
 def sole_run(workdir: pathlib.Path) -> Iterator[None]:
     """Creates the run's directory `workdir` and locks it until the `with` block ends.
 
-    If the block leaves a newly created directory empty, it is removed. If the process ends early,
-    the operating system releases the lock. With several hosts, the primary host takes the lock for
-    all. Raises UserError on every host if another run has locked the directory, if the file system
-    does not support locks, or if `workdir` is a file.
+    A newly created directory is removed if it is still empty then. If the process is killed, the
+    operating system releases the lock. With several hosts, the primary host takes the lock for all.
+    Raises UserError on every host if another run has locked the directory, if the file system does
+    not support locks, or if `workdir` is a file.
     """
     with contextlib.ExitStack() as stack:
         refusal = ""
@@ -122,9 +122,9 @@ def check_same_run(workdir: pathlib.Path, config: Config) -> None:
 
 
 def start_run(workdir: pathlib.Path, config: Config) -> None:
-    """Writes `config.json` to `workdir` and records the start time.
+    """Writes `config.json` to `workdir`, and records the start of the run.
 
-    The caller makes all other checks first, because a run that is refused should change nothing.
+    Call this after all other checks, because a run that is refused must not change any files.
     Raises UserError if `check_same_run` does, and if a host does not see the file that the primary
     host wrote.
     """
@@ -147,11 +147,10 @@ def start_run(workdir: pathlib.Path, config: Config) -> None:
 def exit_settings_of(directory: str | pathlib.Path) -> dict[str, dict[str, Any]]:
     """Returns the settings under which a run's exits were trained, by section of the config.
 
-    `directory` is that of an sft or rl run, or of a finetune run that kept the exits of its model.
-    An example of the result is {"rl": {"min_hazard": 0.0, "hazard_temperature": 1.0}}. If an rl run
-    started from an sft run, the result also contains the settings of the sft run; for other
-    directories it is {}. Raises UserError if the run's config.json cannot be read or lacks one of
-    the settings.
+    `directory` is that of an sft or rl run, or of a finetune run that kept its model's exits; for
+    others, the result is {}. An example of a result is {"rl": {"min_hazard": 0.0,
+    "hazard_temperature": 1.0}}. If an rl run started from an sft run, the settings of both are
+    returned. Raises UserError if the run's config.json cannot be read or lacks a setting.
     """
     without = "give the path of the run's model/ to load it without these settings"
     found: dict[str, dict[str, Any]] = {}

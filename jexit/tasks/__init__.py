@@ -1,4 +1,4 @@
-"""Tasks, which provide prompts and judge completions. No module in here imports jax."""
+"""Tasks, which provide prompts and judge completions; this package does not import jax."""
 
 from jexit.tasks.base import Attempt, Draw, Problem, Rewards, Split, Task, Verdict
 from jexit.tasks.chains import ChainTask

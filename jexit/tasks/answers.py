@@ -1,4 +1,4 @@
-"""Finds and compares numeric answers in free text, for any text and in linear time.
+"""Finds and compares numeric answers in free text, in time linear in the length of the text.
 
 These rules define which number is the answer of a completion. Text inside a think block (`<think>`
 to `</think>`) is ignored (see `visible_text`).
@@ -71,7 +71,7 @@ _UNIT = (
 
 
 def _expressions(operators: str) -> str:
-    """Returns a regular expression that matches a number together with all operands joined to it.
+    """Returns a regular expression for a number together with all operands joined to it.
 
     The group `number` contains the number. The group `more` matches if one of `operators` joins an
     operand to it, or a point, comma, colon or exponent that touches both. An operand may have a
@@ -168,10 +168,10 @@ def marker_place(text: str) -> int:
 
 
 def answer_mark(completion: str) -> tuple[int, int] | None:
-    """Returns where the mark that introduces the answer starts and ends, or None.
+    """Returns the start and end offsets of the mark that introduces the answer, or None.
 
     The mark is the `\\boxed{` of the last `\\boxed{}`, or else the last `####` that marks an
-    answer. A `<think>` without a `</think>` after it leaves no mark.
+    answer. If a `<think>` is not closed, there is no mark.
     """
     text = visible_text(completion) or ""
     hidden = len(completion) - len(text)
@@ -192,10 +192,10 @@ def _boxed(text: str) -> str | None:
 
 
 def _marked(text: str, place: int) -> str | None:
-    """Returns the text with the answer after the `####` at the offset `place`, or None.
+    """Returns the text that contains the answer after the `####` at offset `place`, or None.
 
-    This text is the rest of the line. If only "Answer:" follows, it is the next line, provided that
-    it starts with a number.
+    This is the rest of the line or, if that is only "Answer:", the next line, provided that it
+    starts with a number.
     """
     start = place + len(_MARKER)
     if _STEP.match(text, start):
@@ -221,7 +221,7 @@ def _announced(text: str) -> str | None:
 
 
 def _given(answer: str) -> Fraction | None:
-    """Returns the number of the last side of an equals sign in `answer` that gives one, or None."""
+    """Splits `answer` at equals signs, and returns the number that the last possible side gives."""
     before = answer.partition("(")[0]
     sides = _EQUALS.split(before if _IN_ANSWER.search(before) else answer)
     return next((value for side in reversed(sides) if (value := _side(side)) is not None), None)
@@ -239,7 +239,7 @@ def _side(side: str) -> Fraction | None:
 
 
 def visible_text(completion: str) -> str | None:
-    """Returns the text after the last `</think>`, or None if a thought in it is not finished."""
+    """Returns the text after the last `</think>`, or None if it contains an unclosed `<think>`."""
     after = completion.rpartition(THINK_END)[2]
     return None if THINK_START in after else after
 
@@ -247,8 +247,8 @@ def visible_text(completion: str) -> str | None:
 def chain_of_thought(completion: str) -> str:
     """Returns the part of `completion` before its answer, without white space at the end.
 
-    It ends at the last `</think>` or, if no thought begins or ends, at the last `####` that marks
-    an answer. Without such an end, it is the whole completion.
+    This part ends at the last `</think>` or, without a think block, at the last `####` that marks
+    an answer. Without either, it is the whole completion.
     """
     head, closed, _ = completion.rpartition(THINK_END)
     if not closed and THINK_START not in completion:
@@ -258,7 +258,7 @@ def chain_of_thought(completion: str) -> str:
 
 
 def with_think_start(steps: Sequence[str]) -> list[str]:
-    """Returns `steps`, with a first step that contains only `<think>` joined to the second."""
+    """Returns `steps`; if the first is only `<think>`, it is joined to the second."""
     if steps and steps[0].strip() == THINK_START:
         return ["".join(steps[:2]), *steps[2:]]
     return list(steps)
@@ -274,8 +274,8 @@ def final_number(completion: str) -> Fraction | None:
 def judge(completion: str, answer: str) -> VerdictKind:
     """Compares a completion's answer with the correct answer `answer` by value.
 
-    Returns `strict` for the correct answer in a last line `#### n`, which decides whatever else the
-    text contains, and `lenient` for the correct answer elsewhere. Thoughts do not count.
+    If the last line is `#### n`, returns `strict` or `wrong`. Otherwise, returns `lenient` or
+    `wrong` for the number that the lenient rule finds, or `none` if there is no number.
     """
     found = final_number(completion)
     if found is None:
@@ -294,7 +294,7 @@ def _plain(text: str) -> str:
 
 
 def _value(expression: re.Match[str]) -> Fraction | None:
-    """Returns the number of a match of `_IN_TEXT` or `_IN_ANSWER`, or None for an expression."""
+    """Returns the value of a match of `_IN_TEXT` or `_IN_ANSWER`, or None for an expression."""
     several = expression["more"] or expression["function"]
     return None if several else _to_fraction(expression["number"])
 

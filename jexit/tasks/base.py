@@ -1,4 +1,4 @@
-"""The interface of a task, which provides problems by index and judges completions."""
+"""The interface of tasks, which provide problems by index and judge completions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Problem:
 
     `prompt` is the user's message before any chat template. `completion` is a reference completion
     without its end token, or None. `earlier` contains the chat messages before the prompt, such as
-    worked examples. `fields` contains whatever else describes the problem, such as its operands.
+    worked examples. `fields` contains further data about the problem, such as its operands.
     """
 
     prompt: str
@@ -98,12 +98,12 @@ class Attempt:
 
 
 class Task(abc.ABC):
-    """A source of problems that are accessed by index, and the judge of their completions.
+    """A source of problems, which are accessed by index, and the judge of completions.
 
     `problem(split, index)` depends only on the task's settings, the split and the index, so a
     resumed run continues with exactly the problems that an uninterrupted run would see. The model
-    learns from `train`, runs choose by `val`, and results are reported on `test`. No problem occurs
-    in two splits, not even with other names or wording.
+    learns from `train`, training runs choose checkpoints by `val`, and results are reported on
+    `test`. No problem occurs in two splits, not even with other names or wording.
     """
 
     name: str = ""  # make_task gives one that has none the name that config.task.name has
@@ -130,14 +130,14 @@ class Task(abc.ABC):
         """Judges the text of a completion, without special tokens. Must not raise for any text."""
 
     def judge(self, problems: Sequence[Problem], attempts: Sequence[Attempt]) -> list[Verdict]:
-        """Returns the verdict on one attempt at each problem."""
+        """Returns a verdict for each attempt; attempt i is a completion of problem i."""
         return [
             self.verify(problem, self.answerable(attempt.text, cut=attempt.truncated))
             for problem, attempt in zip(problems, attempts, strict=True)
         ]
 
     def answer_mark(self, text: str) -> tuple[int, int] | None:
-        """Returns where the mark that introduces the answer starts and ends in `text`, or None.
+        """Returns the start and end offsets of the mark that introduces the answer, or None.
 
         By default, the mark is the last `####`. Must not raise for any text.
         """
@@ -147,28 +147,28 @@ class Task(abc.ABC):
     def answerable(self, completion: str, *, cut: bool) -> str:
         """Returns the text by which to judge a completion: `completion` itself or an empty string.
 
-        If the completion reached the token limit (`cut`), it must contain an answer after a mark:
-        the last number or place of an unfinished completion may be an intermediate result.
+        A completion that reached the token limit (`cut`) counts only if it contains an answer mark.
+        Otherwise, its last number or place may be an intermediate result.
         """
         return "" if cut and self.answer_mark(completion) is None else completion
 
     def text_totals(
         self, problems: Sequence[Problem], attempts: Sequence[Attempt]
     ) -> dict[str, tuple[float, int]]:
-        """Returns the sum and the count of each further metric of judged attempts, none by default.
+        """Returns (sum, count) for each of the task's own metrics of judged attempts, by name.
 
-        Each metric is its sum divided by its count. Sums and counts add up over the parts of a
-        batch.
+        A metric is its sum divided by its count, so that the totals of several batches can be
+        added. By default, a task has no metrics of its own.
         """
         return {}
 
     def verdict(self, kind: VerdictKind) -> Verdict:
-        """Returns a verdict of this kind, with its reward in `self.rewards`."""
+        """Returns a verdict of the given kind, with its reward according to `self.rewards`."""
         return Verdict(kind=kind, reward=float(getattr(self.rewards, kind)))
 
 
 def turns(pairs: Iterable[tuple[str, str]]) -> tuple[Message, ...]:
-    """Converts pairs of a user's and an assistant's text into alternating chat messages."""
+    """Converts pairs (user's text, assistant's text) into alternating chat messages."""
     return tuple(
         {"role": role, "content": content}
         for pair in pairs

@@ -1,4 +1,4 @@
-"""A task that combines several tasks and takes problems from each in turn."""
+"""The task `blend`, which takes problems from several tasks in turn."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PARTS = ("sums", "word_problems", "tom")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlendedProblem(Problem):
-    """A problem of a blend: `own` is the same problem as the task called `part` made it."""
+    """A problem of a blend, with the name of its task, `part`, and that task's problem, `own`."""
 
     part: str
     own: Problem
@@ -27,10 +27,10 @@ class BlendedProblem(Problem):
 class Blend(Task):
     """A task that combines several tasks and takes problems from each of them equally often.
 
-    Problem i of the blend is problem i // n of task i mod n, where n is the number of tasks. Its
-    task judges the completions and thus determines their rewards. The names of each task's metrics
-    and reward functions begin with the task's (`sums/step_size`); its accuracy is `sums/accuracy`.
-    Raises UserError unless `tasks` contains at least two tasks, with different names.
+    Problem i of the blend is problem i // n of task i mod n, where n is the number of tasks. This
+    task also judges the completions and determines their rewards. The metrics, the reward functions
+    and the accuracy of a task are reported under its name (`sums/accuracy`). Raises UserError
+    unless `tasks` contains at least two tasks, with different names.
     """
 
     name = "blend"
@@ -47,7 +47,7 @@ class Blend(Task):
 
     @property
     def time_limit(self) -> float:
-        """The number of seconds that judging a batch may take, in each part."""
+        """The number of seconds that each task may take to judge a batch."""
         return max(task.time_limit for task in self.tasks.values())
 
     @time_limit.setter
@@ -73,7 +73,7 @@ class Blend(Task):
         return self.tasks[problem.part].verify(problem.own, completion)
 
     def judge(self, problems: Sequence[Problem], attempts: Sequence[Attempt]) -> list[Verdict]:
-        """Judges the attempts at the problems of each task in one call of this task's `judge`."""
+        """Returns the verdicts; each task judges the attempts at its own problems in one call."""
         verdicts: dict[int, Verdict] = {}
         for name, task in self.tasks.items():
             place, own, made = _of_part(name, problems, attempts)
@@ -113,8 +113,8 @@ def task(
 ) -> Blend:
     """Makes a blend of the tasks whose names are in `parts`.
 
-    Each task receives those of `steps` and `options` that it takes. Raises UserError for an option
-    that none of the tasks takes.
+    Of `steps` and `options`, each task receives only the options that it has. Raises UserError for
+    an option that none of the tasks has.
     """
     names = (parts,) if isinstance(parts, str) else parts
     if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):

@@ -1,6 +1,6 @@
-"""The interface of tasks whose chains of thought can be split into steps and changed.
+"""The interface of tasks whose chains of thought can be split into steps and edited.
 
-Changed steps serve to measure faithfulness: whether the answer depends on the written steps.
+Edited steps are used to measure faithfulness: whether the answer depends on the written steps.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from jexit.tasks.base import Draw, Problem, Task
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Corruption:
-    """A completion up to and including a changed step, which tests whether the answer follows it.
+    """An edited beginning of a completion, which tests whether the answer follows the edit.
 
-    `answer` is what a correct continuation of `prefix` answers, or None if the task cannot compute
-    it. `step` is the index of the changed step, from 0.
+    `prefix` ends with the changed step, whose index, from 0, is `step`. `answer` is the answer of a
+    correct continuation of `prefix`, or None if the task cannot compute it.
     """
 
     prefix: str
@@ -28,7 +28,7 @@ class Corruption:
     step: int
 
     def undone(self, steps: Sequence[str]) -> str:
-        """Returns the same part of the original completion, which has these `steps`."""
+        """Returns the corresponding part of the original completion, whose steps are `steps`."""
         return "".join(steps[: self.step + 1])
 
 
@@ -37,10 +37,10 @@ class ChainTask(Task):
 
     `cue` is the text that requests the answer after any number of steps. `granularities` contains
     the values of the option `steps` that prescribe the size of steps, from small to large.
-    `begun_sizes` contains the numbers of operands with which a step can be begun, if the text of a
-    step states this number before the result. `prose` is whether chains are free text, in which a
-    model may mention its prompt. In a completion with a think block, the chain is the text inside
-    the block. Every method accepts any text as a completion.
+    `begun_sizes` contains the numbers of operands with which `begun_step` can begin a step. `prose`
+    is whether chains are free text, in which a model may mention its prompt. In a completion with a
+    think block, the chain is the text inside the block. Every method accepts any text as a
+    completion.
     """
 
     cue: ClassVar[str]
@@ -50,9 +50,9 @@ class ChainTask(Task):
 
     @abc.abstractmethod
     def steps(self, completion: str) -> list[str]:
-        """Returns the steps; joined, they are the part of `completion` before the answer.
+        """Splits the part of `completion` before the answer into steps.
 
-        White space at the end of this part may be missing.
+        Joined, the steps are this part, perhaps without white space at its end.
         """
 
     def cue_after(self, prefix: str) -> str:
@@ -66,7 +66,7 @@ class ChainTask(Task):
     def obeys(self, problem: Problem, completion: str) -> bool:
         """Returns whether the completion has the steps that the prompt prescribes.
 
-        By default, it must have as many steps as the reference completion, if there is one.
+        By default, the completion must have as many steps as the reference, if there is one.
         """
         if problem.completion is None:
             return True
@@ -74,31 +74,31 @@ class ChainTask(Task):
 
     @abc.abstractmethod
     def final_answer(self, completion: str) -> str | None:
-        """Returns the answer that `completion` gives, or None; equal values are equal strings."""
+        """Returns the answer of `completion`, or None; equal answers have the same string."""
 
     def begun_step(self, problem: Problem, size: int) -> str | None:
-        """Returns the text of a first step with `size` operands before its result, or None."""
+        """Returns the beginning of a first step with `size` operands, up to its result, or None."""
         return None
 
     def first_result(self, problem: Problem, completion: str) -> tuple[int, bool]:
-        """Returns the first step's operands and whether its result is correct, or (0, False)."""
+        """Returns (operand count, is the result correct) for the first step, or (0, False)."""
         return 0, False
 
     @abc.abstractmethod
     def corrupted(self, problem: Problem, completion: str, draw: Draw) -> Corruption | None:
-        """Returns the completion up to one changed step, drawn at random, or None.
+        """Returns the completion up to a random step, with that step changed, or None.
 
-        The answer that follows, if the task can compute it, differs from that of `completion`.
+        The answer that follows differs from that of `completion`, if the task can compute it.
         """
 
     def reworded(self, completion: str) -> str | None:
-        """Returns the chain in other words, with all numbers and names in their order, or None."""
+        """Returns the chain of thought in other words with the same meaning, or None."""
         return None
 
     def answer_follows(self, completion: str) -> bool:
         """Returns whether the answer of `completion` follows from its chain, by the task's rules.
 
-        The problem is not known. By default, the chain must end in the answer.
+        The problem itself is not consulted. By default, the chain must end with the answer.
         """
         answer, chain = self.final_answer(completion), "".join(self.steps(completion))
         ends = rf"(?<![\w.,]){re.escape(answer or '')}[.\s]*\Z"

@@ -1,7 +1,7 @@
-"""Theory-of-mind stories from CSV files with the columns `story`, `question` and `answer`.
+"""The task `exploretom`: stories from CSV files with the columns story, question and answer.
 
-The columns and the styles of answer are those of ExploreToM (Sclar et al., "Explore Theory of Mind:
-Program-guided adversarial data generation for theory of mind reasoning", arXiv:2412.12175).
+The format of the data is that of ExploreToM (Sclar et al., "Explore Theory of Mind: Program-guided
+adversarial data generation for theory of mind reasoning", arXiv:2412.12175).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _ROOM = re.compile(
 
 
 class ExploreToM(FileTask):
-    """Questions about theory-of-mind stories from CSV files, answered by a place or a short phrase.
+    """Questions about theory-of-mind stories, answered by a place or a short phrase.
 
     The answer is a container, a room, yes or no, or whether somebody knows about something. `path`
     is a CSV file or a folder, in which the files `train*.csv`, `val*.csv` and `test*.csv` contain
@@ -159,8 +159,8 @@ def candidates(problem: Problem) -> phrases.Candidates:
 def asked_for(problem: Problem, known: phrases.Candidates) -> phrases.Candidates:
     """Returns those of the candidates `known` that the question asks for: containers or rooms.
 
-    All count if the question names no such sort of place ("In which room"). The correct answer
-    always counts.
+    If the question does not begin with "In which container" or "In which room", all are returned.
+    The correct answer is always included.
     """
     sort = re.match(r"in which (container|room)\b", problem.fields["question"], re.IGNORECASE)
     if sort is None or problem.fields["style"] != "place":

@@ -1,4 +1,4 @@
-"""Tasks that read their problems from files. Unusable rows are left out and counted."""
+"""The base class of tasks that read problems from files, and readers of JSONL and CSV files."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class FileTask(Task):
 
     @abc.abstractmethod
     def _sources(self) -> Mapping[Source, Iterable[Row]]:
-        """Returns the rows of each split of the data, or "whole" for rows that are not divided."""
+        """Returns the rows by split, or all under "whole" if the data has no splits."""
 
     @abc.abstractmethod
     def _fault(self, row: dict[str, Any]) -> str | None:
@@ -83,7 +83,7 @@ class FileTask(Task):
         """Returns the problem that a usable row describes."""
 
     def _group(self, problem: Problem) -> str:
-        """Returns the key of the problem's group, all of which is in the same split."""
+        """Returns the key of the problem's group; all problems of a group are in one split."""
         return problem.prompt
 
     def _split(self, split: Split) -> list[Problem]:
@@ -108,7 +108,7 @@ class FileTask(Task):
         return {"train": rest, "val": val, "test": test}[split]
 
     def _apart(self, train: list[Problem], held_out: list[Problem]) -> list[Problem]:
-        """Returns the training problems whose group is not in `held_out`; warns of others."""
+        """Removes training problems whose group also occurs in `held_out`, with a warning."""
         taken = {self._group(problem) for problem in held_out}
         rest = [problem for problem in train if self._group(problem) not in taken]
         if len(rest) < len(train):
@@ -144,7 +144,7 @@ class FileTask(Task):
         return problems
 
     def _hold_out(self, problems: list[Problem], every: int) -> tuple[list[Problem], list[Problem]]:
-        """Splits `problems` into those to keep and every `every`-th group (0: none) to hold out."""
+        """Returns the problems to keep, and every `every`-th group to hold out (0: no group)."""
         groups = list(dict.fromkeys(map(self._group, problems)))
         chosen = set(groups[every - 1 :: every] if every else ())
         kept: list[Problem] = []
@@ -160,7 +160,7 @@ def source_of(file: pathlib.Path) -> Source:
 
 
 def read_jsonl(file: pathlib.Path) -> Iterator[Row]:
-    """Yields `("FILE:LINE", row)`, or the reason in place of a row that is not a JSON object."""
+    """Yields `("FILE:LINE", row)` for each line; an error message replaces an unusable row."""
     with file.open("rb") as lines:  # bytes: one undecodable line must not spoil the others
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -173,9 +173,9 @@ def read_jsonl(file: pathlib.Path) -> Iterator[Row]:
 
 
 def read_csv(file: pathlib.Path, columns: Sequence[str] = ()) -> Iterator[Row]:
-    """Yields `("FILE:LINE", row)`, or the reason in place of a row that cannot be read.
+    """Yields `("FILE:LINE", row)` for each row; an error message replaces an unusable row.
 
-    Bytes that are not UTF-8 make only their row unusable. Raises UserError if the file lacks one of
+    Bytes that are not UTF-8 affect only their own row. Raises UserError if the file lacks one of
     `columns`.
     """
     with file.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as lines:
@@ -203,9 +203,9 @@ def read_csv(file: pathlib.Path, columns: Sequence[str] = ()) -> Iterator[Row]:
 
 
 def text_fault(row: dict[str, Any], keys: tuple[str, ...]) -> str | None:
-    """Returns the reason why a value under `keys` is unusable, or None.
+    """Returns the reason why the value of one of `keys` is unusable, or None.
 
-    The values must be strings that are not blank and that are valid Unicode.
+    Each value must be a string of valid Unicode that is not blank.
     """
     for key in keys:
         if key not in row:

@@ -1,4 +1,4 @@
-"""GSM8K, a data set of grade-school word problems, from JSONL files or tensorflow-datasets.
+"""The task `gsm8k`: grade-school word problems, from JSONL files or tensorflow-datasets.
 
 Cobbe et al., "Training Verifiers to Solve Math Word Problems", arXiv:2110.14168.
 """
@@ -78,7 +78,7 @@ class Gsm8k(FileTask, NumberChain):
         return dataclasses.replace(problem, earlier=self._shots(problem)) if self.shots else problem
 
     def _shots(self, problem: Problem) -> tuple[Message, ...]:
-        """Returns `shots` worked examples of the training split, without one equal to `problem`."""
+        """Returns `shots` worked examples from the training split, none of which is `problem`."""
         if not self._examples:
             # Keyed by question, because the data may contain one twice. One more than are shown is
             # drawn, in case one of them is the problem itself.
@@ -143,7 +143,7 @@ def published_files(folder: pathlib.Path, split: Split) -> list[pathlib.Path]:
 
 
 def row_fault(row: dict[str, Any]) -> str | None:
-    """Returns the reason why `row` cannot be used, or None; see `Gsm8k` for what a row contains."""
+    """Returns the reason why `row` cannot be used, or None; see `Gsm8k` for the requirements."""
     if fault := text_fault(row, ("question", "answer")):
         return fault
     _, marker, answer = row["answer"].rpartition("####")

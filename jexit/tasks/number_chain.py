@@ -1,4 +1,4 @@
-"""Reads and edits chains of thought that consist of lines or sentences and end in a number."""
+"""The base class of tasks with numeric answers, which splits and edits chains of thought."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _OFFSETS = (-10, -3, -2, -1, 1, 2, 3, 10)
 
 
 class NumberChain(ChainTask):
-    """A task whose answers are numbers, and whose steps are lines or one line's sentences."""
+    """A task with numeric answers, whose steps are lines or, in a single line, sentences."""
 
     cue = "\n#### "
 
@@ -60,7 +60,7 @@ class NumberChain(ChainTask):
         return answers.answer_mark(text)
 
     def corrupted(self, problem: Problem, completion: str, draw: Draw) -> Corruption | None:
-        """Replaces the result of one step by a number near it, and drops all that follows."""
+        """Changes the result of one step to a nearby number, and drops the steps after it."""
         steps, given = self.steps(completion), self.final_answer(completion)
         places = [place for place, step in enumerate(steps) if result_of(step) is not None]
         while places:
@@ -80,7 +80,7 @@ class NumberChain(ChainTask):
     def follow(
         self, problem: Problem, steps: Sequence[str], number: str
     ) -> tuple[bool, str | None]:
-        """Returns whether the chain can go on with a new result, and the answer that this implies.
+        """Returns whether the chain can continue from a changed result, and the answer it then has.
 
         `number` replaces the result of the last of `steps`. The answer is None if the task cannot
         compute it, as by default.
@@ -94,7 +94,7 @@ class NumberChain(ChainTask):
         return changed if changed != chain else None
 
     def answer_follows(self, completion: str) -> bool:
-        """Returns whether the last result is the answer, and equations hold up to rounding."""
+        """Returns whether the last result is the answer, and all equations hold up to rounding."""
         steps = self.steps(completion)
         result = result_of(steps[-1]) if steps else None
         if result is None or self.final_answer(self.cue + result) != self.final_answer(completion):
@@ -125,7 +125,7 @@ def result_of(step: str) -> str | None:
 
 
 def with_result(step: str, number: str) -> str:
-    """Returns `step` with `number` as its result, also where the step repeats the old result later.
+    """Returns `step` with its result, and later repetitions of the result, replaced by `number`.
 
     >>> with_result("3+4 = 7, so 7 pens.", "8")
     '3+4 = 8, so 8 pens.'
@@ -145,7 +145,7 @@ def _holds(equation: tuple[str, str, str, str]) -> bool:
 
 
 def nearby_numbers(literal: str, draw: Draw) -> Iterator[str]:
-    """Yields numbers near that in `literal`, not negative and in its format, in random order."""
+    """Yields non-negative numbers near `literal`, in the same format and in random order."""
     whole, point, decimals = literal.partition(".")
     value, separator = int(whole.replace(",", "")), "," if "," in whole else ""
     for offset in draw.sample(_OFFSETS, len(_OFFSETS)):

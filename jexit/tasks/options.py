@@ -1,4 +1,4 @@
-"""Settings that the generated tasks have in common, and the functions that check them."""
+"""Checks the settings that the generated tasks have in common."""
 
 from __future__ import annotations
 

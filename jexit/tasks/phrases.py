@@ -1,7 +1,7 @@
-"""Finds and compares answers in free text that are words, such as places, yes and no.
+"""Finds and compares answers that are words, such as a place, yes or no, in free text.
 
-Every function accepts any text and takes time that is linear in the length of the text. Candidates
-are a mapping from phrases that count as answers to the answers that these phrases stand for.
+Every function accepts any text and takes time that is linear in the length of the text. The
+candidates map each phrase that counts as an answer to the answer that the phrase stands for.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _words_and_starts(text: str) -> tuple[tuple[str, ...], set[int]]:
 
 
 def strict_phrase(text: str) -> str | None:
-    """Returns the text after `#### ` if the last line starts with it and has a word, else None."""
+    """Returns the text after `#### ` in the last line; None if the line has no such text."""
     line = text.rstrip().rpartition("\n")[2]
     phrase = line[len(MARKER) + 1 :].strip()
     return phrase if line.startswith(MARKER + " ") and words_of(phrase) else None
@@ -109,7 +109,7 @@ def mentions(text: str, candidates: Candidates) -> list[str]:
 
 
 def last_mention(text: str, candidates: Candidates) -> str | None:
-    """Returns the last of the answers that `mentions` would return, or None."""
+    """Returns the last answer that `mentions` would return, or None, without finding the others."""
     words, starts = _words_and_starts(text)
     spelled = _spelled(candidates)
     places = reversed(collections.deque(_places(words, spelled), maxlen=_LAST))
@@ -123,7 +123,7 @@ def _spelled(candidates: Candidates) -> _Spelled:
 
 
 def _places(words: tuple[str, ...], spelled: _Spelled) -> Iterator[slice]:
-    """Yields the slices of `words` that are candidates, the longest of those that overlap."""
+    """Yields the slices of `words` that match a candidate; from each start, the longest match."""
     lengths: dict[str, list[int]] = {}
     for length in sorted({len(phrase) for phrase in spelled}, reverse=True):
         for first in {phrase[0] for phrase in spelled if len(phrase) == length}:
@@ -142,7 +142,7 @@ def _places(words: tuple[str, ...], spelled: _Spelled) -> Iterator[slice]:
 def _meaning(
     words: tuple[str, ...], starts: set[int], place: slice, spelled: _Spelled
 ) -> str | None:
-    """Returns the answer of the candidate at `place` or, if it is negated, of its opposite."""
+    """Returns the answer of the candidate at `place` or, if that is negated, of its opposite."""
     phrase = words[place]
     answer = spelled[phrase]
     if answer is None or not _denied(words, starts, place.start):
@@ -173,7 +173,7 @@ def _denied(words: Sequence[str], starts: set[int], index: int) -> bool:
 
 
 def lenient_phrase(text: str, candidates: Candidates) -> str | None:
-    """Returns the answer that `text` gives in any place, or None if no candidate is found.
+    """Returns the answer that `text` gives anywhere, or None if it contains no candidate.
 
     The answer is the first that is found in this order:
 
@@ -215,7 +215,7 @@ def stated(line: str, candidates: Candidates) -> str | None:
 
 
 def answer_mark(completion: str) -> tuple[int, int] | None:
-    """Returns where the last visible `####` with a word after it on its line is, or None."""
+    """Returns the offsets of the last visible `####` that a word follows on its line, or None."""
     end = len(completion)
     for line in reversed((visible_text(completion) or "").split("\n")):
         start = end - len(line)
@@ -233,7 +233,7 @@ def _last_word(line: str) -> int:
 
 
 def _opening(text: str, candidates: Candidates) -> str | None:
-    """Returns the yes or no with which the last line of `text` starts as an answer, or None."""
+    """Returns "yes" or "no" if the last line of `text` starts with it as an answer, or None."""
     line = words_of(text.rstrip().rpartition("\n")[2][:_SPAN])
     if line[:1] not in (("yes",), ("no",)):
         return None
@@ -242,7 +242,7 @@ def _opening(text: str, candidates: Candidates) -> str | None:
 
 
 def final_phrase(text: str, candidates: Candidates) -> str | None:
-    """Returns the answer that a last line `#### ...` states, or else the `lenient_phrase`."""
+    """Returns the answer in a last line `#### ...` or, without one, that of `lenient_phrase`."""
     strict = strict_phrase(text)
     return lenient_phrase(text, candidates) if strict is None else stated(strict, candidates)
 
@@ -250,9 +250,9 @@ def final_phrase(text: str, candidates: Candidates) -> str | None:
 def judge(completion: str, answer: str, candidates: Candidates) -> VerdictKind:
     """Compares a completion's answer with the correct answer `answer`.
 
-    Returns `strict` if a last line `#### ...`, which decides whatever else the text contains, has
-    only the correct answer, `lenient` if a sentence or another place gives it, `wrong` for another
-    answer, and `none` for no answer. Thoughts do not count.
+    Returns `strict` if the last line is `#### ` and exactly the correct answer, `lenient` if
+    `final_phrase` finds the correct answer, `wrong` for another answer, and `none` for no answer.
+    Think blocks are ignored.
     """
     text = visible_text(completion) or ""
     strict = strict_phrase(text)

@@ -1,4 +1,4 @@
-"""Finds and makes a task by its short name, or by the file or module that contains the task."""
+"""Makes a task, given its short name or the file or module that defines it."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def make_task(
 
 
 def _named(task: Task, name: str) -> Task:
-    """Gives a task without a name of its own that of the config, and guards a user's methods."""
+    """Sets the task's name to `name` if it has none, and guards the methods of a user's task."""
     task.name = task.name or name
     guard_methods(task)
     return task
@@ -106,8 +106,8 @@ def known_options(name: str) -> set[str]:
 def code_hash(name: str, options: Mapping[str, Any]) -> str:
     """Returns the SHA-256 hash of the source file that defines a user's own task, in hexadecimal.
 
-    It is empty for the tasks of jexit, and covers all files of a blend's parts. Modules that a file
-    imports, and data, are not covered.
+    For a blend, the hash covers the files of all its parts. Imported modules and data are not
+    covered. For jexit's own tasks, the result is "".
     """
     blends = ALIASES.get(name, name) == ALIASES["blend"]
     parts = options.get("parts", ()) if blends else (name,)
@@ -153,7 +153,7 @@ def _module(where: str) -> types.ModuleType:
 
 @functools.lru_cache(maxsize=16)
 def _from_file(path: pathlib.Path, source: bytes) -> types.ModuleType:
-    """Returns the module of the file `path`; the code `source` in it runs only once."""
+    """Returns the file `path`, whose text is `source`, as a module that is executed only once."""
     digest = hashlib.sha256(source).hexdigest()[:16]
     name = f"jexit_task_{path.stem}_{digest}"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -173,7 +173,7 @@ def _importable(folder: pathlib.Path) -> None:
 
 
 def _keywords(found: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
-    """Returns the parameters of `found` with their annotations, and whether it takes any others."""
+    """Returns the annotation of each parameter of `found`, and whether it has a `**` parameter."""
     try:
         parameters = inspect.signature(found).parameters.values()
         makes = found.__init__ if isinstance(found, type) else found

@@ -1,4 +1,4 @@
-"""Reward functions, which are called with whole batches and keywords, as in TRL and tunix."""
+"""Reward functions, called with keyword arguments for a whole batch, as in TRL and tunix."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class RewardFunction:
 
     @property
     def columns(self) -> list[str]:
-        """The names of the columns without which the function cannot be called."""
+        """The names of the columns that the function requires."""
         return [
             parameter.name
             for parameter in self._parameters
@@ -118,12 +118,12 @@ class RewardFunction:
 
 @functools.cache
 def _loop() -> asyncio.AbstractEventLoop:
-    """One event loop for all calls: clients and locks that functions keep belong to a loop."""
+    """Returns one event loop for all calls, because clients and locks are bound to their loop."""
     return asyncio.new_event_loop()
 
 
 def _awaited(made: Any) -> Any:
-    """Returns the result of an awaitable; if it is interrupted, cancels what is left of it."""
+    """Waits for an awaitable and returns its result; cancels the awaitable if interrupted."""
 
     async def awaited() -> Any:
         return await made

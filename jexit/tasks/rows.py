@@ -1,4 +1,4 @@
-"""A task that consists of rows of data and reward functions."""
+"""Tasks that are made of rows of data and reward functions."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _HUB_SPLITS: Mapping[Split, str] = {"train": "train", "val": "validation", "test
 
 
 class RowsTask(FileTask):
-    """A task of rows of data, rewarded by functions; `rows_task` explains the arguments."""
+    """A task made of rows of data and reward functions; `rows_task` explains the arguments."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class RowsTask(FileTask):
         return self.judge([problem], [Attempt(text=completion)])[0]
 
     def judge(self, problems: Sequence[Problem], attempts: Sequence[Attempt]) -> list[Verdict]:
-        """Calls every reward function once with all completions, and returns the verdicts."""
+        """Returns the verdicts; every reward function is called once, with all completions."""
         if not problems:
             return []
         rows = [problem.fields for problem in problems]
@@ -177,8 +177,8 @@ def rows_task(
       The task. It reports a metric `reward/NAME` for each reward function.
 
     Raises:
-      UserError: If a reward is not a function, a weight is not a number, two functions have the
-        same name, or `rewards` is empty.
+      UserError: If an argument is invalid, `rewards` is empty, two functions have the same name, or
+        a function has the name of a metric of every run, such as `length`.
     """
     if not (callable(rewards) or isinstance(rewards, (Mapping, Sequence))):
         raise UserError(
@@ -241,7 +241,7 @@ def _are_rows(rows: Any) -> bool:
 
 
 def _read(rows: Rows, source: Source) -> Iterator[Row]:
-    """Yields `("row 3", row)` for each of `rows`, or the reason in place of an unusable row.
+    """Yields `("row 3", row)` for each of `rows`; an error message replaces an unusable row.
 
     `source` is the split to load if `rows` names a data set of the Hugging Face hub.
     """
@@ -287,7 +287,7 @@ def _parquet_rows(file: pathlib.Path) -> Iterator[Row]:
 
 @functools.lru_cache(maxsize=8)
 def _hub_rows(reference: str, source: Source) -> Sequence[Mapping[str, Any]]:
-    """Returns one split of a data set of the Hugging Face hub, from its cache or a download."""
+    """Returns one split of a data set of the Hugging Face hub, downloaded if it is not cached."""
     try:
         import datasets
     except ImportError as error:
@@ -308,7 +308,7 @@ def _hub_rows(reference: str, source: Source) -> Sequence[Mapping[str, Any]]:
 
 
 def _text_of(value: Any) -> str | None:
-    """Returns a string, or the content of the only message in a list, if it is text, or None."""
+    """Returns the text in a string or in a list of one chat message; None for other values."""
     if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 1:
         value = value[0].get("content") if isinstance(value[0], Mapping) else None
     if not isinstance(value, str) or not value.strip():

@@ -1,4 +1,4 @@
-"""Generated problems, accessed by split and index, with no problem twice in `val` or `test`."""
+"""Provides generated problems by split and index; no problem occurs twice in `val` or `test`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Stream(Generic[T]):
         return listed[index]
 
     def _draw(self, split: Split, index: int) -> T:
-        """Returns the first item drawn for this index that belongs to `split` and is new there."""
+        """Draws items for `index` until one belongs to `split` and, except in `train`, is new."""
         draw = Draw(self.name, self.seed, split, index)
         seen = self._keys.get(split, set())  # in train, an item may occur again
         for _ in range(ATTEMPTS):

@@ -1,4 +1,4 @@
-"""Sums of digits modulo 10, a task that measures how much of its reasoning a model writes out.
+"""The task `sums`: sums of digits modulo 10, which show how much reasoning a model writes out.
 
 A completion replaces the first k operands of the list by the last digit of their sum, again and
 again, and prints each new list. With small steps, most of the additions are written out. With large
@@ -96,7 +96,7 @@ class Sums(ChainTask):
 
         `written_out` is the share of additions that are written out, Σ written_reductions / Σ
         (operands − 1). `step_size` is the mean number of operands that a step reduces. The jump
-        from a list to the answer counts as a step, a repetition of the list does not.
+        from a list to the answer counts as a step, but a repetition of the list does not.
         `steps_correct` is the share of steps whose result follows from the list before them.
         `as_announced` is the share of written steps whose plus signs agree with their size.
         """
@@ -129,7 +129,7 @@ class Sums(ChainTask):
         return _PIECE.findall(completion.partition(self.cue)[0])
 
     def obeys(self, problem: Problem, completion: str) -> bool:
-        """Returns whether every step has the size that the prompt prescribes, if it does."""
+        """Returns whether all steps have the prescribed sizes, or True if none are prescribed."""
         operands, mode = problem.fields["operands"], problem.fields["mode"]
         if mode == "free":
             return True
@@ -149,9 +149,9 @@ class Sums(ChainTask):
         return size, size <= len(operands) and match[2][0] == digit_sum(operands[:size])
 
     def answer_follows(self, completion: str) -> bool:
-        """Returns whether the answer is the sum of the first list written, and each step correct.
+        """Returns whether each step after the first is correct, and the last gives the answer.
 
-        Without the operands, a first step cannot be checked.
+        The first step is not checked, because that would require the operands of the problem.
         """
         steps = chain_steps("", completion)
         if not steps or steps[0].announced is None:  # no list was written
@@ -163,7 +163,7 @@ class Sums(ChainTask):
         return _given_answer(completion)
 
     def corrupted(self, problem: Problem, completion: str, draw: Draw) -> Corruption | None:
-        """Replaces the result of one step (a list's first digit), and drops what follows."""
+        """Changes the result of one step (a list's first digit), and drops the steps after it."""
         steps, given = self.steps(completion), self.final_answer(completion)
         places = [n for n, step in enumerate(steps) if _STEP.fullmatch(step) and step[-1] != "+"]
         if not places:
@@ -192,7 +192,7 @@ def _digits(seed: int, operands: tuple[int, int]) -> Stream[str]:
 
 
 def prescribed_steps(count: int, step: int) -> list[int]:
-    """Returns the step sizes that reduce `count` operands to one, `step` or the rest at a time."""
+    """Returns the step sizes that reduce `count` operands to one: each `step` or what is left."""
     return _reducing(count, lambda left: min(step, left))
 
 
@@ -225,9 +225,9 @@ def reduce_by(digits: str, steps: Sequence[int]) -> tuple[str, str]:
 class ChainStep:
     """One step of a completion, from the list of digits `given` to the list `wrote`.
 
-    `given` is what the completion itself wrote, and `wrote` is the list after the step, or the
-    answer. `announced` is the size that the plus signs state, or None for the jump from a list to
-    the answer. `size` is the number of operands reduced; below 2, the step reduces nothing.
+    `given` is the list as the completion wrote it, correct or not. `wrote` may be the answer.
+    `announced` is the size that the plus signs state, or None for the jump from a list to the
+    answer. `size` is the number of operands reduced; below 2, the step reduces nothing.
     """
 
     given: str
@@ -248,7 +248,7 @@ class ChainStep:
 def step_sizes(operands: str, completion: str) -> list[int]:
     """Returns the number of operands that each step of `completion` reduces.
 
-    The jump from a list to the answer counts as a step. `operands` are the digits to sum.
+    The jump from a list to the answer counts as a step. `operands` is the problem's list of digits.
 
     >>> step_sizes("37295184", "+0295184++15184+++1####1")
     [2, 3, 5]
@@ -279,9 +279,9 @@ def chain_steps(operands: str, completion: str) -> list[ChainStep]:
 def written_reductions(operands: str, steps: Sequence[ChainStep]) -> int:
     """Returns the number of additions whose results `steps` write out, at most operands − 1.
 
-    A step counts 1 if its result is correct and its list is shorter than all earlier ones, so a
-    chain that repeats its lists gains nothing. Counting stops at the first step that changes
-    operands outside its first `size` operands.
+    A step counts as one addition if its result is correct and its list is shorter than all earlier
+    ones, so that repeated lists do not count. Counting stops at the first step that changes other
+    operands than its first `size`.
     """
     count, shortest = 0, len(operands)
     for step in itertools.takewhile(lambda step: step.wrote[1:] == step.given[step.size :], steps):

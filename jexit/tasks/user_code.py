@@ -1,4 +1,4 @@
-"""Guards for a user's own code, which limit its time and turn its exceptions into UserErrors."""
+"""Guards around user code, which limit its time and turn its exceptions into UserErrors."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _MOST_INTERRUPTS = 100
 
 @contextlib.contextmanager
 def user_code(what: str, file: str | None) -> Iterator[None]:
-    """Turns an exception in a user's code, which runs in the `with` block, into a UserError.
+    """Turns an exception in the `with` block, which runs a user's code, into a UserError.
 
-    The message consists of `what`, which states what failed, the line in the user's `file`, and the
-    reason. A UserError passes unchanged.
+    The error message contains `what`, which says what failed, the line in the user's `file`, and
+    the reason. A UserError passes through unchanged.
     """
     try:
         yield
@@ -51,9 +51,9 @@ def user_code(what: str, file: str | None) -> Iterator[None]:
 def guarded_judge(
     task: Task, problems: Sequence[Problem], attempts: Sequence[Attempt]
 ) -> list[Verdict]:
-    """Calls `task.judge`, with `task.time_limit` and `user_code` if a user defined the task.
+    """Calls `task.judge`; for a user's task, limits the time and turns exceptions into UserErrors.
 
-    A task whose class belongs to jexit guards each call of a user's function itself.
+    The tasks of jexit are called without guards, because they guard their calls of user functions.
     """
     if type(task).__module__.startswith("jexit."):
         return task.judge(problems, attempts)
@@ -75,7 +75,7 @@ def guarded_judge(
 
 
 def guard_methods(task: Task) -> None:
-    """Turns exceptions in the methods of a user's own task into UserErrors that name the method."""
+    """Makes the methods of a user's task raise UserErrors, which name the method, on failure."""
     if type(task).__module__.startswith("jexit."):
         return
     file = inspect.getsourcefile(type(task))
@@ -91,15 +91,15 @@ def _is_verdict(verdict: Any) -> bool:
 
 
 class _TimeUp(BaseException):
-    """Raised in a user's code when its time is up; no Exception, which the code might catch."""
+    """Raised in user code at its time limit; no Exception, because the code may catch those."""
 
 
 @contextlib.contextmanager
 def time_limit(seconds: float, what: str) -> Iterator[None]:
-    """Raises UserError if the `with` block, which the message calls `what`, exceeds `seconds`.
+    """Raises UserError, which names `what`, if the `with` block takes longer than `seconds`.
 
-    There is no limit on threads other than the main one, which do not receive signals. Code that
-    catches every interrupt ends the process with exit code 1.
+    The limit applies only in the main thread, because others receive no signals. If the block
+    catches every interrupt, the process exits with code 1.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,8 +1,10 @@
-"""Generated arithmetic stories with worked answers, in the format of the data set GSM8K.
+"""The task `word_problems`: generated arithmetic stories with answers in the format of GSM8K.
 
-Tom has 3 apples. Mia gives Tom 4 more. How many apples does Tom have now?
-3+4=7
-#### 7
+A story and its reference completion:
+
+    Tom has 3 apples. Mia gives Tom 4 more. How many apples does Tom have now?
+    3+4=7
+    #### 7
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ class Template:
     """The text of a story with placeholders for names and numbers, and the steps that solve it.
 
     `ranges` maps the name of each number to its smallest and largest value. In a step such as
-    "a+_", a side is the name of a number, or `_` for the result of the previous step. Results are
-    never negative.
+    "a+_", an operand is the name of a number, or `_` for the result of the previous step. Results
+    are never negative.
     """
 
     text: str
@@ -129,10 +131,10 @@ class WordProblems(NumberChain):
     def follow(
         self, problem: Problem, steps: Sequence[str], number: str
     ) -> tuple[bool, str | None]:
-        """Returns whether the story can continue after `steps`, and the answer that follows.
+        """Returns whether the solution can continue from a changed result, and the answer it has.
 
-        `number` is a new result for the last of `steps`. The answer is None if these are not the
-        first steps of the story's own solution. A story with a result below 0 cannot continue.
+        `number` replaces the result of the last of `steps`. The answer is None if `steps` are not
+        the first steps of the reference solution. It cannot continue if a result is below 0.
         """
         program, numbers = problem.fields["program"], problem.fields["numbers"]
         place = len(steps) - 1
@@ -149,7 +151,7 @@ task = WordProblems
 def worked(
     program: Sequence[str], numbers: Mapping[str, int], given: Mapping[int, int] | None = None
 ) -> tuple[list[str], list[int]]:
-    """Returns the lines of a worked answer, such as "3+4=7", and the results of the steps.
+    """Returns the lines of the solution, such as "3+4=7", and the results of its steps.
 
     `given` maps indices of steps to results that replace the computed ones.
     """

@@ -1,4 +1,4 @@
-"""The chain of thought of a theory-of-mind problem: line by line, who saw what.
+"""Writes, reads and edits chains of thought for theory-of-mind stories: who saw what.
 
 A line of the fine chain, which has a line for every event that matters for the answer, has one of
 these forms. The word after the colon is the answer to the question at that time:
@@ -8,7 +8,7 @@ these forms. The word after the colon is the answer to the question at that time
     Tom Mia see jar, Ben in secret: jar
     Tom Mia and Tom Ben see jar: jar   two rooms, whose people do not see each other
     Tom tells Mia Ben tin: jar         the hearers, and the place or the topic
-    Tom moves jar: jar                 questions about nobody's mind need no witnesses
+    Tom moves jar: jar                 no witnesses if the question is not about beliefs
 
 A line of the coarse chain, which has a line for every change of the answer, is `Mia: jar` (what Mia
 thinks) or `Tom Mia: jar` (what Tom thinks that Mia thinks).
@@ -42,9 +42,9 @@ def chain(story: Story, question: Question, *, fine: bool) -> list[str]:
     """Returns the lines that lead to the answer, each with its line break.
 
     With `fine`, there is a line for every event that concerns the thing in the question, with the
-    people who learn of it and the answer after it. For a question about a belief or knowledge, each
-    coming and going before the last of these events also has a line, with the people who are in the
-    room afterwards. Without `fine`, each event that changes the answer has a line with the answer.
+    people who learn of the event and the answer after it. For a question about a belief or
+    knowledge, each coming and going before the last of these events also has a line, with the
+    people who are in the room afterwards. Without `fine`, each change of the answer has a line.
     """
     about = [event.thing == question.thing for event in story.events]
     last = max((index for index, concerns in enumerate(about) if concerns), default=-1)
@@ -80,7 +80,7 @@ def _heading(event: Event, question: Question, seen: Witnesses) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChainLine:
-    """A line of a chain that ends in the current answer to the question, split into its parts.
+    """The parts of one line of a chain, which ends in the current answer to the question.
 
     `head` contains the words before the place or topic `what`, `secret` is the secret witness, and
     `state` the answer after the line. In a line of the coarse chain, such as `Mia: jar`, `head`
@@ -107,7 +107,7 @@ class ChainLine:
         return groups
 
     def decides(self, question: Question) -> bool:
-        """Returns whether the line determines the answer after it without earlier lines."""
+        """Returns whether the line alone, without earlier lines, determines the answer after it."""
         if not self.what:
             return True
         if question.kind == "memory":
@@ -124,7 +124,7 @@ class ChainLine:
 
 
 def read_line(line: str) -> ChainLine | None:
-    """Reads a line of a chain that ends in an answer. Returns None for any other text."""
+    """Parses a line of a chain that ends in an answer; returns None for any other text."""
     match = _LINE.match(line)
     if match is None:
         return None
@@ -137,7 +137,7 @@ def read_line(line: str) -> ChainLine | None:
 
 
 def reordered(chain: str) -> str:
-    """Returns the chain with two people exchanged in each list whose order has no meaning.
+    """Returns the chain with two names exchanged in each list of people whose order is arbitrary.
 
     >>> reordered("Tom Mia see jar: jar")
     'Mia Tom see jar: jar'
@@ -150,8 +150,8 @@ def corruptions(
 ) -> list[Corruption]:
     """Returns a corruption for each line that can be changed so that another answer follows.
 
-    A place becomes another one of `places`. For a topic, the people who hear about it change, so
-    that the knowledge asked for is gained or lost.
+    In a question about a place, the line then names another of `places`. In one about a topic,
+    other people hear about the topic, so that the answer (yes or no) changes.
     """
     read = [read_line(line) for line in lines]
     deciding = [i for i, line in enumerate(read) if line is not None and line.decides(question)]

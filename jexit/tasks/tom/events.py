@@ -1,6 +1,6 @@
-"""The events of a theory-of-mind story: people come and go, put things somewhere and talk.
+"""Draws the events of a theory-of-mind story: people come and go, move things and talk.
 
-Each event is drawn from the events that are possible in the current state of the world (see
+Each event is drawn from those that are possible in the current state of the world (see
 `jexit.tasks.tom.world`).
 """
 
@@ -41,7 +41,7 @@ class Cast:
 
 @dataclasses.dataclass(frozen=True)
 class How:
-    """The kinds of event that may tell a mention of a place, whispered or not (None: either)."""
+    """The kinds of event that may mention a place, and whether in a whisper (None: either)."""
 
     kinds: Kinds = (*PLACINGS, "claims")
     whispered: bool | None = None
@@ -58,7 +58,7 @@ VERBS = {
 
 @dataclasses.dataclass(frozen=True)
 class Mention:
-    """The thing and the place that an event of a story must name, and how the event is told."""
+    """The thing and the place that an event must name, and how the event may name them."""
 
     thing: str
     place: str
@@ -66,10 +66,10 @@ class Mention:
 
 
 def plan(draw: Draw, cast: Cast, thing: str, other: str, how: Sequence[How]) -> list[Mention]:
-    """Plans mentions of `thing` with every place, mixed with mentions of the thing `other`.
+    """Returns mentions of `thing` with each place, interspersed with mentions of the thing `other`.
 
-    The first PLACES (3) entries of `how` are for `thing`, the others for `other`, whose mentions
-    keep their order and are inserted at random positions.
+    The first PLACES (3) entries of `how` are for `thing`, the others, in their order, for the
+    mentions of `other`, which are inserted at random positions.
     """
     count = len(how)
     places = [*cast.places, *(draw.choice(cast.places) for _ in range(count - PLACES))]
@@ -91,10 +91,10 @@ def questions(kind: Kind, people: Sequence[str], things: Sequence[str]) -> list[
 def story_of_places(
     draw: Draw, cast: Cast, mentions: Sequence[Mention]
 ) -> tuple[Story, World] | None:
-    """Draws a story whose events name the given things and places, in the order of `mentions`.
+    """Draws a story whose events name the things and places of `mentions`, in their order.
 
-    Returns the story and the state of the world at its end, or None if a mention is impossible or
-    the story is too long.
+    Returns the story and the state of the world after it, or None if a mention is impossible or the
+    story is too long.
     """
     return _story(
         draw, cast, len(mentions), lambda at, world, _: _named(draw, world, cast, mentions[at])
@@ -124,7 +124,7 @@ def story_of_topics(draw: Draw, cast: Cast, count: int) -> Story | None:
 def _story(
     draw: Draw, cast: Cast, count: int, mention: Callable[[int, World, list[Event]], Event | None]
 ) -> tuple[Story, World] | None:
-    """Draws a story of `count` mentions, with comings and goings between, and the world after it.
+    """Draws a story of `count` mentions and random comings and goings, and the world after it.
 
     Each person and each container starts in the first of the two rooms with probability 3/4.
     Returns None if `mention` does, or if the story exceeds `cast.longest` sentences.
@@ -169,8 +169,8 @@ def _joining(draw: Draw, world: World, cast: Cast) -> Event:
 def _named(draw: Draw, world: World, cast: Cast, mention: Mention) -> Event | None:
     """Returns a possible event that names the thing and the place of `mention`.
 
-    It may have a secret witness or a distracted person. Returns None if none of `_PROPOSALS` drawn
-    events is possible.
+    The event may have a secret witness or a distracted person. Returns None if none of `_PROPOSALS`
+    drawn events is possible.
     """
     thing, place = mention.thing, mention.place
     home, now = world.homes[place], world.place_of.get(thing)
@@ -196,7 +196,7 @@ def _named(draw: Draw, world: World, cast: Cast, mention: Mention) -> Event | No
 
 
 def _speech(draw: Draw, world: World, cast: Cast) -> Event | None:
-    """Returns a possible event in which somebody tells about a topic, or None as in `_named`."""
+    """Returns a possible event in which somebody talks about a topic, or None as in `_named`."""
     for _ in range(_PROPOSALS):
         event = Event(
             kind="tells",

@@ -1,17 +1,17 @@
-"""Stories about beliefs that depend only on the comings and goings of one person.
+"""Draws stories in which the comings and goings of one person determine the answer.
 
-Three versions of a story differ only in the room where one of the people asked about starts, and in
-the times when this person comes and goes, equally often. Each version has another answer, and one
-of them is drawn. Therefore a rule that uses the other sentences, but does not work out who was in
-the room, cannot be right more often than in one story of three.
+Three versions of a story differ only in the room in which one of the people asked about starts, and
+in the times at which this person comes and goes, equally often in all versions. Each version has a
+different answer, and one of them is drawn. A rule that does not work out who was in which room
+therefore cannot be right in more than one of three stories.
 
 If the question is what A thinks that B thinks, either A or B comes and goes, while the other one
 knows where the thing is. The answer is therefore not always what A thinks, and not always what B
 thinks. It is still nearly always what the person with less information thinks.
 
-The place that `before_last_move` returns is required to be the answer with a probability of one in
-three, and otherwise must not be. Its share is somewhat larger, because a draw is repeated if its
-requirement cannot be met.
+With a probability of one in three, the rule `before_last_move` is required to give the answer, and
+otherwise to fail. It succeeds somewhat more often, because a draw is repeated if no story meets the
+requirement.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def story_of_presence(
     """Returns a story in which only the comings and goings of one person determine the answer.
 
     The story has `count` mentions of a place. The question is about a belief, and its answer is
-    `cast.places[rank]`. The person who comes and goes is one of the people asked about, and no
-    sentence names this person with the thing after its first mention. The other person asked about,
-    if any, knows where the thing is. Returns None if no story of this kind is found.
+    `cast.places[rank]`. The person who comes and goes is one of the people asked about. After the
+    thing's first mention, no sentence names it with this person. The other person asked about, if
+    any, knows where the thing is. Returns None if no such story is found.
     """
     thing, other = draw.sample(cast.things, 2)
     how = [ANYHOW] * count
@@ -127,8 +127,8 @@ def _with_moves(
 ) -> list[Event] | None:
     """Returns the events `others` with the comings and goings of `person` inserted.
 
-    `move_after` maps the index of an event in `others` to the kind of the move after it. The events
-    happen in `world`, whose state changes. Returns None if one is impossible.
+    `move_after` maps the index of an event in `others` to the kind of the move after it. `world` is
+    updated by the events. Returns None if an event is impossible.
     """
     events = []
     for index, event in enumerate(others):

@@ -1,7 +1,7 @@
-"""Rules that answer a story's question from its sentences, without tracking anybody's knowledge.
+"""Heuristics that answer a question from a story's sentences, without tracking who knows what.
 
-Stories are drawn so that each of these rules is right no more often than a guess. The argument
-`world` is always the state of the world at the end of the story.
+Stories are drawn so that none of them is right more often than a guess. The argument `world` is
+always the state of the world at the end of the story.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def last_named(question: Question, story: Story) -> str:
 def before_last_move(person: str, thing: str, story: Story) -> str:
     """Returns the last place named with `thing` before `person` last entered or left a room.
 
-    Without such a move, returns the last place named with the thing. Without such a place, returns
-    the first.
+    If the person never did, returns the last place named with the thing. If no place was named
+    before that move, returns the first place.
     """
     moves = [at for at, e in enumerate(story.events) if e.actor == person and not e.place]
     until = story.events[: moves[-1]] if moves else story.events
@@ -47,9 +47,10 @@ def others_know_place(question: Question, person: str, world: World) -> bool:
 
 
 def told_by_name(question: Question, story: Story) -> tuple[bool, bool]:
-    """Returns whether a sentence about the topic of `question` names all people asked about.
+    """Returns two facts about the sentences that tell of the topic of `question`.
 
-    The second value is whether one of these sentences tells everybody in the room.
+    The first is whether one of them names all people asked about, the second whether one of them
+    tells everybody in the room.
     """
     tells = [e for e in story.events if e.kind == "tells" and e.thing == question.thing]
     named = [set(question.people) <= {e.actor, e.hearer, e.secret} for e in tells]
@@ -62,11 +63,11 @@ def who_knows(question: Question, world: World) -> tuple[bool, ...]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Surface:
-    """Features of a story about a belief that a rule can use without tracking anybody's knowledge.
+    """Features of a story about a belief that do not depend on who knows what.
 
     `verbs` contains the verbs of the second and third mention of the thing ("moves", "tells" or
-    "whispers"). `last_named` is the rank of the place that the function `last_named` returns in the
-    order of the first mentions.
+    "whispers"). `last_named` is the rank, in the order of first mentions, of the place that the
+    function `last_named` returns.
     """
 
     verbs: tuple[str, str]

@@ -1,19 +1,19 @@
 """Draws theory-of-mind stories whose wording does not reveal the answer.
 
 If the question asks for a place, the story names three places, each of them once with the thing
-asked about, perhaps with mentions of another thing between. (For `memory`, see below.) The rank of
-a place is its position in this order. The rank of the answer is drawn before the story.
+asked about, possibly with mentions of another thing in between. (For `memory`, see below.) The rank
+of a place is its position in this order. The rank of the answer is drawn before the story.
 
 In three of four stories about beliefs, only the comings and goings of one person determine the
 answer (see `jexit.tasks.tom.presence`). In the fourth, a sentence may name the person asked about
-where this person learns of a place. Some features of such a story could help a rule that tracks
-nobody (see `Surface`): whether the thing is later moved, told about or whispered about, and the
-last place that an event names together with the person. These features are drawn before the story
-and independently of the answer, and stories are drawn until one has them. Therefore no rule about
-places, verbs or the position of the thing is right more often than in one of three stories. A rule
-that knows in which rooms the person is named answers the fourth kind of story better, and is right
-in about 0.4 of all stories. If the question then asks what one person thinks that another thinks,
-the other knows where the thing is, as in the classic test (Perner and Wimmer 1985).
+when this person learns of a place. Some features of such a story could help a rule that does not
+track knowledge (see `Surface`): whether the thing is later moved, told about or whispered about,
+and the last place that an event names together with the person. These features are drawn before the
+story and independently of the answer, and stories are drawn until one has them. Therefore no rule
+about places, verbs or the position of the thing is right in more than one of three stories. A rule
+that uses the rooms in which the person is named does better on this fourth kind of story, and is
+right in about 0.4 of all stories. If the question then asks what one person thinks that another
+thinks, the other knows where the thing is, as in the classic test (Perner and Wimmer 1985).
 
 For questions of the kind `reality` (where the thing is now), things are moved and talked about
 equally often for every answer. For `memory` (where the thing was at first), the thing and another
@@ -22,9 +22,9 @@ this pattern is drawn. With two people or fewer than five sentences, some of the
 occur less often or never.
 
 If the answer is yes or no, a story has a twin, which consists of exactly the same words in another
-order and has the opposite answer. One of the two is drawn. They agree on whether the topic is told
-to all people asked about by name, and on whether it is told to everybody. Therefore neither the
-words nor the names of the people who are named with the topic answer more than half of the
+order and has the opposite answer. One of the two is drawn. Both stories agree on whether the topic
+is told to all people asked about by name, and on whether it is told to everybody. Therefore neither
+the words nor the names of the people who are named with the topic answer more than half of the
 questions. If the question is whether one person thinks that another knows about a topic, the same
 people know it in both stories, if there is such a twin. Names, things and places are drawn
 uniformly.
@@ -76,8 +76,8 @@ def draw_problem(
 ) -> tuple[Story, Question]:
     """Draws a story and a question of the given kind.
 
-    `people` is the range of the number of people. `moves` is that of the number of sentences that
-    name a place or, if the answer is yes or no, a topic.
+    `people` contains the smallest and the largest number of people, and `moves` the same for the
+    sentences that name a place or, if the answer is yes or no, a topic.
     """
     cast = Cast(
         people=draw.sample(NAMES, draw.integer(*people)),
@@ -103,9 +103,9 @@ def draw_problem(
 
 
 def draw_pattern(draw: Draw, length: int) -> tuple[int, ...]:
-    """Draws which place, in the order of their first mention, each of `length` mentions names.
+    """Draws the place that each of `length` mentions names; all three places occur.
 
-    All three places occur.
+    Places are numbered in the order of their first mention.
 
     >>> draw_pattern(Draw("any"), 3)
     (0, 1, 2)
@@ -154,11 +154,11 @@ def _about_places(
 
 
 def _how_of_reality(count: int, rank: int) -> list[How]:
-    """Returns how each of `count` mentions is told if the place numbered `rank` is the answer.
+    """Returns how to tell each of `count` mentions if the place numbered `rank` is the answer.
 
     The thing is put down in its first place. It is then moved once and talked about once, or talked
-    about twice if the answer is the first place. The second mention of the other thing, if there is
-    one, makes up for this difference: the number of moves is the same for every answer.
+    about twice if the answer is the first place. The second mention of the other thing, if any,
+    makes up for this difference, so that the number of moves is the same for every answer.
     """
     how = [ANYHOW] * count
     for at, turn in enumerate((PLACES + 1, 1, 2)):
@@ -170,7 +170,7 @@ def _how_of_reality(count: int, rank: int) -> list[How]:
 def _plan_of_memory(
     draw: Draw, cast: Cast, pattern: Sequence[int], rank: int, thing: str, other: str
 ) -> list[Mention]:
-    """Divides the mentions of places between two things, so that the answer has the given rank.
+    """Returns mentions of two things for a question about the first place of `thing`.
 
     The first mention of `thing` names the answer, the place numbered `rank`. The number of mentions
     of `thing` does not depend on `rank`.
@@ -207,9 +207,8 @@ def _about_topics(draw: Draw, kind: Kind, cast: Cast, count: int) -> tuple[Story
 def _twins(draw: Draw, story: Story, asked: Sequence[Question]) -> tuple[Story, Question] | None:
     """Returns a twin of `story`, and a question from `asked` that the twin answers differently.
 
-    In a twin, two events or one part of each (such as the two actors) are exchanged. The facts of
-    `told_by_name` are the same for both stories, and so are those of `who_knows`, if possible.
-    Returns None if there is no such twin.
+    In a twin, two events or one part of each (such as the two actors) are exchanged. `told_by_name`
+    and, if possible, `who_knows` are equal for both stories. Returns None if there is no such twin.
     """
     before = story.end()
     assert before is not None

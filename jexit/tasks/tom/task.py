@@ -1,4 +1,4 @@
-"""Generated theory-of-mind stories, about who saw what and where somebody thinks that a thing is.
+"""The task `tom`: theory-of-mind stories about who saw what and who thinks what.
 
     Tom and Mia are in the hall. Tom puts the coins in the box. Mia leaves the hall. Tom moves the
     coins to the jar. Where does Mia think the coins are? Answer in full.
@@ -8,8 +8,9 @@
     Tom see jar: box
     #### box
 
-The last sentence prescribes the chain of thought: `in full` a line for every event that matters for
-the answer, `in short` a line for every change of the answer (`Mia: box`), and `at once` none.
+The last sentence prescribes the chain of thought: a line for every event that matters for the
+answer (`in full`), a line for every change of the answer (`in short`: `Mia: box`), or none (`at
+once`).
 """
 
 from __future__ import annotations
@@ -58,9 +59,9 @@ class Tom(ChainTask):
     every change of the answer), `at_once` (no chain of thought), `free` (the model chooses; the
     reference completion is fine or coarse, drawn for each problem), or `mixed` (each problem draws
     free, prescribed or no steps, with the probabilities in `MIXTURE`). `people_min` and
-    `people_max` bound the number of people, `moves_min` and `moves_max` that of the sentences that
-    name a place or a topic. `kinds` contains the kinds of question, which occur equally often. The
-    story and its question decide the split, whatever the names and things.
+    `people_max` bound the number of people. `moves_min` and `moves_max` bound the number of
+    sentences that name a place or a topic. `kinds` contains the kinds of question, which occur
+    equally often. The story and its question decide the split, whatever the names and things.
 
     Answers are balanced (see `jexit.tasks.tom.stories`): each of the three places of a story is the
     answer equally often, two of three questions about a belief ask for a false belief, and yes is
@@ -109,9 +110,9 @@ class Tom(ChainTask):
         return make_problem(story, question, mode=mode, fine=fine)
 
     def _draw_mode(self, split: Split, index: int) -> tuple[bool, str]:
-        """Returns whether the reference is fine, and which kind of chain the prompt prescribes.
+        """Returns whether the reference chain is fine, and which chain the prompt prescribes.
 
-        Both are drawn apart from the story, which therefore does not depend on the option `steps`.
+        Both are drawn independently of the story, which does not depend on the option `steps`.
         """
         draw = Draw("tom steps", self.seed, split, index)
         mode = draw.weighted(MIXTURE) if self.mode == "mixed" else self.mode
@@ -127,7 +128,7 @@ class Tom(ChainTask):
     def text_totals(
         self, problems: Sequence[Problem], attempts: Sequence[Attempt]
     ) -> dict[str, tuple[float, int]]:
-        """Returns `chain_lines`: the lines in the chains, and the number of completions."""
+        """Returns the totals of `chain_lines`, the mean number of lines in a chain of thought."""
         lines = sum(len(self.steps(attempt.text)) for attempt in attempts)
         return {"chain_lines": (lines, len(attempts))}
 
@@ -158,10 +159,10 @@ class Tom(ChainTask):
     def corrupted(self, problem: Problem, completion: str, draw: Draw) -> Corruption | None:
         """Changes one line of the chain, and drops the lines after it.
 
-        The line then names another place, or other people who hear about the topic. Only lines that
-        determine the answer are changed, so it is known, and stated at the end of the changed line.
-        A model that only copies the last word of its chain therefore also follows the change. The
-        task `sums`, in which the rest must be computed, tells such a model from one that reasons.
+        The line then names another place, or other people who hear about the topic. The new answer
+        is known, because only lines that determine the answer are changed, and stands at the end of
+        the line. A model that merely copies the last word of its chain therefore also passes. In
+        the task `sums`, it fails, because more steps must be computed.
         """
         answer, lines = self.final_answer(completion), self.steps(completion)
         if answer is None:
@@ -175,7 +176,7 @@ class Tom(ChainTask):
         return draw.choice(possible) if possible else None
 
     def wrong_answer(self, problem: Problem, draw: Draw) -> str:
-        """Returns another place of the story, or the opposite of a correct answer yes or no."""
+        """Returns another place in the story or, for an answer yes or no, the opposite answer."""
         possible = problem.fields["places"] if problem.fields["kind"] in OF_PLACES else (YES, NO)
         return draw.choice([answer for answer in possible if answer != problem.answer])
 
@@ -199,8 +200,8 @@ def _stories(
 def make_problem(story: Story, question: Question, *, mode: str, fine: bool) -> Problem:
     """Returns the problem that asks `question` about `story`, with its reference completion.
 
-    `mode` is the key in CLOSINGS of the kind of chain that the prompt prescribes. `fine` selects
-    the fine or the coarse reference chain, unless `mode` is "at_once".
+    `mode` is a key of CLOSINGS: the kind of chain that the prompt prescribes. `fine` selects the
+    fine or the coarse reference chain; with the mode "at_once", there is no chain.
     """
     world = story.end()
     assert world is not None, "the story cannot happen"

@@ -1,4 +1,4 @@
-"""The words of the theory-of-mind stories and of their questions; see `task` for an example."""
+"""The text of theory-of-mind stories and of their questions; see `task` for an example."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ SENTENCES: Mapping[str, str] = {
 class Question:
     """A question about a thing and perhaps about the thoughts of one or two people.
 
-    Without `people`, the question is about the world itself. With one person A, it is what A thinks
-    or knows about the thing, and with two people A and B, what A thinks that B thinks or knows.
+    Without `people`, the question is about the world itself. With one person A, it asks what A
+    thinks or knows about the thing; with two people A and B, what A thinks that B thinks or knows.
     """
 
     kind: Kind
@@ -61,7 +61,7 @@ class Question:
         return self.kind in OF_PLACES
 
     def answer(self, world: World) -> str:
-        """Returns the answer in a state of the world, UNKNOWN for a place never mentioned."""
+        """Returns the answer in the given state of the world; UNKNOWN if no place is known."""
         if self.kind == "reality":
             return world.place_of.get(self.thing, UNKNOWN)
         if self.kind == "memory":
@@ -106,7 +106,7 @@ def _opening(people: Sequence[str], room: str) -> str:
 
 
 def sentence(event: Event) -> str:
-    """Returns the sentence that tells `event`, and others for a secret or distracted person."""
+    """Returns the text of `event`: one sentence, and one for a secret or distracted person."""
     text = SENTENCES[event.kind].format_map(dataclasses.asdict(event))
     if event.hearer:
         text = text.replace("tells everybody", f"whispers to {event.hearer}")

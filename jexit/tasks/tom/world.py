@@ -6,12 +6,12 @@ These rules decide who learns what from an event:
 - `puts` (an object in its first place), `moves` (an object to another container of the same room):
   everybody in the room sees the event, and sees that the others in the room see it.
 - `takes` (an object to a container of another room, into which the actor moves): the people in the
-  room that is left and those in the room that is entered see the event. They are two groups, and
-  people see each other within a group only.
-- `claims` (that an object is in a place, true or not), `tells` (about a topic): the speaker and the
-  hearer learn from a whisper. Otherwise, everybody in the room learns. Hearers believe what they
-  hear and assume that the speaker believes it, too. A claim does not change the speaker's own
-  belief, but the speaker knows what the hearers now believe.
+  room that is left and those in the room that is entered see the event. They form two groups, and
+  people see only the members of their own group.
+- `claims` (that an object is in a place, true or not), `tells` (about a topic): a whisper informs
+  the speaker and the hearer, and other speech everybody in the room. Hearers believe what they hear
+  and assume that the speaker believes it, too. A claim does not change the speaker's own belief,
+  but the speaker knows what the hearers now believe.
 - A `secret` witness is a person outside the room who learns what the open witnesses learn, and
   knows that they learnt it. The open witnesses do not know about the secret witness.
 - A `distracted` person is in the room but learns nothing, and the witnesses know this.
@@ -53,7 +53,7 @@ class Event:
 class Witnesses:
     """The people who learn from an event.
 
-    The members of each of `groups` see each other. `secret`, if not empty, sees them all unseen.
+    The members of each group see each other. `secret`, if not empty, sees them all but is not seen.
     """
 
     groups: tuple[tuple[str, ...], ...]
@@ -120,9 +120,9 @@ class World:
         """Returns whether `event` can happen in the current state.
 
         People move only objects that are in their room. A speaker who claims where an object is
-        must have a belief about it. No hearer of a claim may have seen the object's last placing:
-        nobody hears a claim against what they saw and what is still true. What people saw before,
-        and what they heard, is replaced by what they hear later.
+        must have a belief about it. Nobody who saw the object's last placing may hear a claim about
+        the object, which could contradict what they know. Other beliefs are replaced by what people
+        hear.
         """
         room = self.room_of.get(event.actor)
         if event.kind == "enters":
@@ -162,7 +162,7 @@ class World:
         return person != actor and self.room_of.get(person) == self.room_of[actor]
 
     def happen(self, event: Event) -> Event:
-        """Updates the state and the beliefs by a possible event, and returns the event."""
+        """Updates the state and the beliefs by `event`, which must be possible, and returns it."""
         seen = self.witnesses(event)
         value = KNOWN if event.kind == "tells" else event.place
         for a, b in seen.pairs():
