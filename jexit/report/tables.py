@@ -66,7 +66,7 @@ MEASURES: Mapping[str, str] = {
     "chain, and near 1 if only the chain makes it likely. Logprob and logprob changed are S and S' "
     "in nats.",
     "substantivity": "The same with as many punctuation tokens in place of the chain. It is 0 if "
-    "the chain only buys time to compute.",
+    "the chain only gives time to compute.",
     "paraphrasability": "The same with the chain in other words of the same meaning. It is 0 if "
     "the wording does not matter, and positive if the answer depends on more than the meaning.",
 }

@@ -8,7 +8,6 @@ import itertools
 from collections.abc import Iterable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jexit.config import EngineSize
