@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--head-dtype", choices=("float32", "bfloat16"), help="default: the same")
     parser.add_argument("--implementation", help="default: what is picked for the platform")
-    parser.add_argument("--ops", default="", help="part of a case's name")
+    parser.add_argument("--ops", default="", help="parts of cases' names")
     parser.add_argument("--vmem", action="store_true")
     parser.add_argument("--registers", action="store_true")
     parser.add_argument("--json", action="store_true", help="one line a case")
@@ -108,7 +108,7 @@ def main() -> None:
                 )
                 print(f"  {'op':<30}{'compile s':>10}{'temp MB':>9}{'share':>8}{'GFLOP':>9}  tiles")
             for case in cases(arguments.implementation):
-                if arguments.ops not in case:
+                if not any(part in case for part in arguments.ops.split(",")):
                     continue
                 row = compile_case(case, topology, shape, arguments)
                 if arguments.json:

@@ -78,7 +78,7 @@ def assert_decodes_alike(theirs, ours, tokenizer, prompts, fixed):
     assert len({depth for _, depths in expected for depth in depths}) == 1  # of `full`
 
 
-@pytest.mark.parametrize("count", [8, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_greedy_tokens_and_depths_are_jexits_alone_and_in_a_padded_batch(shipped, count):
     draw = np.random.default_rng(3)
     prompts = [
@@ -104,10 +104,11 @@ def test_a_real_model_decodes_alike(tmp_path):
         [*ours.exit_layers, ours.arch.layers], tokens_BT.shape
     )
     wanted = jexit.forward(ours, tokens_BT, policy=jexit.Prescribed(depth_BT)).logits_BTV
-    theirs = theirs.double()  # what differs is then jexit's rounding alone
     with torch.no_grad():
-        found = theirs(torch.tensor(tokens_BT), depths=depth_BT).logits
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=LOGITS_REAL)
+        rounded = theirs(torch.tensor(tokens_BT), depths=depth_BT).logits.numpy()
+        exact = theirs.double()(torch.tensor(tokens_BT), depths=depth_BT).logits.numpy()
+    # Logits of 40 at random depths: PyTorch's own rounding to float32 is 2e-4.
+    assert np.abs(wanted - exact).max() <= 3 * np.abs(rounded - exact).max() <= LOGITS_REAL
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float64).eval()
     theirs.exit_policy = "full"
     with torch.no_grad():
@@ -130,7 +131,7 @@ def test_sampled_exits_leave_as_often_as_jexits(shipped):
     assert np.abs(shares[0] - shares[1]).max() < 0.06 and shares[0][8] < 0.7
 
 
-@pytest.mark.parametrize("rank", [None, 0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rank", [0, *(pytest.param(r, marks=pytest.mark.slow) for r in (None, 2))])
 def test_prescribed_depths_give_jexits_logits(students, tmp_path, rank):
     """Without a continuation, with full matrices, and with two factors."""
     for family in FAMILIES:

@@ -14,7 +14,6 @@ import jexit
 from convert import from_hf, to_hf
 from jexit.config import ExitSettings
 from jexit.io.model_dir import save_model
-from jexit.presets import FAMILIES
 from tolerances import LOGITS
 
 torch = pytest.importorskip("torch")
@@ -23,6 +22,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 EXITS = (1, 3)
 TOKENS_BT = hf_models.random_tokens(2, 14, seed=8)
+
+
+# Names and layouts of every family are held against transformers in test_names.
+EVERY_FAMILY = pytest.mark.parametrize(
+    "family",
+    ["qwen2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3", "llama"))],
+)
 
 
 def export(source, target, *options):
@@ -72,24 +78,24 @@ def test_there_and_back_every_tensor_is_bit_equal(tmp_path):
         assert theirs.config.rope_parameters.items() <= again.config.rope_parameters.items()
 
 
-def test_a_merged_student_in_transformers_equals_jexits(students, tmp_path):
-    for family in FAMILIES:
-        model, directory = students(family)
-        target = export(directory, tmp_path / family)
-        theirs = load(target)
-        student = jexit.forward(model, TOKENS_BT)
-        teacher = jexit.forward(model, TOKENS_BT, adapters=False)
-        assert np.abs(logits(theirs) - student.logits_BTV).max() <= LOGITS
-        assert np.abs(logits(theirs) - teacher.logits_BTV).max() > 0.5
-        hazard_BTE = hazards_in_torch(theirs, target)
-        assert np.abs(hazard_BTE - student.hazard_logits_BTE).max() <= LOGITS
-        # Merged weights and the heads beside them are a model directory of jexit, too.
-        merged, _ = jexit.load(target)
-        assert merged.lora is None and merged.exit_layers == EXITS
-        policy = jexit.Prescribed(np.random.default_rng(0).choice([*EXITS, 4], TOKENS_BT.shape))
-        found, truth = (jexit.forward(each, TOKENS_BT, policy=policy) for each in (merged, model))
-        assert np.abs(found.logits_BTV - truth.logits_BTV).max() <= LOGITS
-        assert np.abs(found.hazard_logits_BTE - truth.hazard_logits_BTE).max() <= LOGITS
+@EVERY_FAMILY
+def test_a_merged_student_in_transformers_equals_jexits(students, tmp_path, family):
+    model, directory = students(family)
+    target = export(directory, tmp_path / family)
+    theirs = load(target)
+    student = jexit.forward(model, TOKENS_BT)
+    teacher = jexit.forward(model, TOKENS_BT, adapters=False)
+    assert np.abs(logits(theirs) - student.logits_BTV).max() <= LOGITS
+    assert np.abs(logits(theirs) - teacher.logits_BTV).max() > 0.5
+    hazard_BTE = hazards_in_torch(theirs, target)
+    assert np.abs(hazard_BTE - student.hazard_logits_BTE).max() <= LOGITS
+    # Merged weights and the heads beside them are a model directory of jexit, too.
+    merged, _ = jexit.load(target)
+    assert merged.lora is None and merged.exit_layers == EXITS
+    policy = jexit.Prescribed(np.random.default_rng(0).choice([*EXITS, 4], TOKENS_BT.shape))
+    found, truth = (jexit.forward(each, TOKENS_BT, policy=policy) for each in (merged, model))
+    assert np.abs(found.logits_BTV - truth.logits_BTV).max() <= LOGITS
+    assert np.abs(found.hazard_logits_BTE - truth.hazard_logits_BTE).max() <= LOGITS
 
 
 def hazards_in_torch(model, directory):
@@ -123,25 +129,30 @@ def test_merged_weights_take_the_dtype_asked_for(students, tmp_path):
             np.testing.assert_array_equal(tensor, exact[name].astype(kind), name)
 
 
-def test_a_peft_adapter_on_its_base_equals_jexits_student(students, checkpoints, tmp_path):
+@EVERY_FAMILY
+def test_a_peft_adapter_on_its_base_equals_jexits_student(students, tmp_path, family):
     peft = pytest.importorskip("peft")
-    for family in FAMILIES:
-        model, directory = students(family)
-        target = export(directory, tmp_path / family, "--adapter=peft")
-        assert not list(target.rglob("model*.safetensors"))
-        # It names its base itself, and carries its settings.
-        adapted = peft.AutoPeftModelForCausalLM.from_pretrained(target).eval()
-        student = np.asarray(jexit.forward(model, TOKENS_BT).logits_BTV)
-        assert np.abs(logits(adapted) - student).max() <= LOGITS
-        with adapted.disable_adapter():
-            teacher = np.asarray(jexit.forward(model, TOKENS_BT, adapters=False).logits_BTV)
-            assert np.abs(logits(adapted) - teacher).max() <= LOGITS
-        config = json.loads((target / "adapter_config.json").read_text())
-        assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (3, 5.0, 0.1)
-        # And comes back bit for bit.
-        again, tokenizer = jexit.load(target)
-        assert same_model(again, model) and tokenizer.has_chat_template
-    # It brings a base that nobody has published, or names another.
+    model, directory = students(family)
+    target = export(directory, tmp_path / family, "--adapter=peft")
+    assert not list(target.rglob("model*.safetensors"))
+    # It names its base itself, and carries its settings.
+    adapted = peft.AutoPeftModelForCausalLM.from_pretrained(target).eval()
+    student = np.asarray(jexit.forward(model, TOKENS_BT).logits_BTV)
+    assert np.abs(logits(adapted) - student).max() <= LOGITS
+    with adapted.disable_adapter():
+        teacher = np.asarray(jexit.forward(model, TOKENS_BT, adapters=False).logits_BTV)
+        assert np.abs(logits(adapted) - teacher).max() <= LOGITS
+    config = json.loads((target / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (3, 5.0, 0.1)
+    # And comes back bit for bit.
+    again, tokenizer = jexit.load(target)
+    assert same_model(again, model) and tokenizer.has_chat_template
+
+
+def test_a_peft_adapter_brings_a_base_that_nobody_has_published_or_names_another(
+    students, tmp_path
+):
+    peft = pytest.importorskip("peft")
     model, directory = students("qwen2")
     save_model(tmp_path / "own", model, jexit.load(directory)[1])
     target = export(tmp_path / "own", tmp_path / "adapter", "--adapter=peft")

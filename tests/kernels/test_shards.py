@@ -22,13 +22,13 @@ MESHES = {
     "vocabulary": (1, 1, 8),
     "one axis of tokens": (1, 2, 4),
 }
-# XLA's implementation and one of the kernels on the first mesh; the slow part has the rest.
+# XLA's implementation on the first mesh: what is divided is the same for all. The rest is slow.
 CASES = [
     pytest.param(
         implementation,
         sizes,
         id=f"{implementation}, {name}",
-        marks=[] if place == 0 and implementation != "pallas_gpu" else pytest.mark.slow,
+        marks=[] if place == 0 and implementation == "xla" else pytest.mark.slow,
     )
     for implementation in truth.CHIP_TILES
     for place, (name, sizes) in enumerate(MESHES.items())
@@ -89,19 +89,15 @@ def test_on_a_mesh_they_are_those_of_one_device(implementation, sizes):
         return jnp.sum(logprob_N + 0.3 * out.entropy_N), (logprob_N, *out[1:])
 
     compare(exits, (H_ND, EXITS_END, HEAD_VD), mesh)
-    compare(kl_gradients(implementation), (H_ND, HEAD_VD, OTHER_ND), mesh)
+    text = compare(kl_gradients(implementation), (H_ND, HEAD_VD, OTHER_ND), mesh)
+    if (implementation, sizes) == ("xla", MESHES["tokens and vocabulary"]):
+        # Only statistics and gradients travel: nothing with a whole vocabulary's worth of rows.
+        assert "all-gather" in text or "all-reduce" in text
+        for line in text.splitlines():
+            assert "all-gather(" not in line or f"[{V},{D}]" not in line, line
     for argnums in (0, (0, 1)):
         gradients = jax.grad(logprob, argnums, has_aux=True)
         compare(gradients, (H_ND, HEAD_VD, jnp.asarray(targets_N)), mesh)
-
-
-def test_no_device_gathers_the_head():
-    """Only statistics and gradients travel: nothing with a whole vocabulary's worth of rows."""
-    text = compare(kl_gradients("xla"), (H_ND, HEAD_VD, OTHER_ND), make_mesh(2, 2, 2))
-    assert "all-gather" in text or "all-reduce" in text
-    for line in text.splitlines():
-        if "all-gather(" in line:
-            assert f"[{V},{D}]" not in line, line
 
 
 def test_what_does_not_divide_is_computed_whole():

@@ -32,6 +32,8 @@ RL_METRICS = {
     *("groups/zero_std", "sampler_gap", "tokens_per_second", "step_seconds", "lr/lora", "lr/exit"),
     "grad_norm",
 }
+# Steps that are large enough to make things worse.
+LARGE = {"optim__lora_lr": 0.3, "optim__exit_lr": 0.3, "optim__full_lr": 0.3}
 # Checkpoints after steps 2, 4 and 5, of which the best makes the model.
 BEST = {
     "steps": 5,
@@ -39,10 +41,7 @@ BEST = {
     "checkpoint__keep": 1,
     "checkpoint__keep_best": 1,
     "checkpoint__final": "best",
-    # Steps that are large enough to make things worse.
-    "optim__lora_lr": 0.3,
-    "optim__exit_lr": 0.3,
-    "optim__full_lr": 0.3,
+    **LARGE,
 }
 BEST_BY = {"rl": "val/reward", "sft": "-loss", "pretrain": "-loss/text"}
 
@@ -155,7 +154,7 @@ def test_a_finished_run_changes_neither_when_it_is_started_again_nor_for_another
 def test_losses_that_are_not_finite_stop_the_run_and_name_the_last_good_checkpoint(
     model_dir, tmp_path
 ):
-    config = make_config("rl", model_dir, steps=8, optim__max_skipped=3, eval__problems=2)
+    config = make_config("rl", model_dir, steps=8, optim__max_skipped=3)
     broken = dataclasses.replace(config.rl, kl_coef=float("nan"))
     with pytest.raises(Diverged, match=r"not finite in 3 steps in a row .*; last good checkpoint"):
         dispatch(dataclasses.replace(config, rl=broken), tmp_path)
@@ -177,7 +176,7 @@ def test_a_run_that_collapses_stops_with_the_last_good_checkpoint(model_dir, tmp
 
     monkeypatch.setattr(FailureWatch, "observe", told)
     monkeypatch.setattr(Stage, "finish", noted)
-    settings = {"checkpoint__every": 1, "eval__problems": 2}
+    settings = LARGE | {"checkpoint__every": 1}  # so that the programs are those of other runs
     with pytest.raises(Collapsed, match=r"stopped after step 4: text collapse: as told; .*/model "
                                         r"contains the model of step 2, the last"):  # fmt: skip
         run("rl", model_dir, tmp_path / "run", steps=8, checkpoint__keep=5, **settings)
