@@ -304,12 +304,16 @@ class Tokenizer:
         piece = self.backend.convert_ids_to_tokens(int(token))
         if one := re.fullmatch("<0x([0-9A-F]{2})>", piece):
             return bytes.fromhex(one[1])
+        if self._byte_of_character.keys() >= set(piece):
+            return bytes(self._byte_of_character[character] for character in piece)
+        return text.encode()
+
+    @functools.cached_property
+    def _byte_of_character(self) -> dict[str, int]:
+        """The bytes for which the characters of a byte-level vocabulary stand."""
         from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-        of_character = {character: byte for byte, character in bytes_to_unicode().items()}
-        if of_character.keys() >= set(piece):
-            return bytes(of_character[character] for character in piece)
-        return text.encode()
+        return {character: byte for byte, character in bytes_to_unicode().items()}
 
     @functools.cached_property
     def _token(self) -> Callable[[int], str]:
