@@ -106,9 +106,11 @@ class Exits(nn.Module):
         )
 
     def begin(self, shape: torch.Size, device: torch.device, *, decides: bool, depths: Any) -> None:
-        """Starts a pass over [B, T] positions: exits decide, or depths are prescribed.
+        """Starts a pass over positions [B, T] of the shape `shape`.
 
-        Raises ValueError for a depth that is neither an exit nor the number of layers.
+        If `decides`, the policy decides where tokens leave. Otherwise `depths` prescribes the depth
+        of each position (None: all layers). Raises ValueError for a depth that is neither an exit
+        nor the number of layers.
         """
         kind, _, argument = self.policy.partition(":")
         self._decides = decides and kind in ("threshold", "sample")
@@ -127,7 +129,11 @@ class Exits(nn.Module):
         )
 
     def layer(self, run: Any, layer: nn.Module, number: int, h: torch.Tensor, kwargs: Any) -> Any:
-        """Returns the residual after a layer: computed, or continued where tokens have left."""
+        """Returns the residual after `layer` for the residual `h` that enters the layer.
+
+        `run(h, **kwargs)` computes the layer. For tokens that have left, the continuation computes
+        the residual instead. `number` is the index of the layer.
+        """
         if self.depth_BT is None:  # called by the layers alone
             return run(h, **kwargs)
         alive_BT = self.depth_BT > number
@@ -181,7 +187,7 @@ def _under(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Ten
 
 
 def _keys_and_values(layer: nn.Module, h: torch.Tensor, kwargs: Any) -> None:
-    """Writes the keys and values of positions that skip a layer to the cache."""
+    """Writes the keys and values of a skipped layer to the cache, if there is a cache."""
     cache = kwargs.get("cache", kwargs.get("past_key_values"))
     if cache is None:
         return

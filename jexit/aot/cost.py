@@ -123,8 +123,9 @@ def largest_arrays(module: Module, count: int) -> list[tuple[Array, str]]:
     """Returns the `count` largest arrays that the module makes, each with its origin.
 
     Arguments do not count. The origin of an array is the `op_name` of the instruction that makes
-    it, such as `jit(step)/while/body/dot_general`, or of the nearest operation that uses it if the
-    compiler added that instruction. Arrays of equal type and shape are listed once.
+    the array, such as `jit(step)/while/body/dot_general`. If the compiler added that instruction,
+    the origin is the `op_name` of the nearest operation that uses the array. Arrays of equal type
+    and shape are listed once.
     """
     found: dict[str, tuple[Array, str, Instruction]] = {}
     for name in _scheduled(module):
@@ -140,15 +141,15 @@ def largest_arrays(module: Module, count: int) -> list[tuple[Array, str]]:
 
 
 def _traced(instruction: Instruction) -> bool:
-    """Checks whether the instruction comes from the traced program: its `op_name` has a slash."""
+    """Returns whether the instruction is from the traced program, with a slash in its `op_name`."""
     return "/" in instruction.op_name
 
 
 def _origin(module: Module, name: str, instruction: Instruction) -> str:
     """Returns the name, in the traced program, of an instruction in the computation `name`.
 
-    If the compiler added the instruction, this is the name of the nearest traced instruction that
-    uses its result, or, without one, the compiler's own name.
+    If the compiler added the instruction, returns the name of the nearest traced instruction that
+    uses the result. If there is none either, returns the compiler's name of the instruction.
     """
     reached = [(name, instruction)]
     for place, one in reached:  # the body extends this list
@@ -210,7 +211,7 @@ def _collective(instruction: Instruction) -> dict[str, tuple[float, float]] | No
 
 
 def _is_reduce_scatter(instruction: Instruction) -> bool:
-    """Checks whether an instruction is a TPU fusion that acts as a reduce-scatter."""
+    """Returns whether an instruction is a TPU fusion that acts as a reduce-scatter."""
     return any(name.startswith("all-reduce-scatter") for name in instruction.called)
 
 
@@ -291,7 +292,7 @@ def _meetings(
     left_dilation: int,
     right_dilation: int,
 ) -> int:
-    """Counts the pairs of output and kernel position, on one axis, that read an input element."""
+    """Counts the pairs (output position, kernel position) on one axis that read no padding."""
     end = (left - 1) * left_dilation + 1
     return sum(
         0 <= (place := o * stride + k * right_dilation - padding) < end

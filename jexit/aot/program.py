@@ -21,8 +21,8 @@ class Program:
 
     `options` are the keyword arguments. `resident` is the state that the run keeps on the devices
     besides this step's arguments. `loops` maps the name of a `jax.named_scope` to the trip count of
-    the loops inside it, where the compiled module does not contain one. `note` is a sentence to
-    print about the step.
+    the loops inside this scope, where the compiled module does not contain the trip count. `note`
+    is a sentence to print about the step.
     """
 
     name: str
@@ -58,7 +58,7 @@ def device_bytes(tree: Any) -> int:
 
 
 def placed_parameters(tree: Any, mesh: Mesh, *, whole_width: bool = False) -> Any:
-    """Returns parameters, moments or counters as abstract arrays with their shardings in a run.
+    """Returns parameters, moments or counters as abstract arrays, sharded as in a run.
 
     With `whole_width`, the model width is not sharded.
     """

@@ -103,7 +103,7 @@ class HostRows:
 def host_rows(total: int) -> HostRows:
     """Returns the rows of a batch of `total` rows that this host prepares and fetches.
 
-    If the data shards of the mesh do not divide `total`, every host prepares all rows.
+    If `total` is not a multiple of the number of data shards, every host prepares all rows.
     """
     if jax.process_count() == 1:
         return HostRows(total, np.arange(total), np.ones(total, bool))

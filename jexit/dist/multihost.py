@@ -243,7 +243,7 @@ def _nobody_came(process: int | None, processes: int | None) -> None:
 
 
 def _task_of_several() -> bool:
-    """Checks whether SLURM or Open MPI started this process as one of several tasks of a job."""
+    """Returns whether SLURM or Open MPI started this process as one of several tasks of a job."""
     if "OMPI_MCA_orte_hnp_uri" in os.environ:
         return True
     # srun sets this for the step that it starts; the batch script itself is not part of a step.
@@ -251,7 +251,7 @@ def _task_of_several() -> bool:
 
 
 def _cluster_present() -> bool:
-    """Checks whether there may be other processes, which JAX can find without arguments."""
+    """Returns whether there may be other processes that JAX can find without arguments."""
     if _task_of_several():
         return True
     if os.environ.get("JAX_PLATFORMS", "tpu") == "cpu" or not importlib.util.find_spec("libtpu"):
@@ -265,7 +265,7 @@ def several_hosts() -> bool:
 
 
 def is_primary() -> bool:
-    """Checks whether this is host 0, the only host that writes files shared by all hosts."""
+    """Returns whether this is host 0, the only host that writes files shared by all hosts."""
     return jax.process_index() == 0
 
 
@@ -302,7 +302,10 @@ def from_primary(place: str, value: Any) -> Any:
 
 
 def barrier(place: str) -> None:
-    """Waits until every host has reached this call; see `gather`."""
+    """Waits until every host has reached this call, which error messages name `place`.
+
+    Raises HostLost if a host does not arrive within the timeout.
+    """
     gather(place, None)
 
 
@@ -356,7 +359,7 @@ def _whole(array: jax.Array) -> Any:
 
 
 def ended(error: BaseException) -> str | None:
-    """Returns a sentence for the user if `error` comes from the loss of a host, else None."""
+    """Returns the message for the user if `error` was caused by the loss of a host, else None."""
     if isinstance(error, HostLost):
         return str(error)
     lost = re.search(

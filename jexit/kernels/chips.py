@@ -57,8 +57,8 @@ UNKNOWN = Chip(16)  # an unknown chip is treated as the smallest
 def chip(device_kind: str | None = None) -> Chip:
     """Returns the first entry of `CHIPS` whose key is a part of JAX's device name `device_kind`.
 
-    If `device_kind` is None, looks up the chip for which programs are compiled. If no key matches,
-    returns `UNKNOWN`, a chip with 16 GiB.
+    If `device_kind` is None, looks up the chip of the current compilation target (see `target`). If
+    no key matches, returns `UNKNOWN`, a chip with 16 GiB.
     """
     kind = (target().device_kind if device_kind is None else device_kind).lower()
     return next((found for part, found in CHIPS.items() if part in kind), UNKNOWN)

@@ -119,6 +119,8 @@ class Operation:
     def __call__(self, implementation: str | None, *args: Any, **kwargs: Any) -> Any:
         """Runs the named implementation or, without a name, the first that supports the call.
 
+        If `implementation` is None, the name set by `using`, if any, applies.
+
         Raises:
           UserError: if no implementation with this name is registered.
           NotImplementedError: if the named implementation (without a name: every one that is tried)

@@ -68,7 +68,7 @@ class PassSize(NamedTuple):
 
     @classmethod
     def of(cls, lengths_B: np.ndarray) -> PassSize:
-        """Returns the size of a pass over separate rows of `lengths_B` tokens each."""
+        """Returns the size of a pass over unpacked rows, where row i has `lengths_B[i]` tokens."""
         lengths_B = np.asarray(lengths_B, np.int64)
         return cls(int(lengths_B.sum()), int((lengths_B * (lengths_B + 1) // 2).sum()))
 
@@ -135,7 +135,10 @@ class ModelFlops:
     def sft_step(
         self, size: PassSize, completion_tokens: int, *, samples: int, target: str
     ) -> float:
-        """Returns the FLOPs of a calibration step with `samples` student passes."""
+        """Returns the FLOPs of a calibration step with `samples` student passes.
+
+        `size` is that of one pass over the batch, and `target` is the setting `sft.target`.
+        """
         measured = self.forward(size, adapters=False)
         if target == "student":
             measured += self.forward(size)
@@ -143,7 +146,7 @@ class ModelFlops:
         return measured + samples * self._student(size, completion_tokens)
 
     def lens_step(self, tokens: int) -> float:
-        """Returns the FLOPs of a step that trains only the exit heads, all of them per token."""
+        """Returns the FLOPs of a step that trains only the exit heads, all heads on each token."""
         return 3.0 * len(self.exit_layers) * self._exit_head() * tokens
 
     def finetune_step(self, size: PassSize, completion_tokens: int) -> float:
@@ -152,7 +155,7 @@ class ModelFlops:
         return passes + self.logits(completion_tokens, trained=True)
 
     def rl_step(self, size: PassSize, completion_tokens: int, *, updates: int) -> float:
-        """Returns the FLOPs of an RL step without rollouts: a teacher pass and all updates."""
+        """Returns the FLOPs of an RL step without its rollouts: a teacher pass and the updates."""
         scored = self.forward(size, adapters=False) + self.logits(completion_tokens)
         return scored + updates * self._student(size, completion_tokens)
 

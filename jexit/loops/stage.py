@@ -103,7 +103,11 @@ class Stage:
         )
 
     def packed_shapes(self, *, shared: bool) -> PackedShapes:
-        """Returns this run's batch shapes; with `shared`, completions share prompts if possible."""
+        """Returns the `PackedShapes` of this run.
+
+        With `shared`, completions in a row share one copy of their prompt, unless the attention is
+        `splash`.
+        """
         config, new = self.config, getattr(self.config, self.config.command).max_new_tokens
         return PackedShapes(
             data_shards(),
@@ -152,9 +156,9 @@ class Stage:
     def initial_floor(self) -> AccuracyFloor:
         """Returns accuracy floors relative to the accuracy at full depth before training.
 
-        The share is `rl.accuracy_floor`. The evaluation split is decoded twice: with the settings
-        of the rollouts for the floor of rollouts, and with those of `config.eval` for held-out
-        problems.
+        Each floor is `rl.accuracy_floor` times a measured accuracy. The evaluation split is decoded
+        twice: with the settings of rollouts, for the floor of rollouts, and with those of
+        `config.eval`, for the floor of held-out problems.
         """
         rl, evaluation = self.config.rl, self.config.eval
         sampled, _ = self._measured(
@@ -179,7 +183,10 @@ class Stage:
         return floor
 
     def validation(self, state: TrainState, floor: float) -> dict[str, float]:
-        """Returns the evaluation-split metrics that RL uses to choose its best checkpoint."""
+        """Returns metrics on the evaluation split, from which RL chooses the best checkpoint.
+
+        `floor` is the accuracy floor for held-out problems.
+        """
         result, made = self._measured(state.trainable)
         reward = penalised_reward(self.config.rl, floor, made, self.layers)
         names = ("accuracy", "depth_fraction", "layers_per_problem")
@@ -195,7 +202,7 @@ class Stage:
 
     @property
     def policy(self) -> str:
-        """The halting policy under which the run is measured: `finetune.policy`, else `sample`."""
+        """The policy of the run's measurements: in fine-tuning `finetune.policy`, else `sample`."""
         return self.config.finetune.policy if self.config.command == "finetune" else "sample"
 
     def finish(self, trainer: Trainer, state: TrainState, before: PolicyResult) -> None:

@@ -81,7 +81,7 @@ class Sums:
         )
 
     def cleared(self) -> Sums:
-        """Returns sums over no tokens that keep the origins of these sums."""
+        """Returns a copy in which all sums are zero and only the origins are kept."""
         return Sums(
             **{
                 f.name: (jnp.copy if f.name in ORIGINS else jnp.zeros_like)(getattr(self, f.name))
@@ -113,7 +113,7 @@ def make_sums_step(split: SplitModel) -> Callable[[Sums, Params, Fixed, Completi
         first = sums.count == 0.0
 
         def centred(values_BCD: Array, origin_D: Array) -> tuple[Array, Array]:
-            """Returns (masked values − origin, origin); the first batch replaces 0 by its mean."""
+            """Returns (masked values − origin, origin); the first batch sets an origin of 0."""
             mean_D = jnp.einsum("BCD,BC->D", values_BCD, weight_BC) / jnp.maximum(count, 1.0)
             origin_D = jnp.where(first & ~jnp.any(origin_D), mean_D, origin_D)
             return (values_BCD - origin_D) * weight_BC[..., None], origin_D

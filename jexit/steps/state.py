@@ -44,7 +44,7 @@ class Fixed(NamedTuple):
 
 
 class SplitModel(NamedTuple):
-    """A model split once per run, so that training steps are pure functions of parameters."""
+    """A model split into structure and parameters, so that steps can be pure functions."""
 
     graphdef: nnx.GraphDef
     trainable: Params

@@ -35,7 +35,7 @@ class Weights(NamedTuple):
 
 
 class Rescale(NamedTuple):
-    """The rescaling of sums over one part of the vocabulary when it is merged with another.
+    """The rescaling of sums over one part of the vocabulary when the part is merged with another.
 
     `scale` multiplies exp(x), where x is a logit minus the largest logit; `shift` is added to x.
     """
@@ -75,7 +75,8 @@ def of_tile(z: jax.Array, hit: jax.Array, axis: int) -> tuple[Statistics, Weight
 def merge(left: Statistics, right: Statistics) -> tuple[Statistics, Rescale, Rescale]:
     """Merges the statistics of two parts of the vocabulary.
 
-    Returns the merged statistics and, for sums over the left and over the right part, a `Rescale`.
+    Returns the merged statistics, the `Rescale` of sums over the left part, and that of sums over
+    the right part.
     """
     top = jnp.maximum(left.max, right.max)
 
@@ -94,7 +95,10 @@ def merge(left: Statistics, right: Statistics) -> tuple[Statistics, Rescale, Res
 
 
 def finish(total: Statistics) -> Finished:
-    """Returns the outputs, and the values that their gradients need, from total statistics."""
+    """Returns the op's outputs, and the values that their gradients need.
+
+    `total` contains the statistics over the whole vocabulary.
+    """
     log_sum, mean = jnp.log(total.sum), total.spread / total.sum
     # Differences to the maximum, not to the log-sum-exp: no digits are lost at large logits.
     out = LinearLogprob(
