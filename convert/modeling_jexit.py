@@ -7,11 +7,11 @@
 
 Without `trust_remote_code` the same directory loads as a plain model, which runs all layers.
 
-A token that leaves at an exit skips the layers above it. In these its residual stays as it is, or
-goes through a linear map per layer, and each skipped layer still computes the key and value of the
-token from that residual. A layer that every row of the batch skips computes nothing else. Prompt
-tokens never leave: exits decide only in steps that extend a cache by one token. `forward(...,
-depths=...)` prescribes the depth of every position instead.
+A token that leaves at an exit skips the layers above the exit. There the token's residual stays as
+it is, or goes through a linear map per layer, and each skipped layer still computes the key and
+value of the token from that residual. A layer that every row of the batch skips computes nothing
+else. Prompt tokens never leave: exits decide only in steps that extend a cache by one token.
+`forward(..., depths=...)` prescribes the depth of every position instead.
 """
 
 from __future__ import annotations
@@ -259,7 +259,7 @@ class WithExits:
     def forward(
         self, input_ids: Any = None, *args: Any, depths: Any = None, **kwargs: Any
     ) -> ExitOutput:
-        """Runs the model like its base class; `depths` [B, T], or one number, prescribes depths.
+        """Runs the model like the base class; `depths` [B, T], or one number, prescribes depths.
 
         Always returns an output object, whatever `return_dict` is. Raises ValueError if depths are
         given while training with gradient checkpointing.

@@ -73,11 +73,11 @@ class Cost:
 def cost_of(module: Module, *, branch_share: float = 1.0, loops: Mapping[str, int] = {}) -> Cost:
     """Returns the cost of one run of the module on one device.
 
-    `loops` maps the name of a `jax.named_scope` to the largest trip count of the loops inside it,
-    for loops whose trip count the module does not contain. A conditional costs `branch_share` times
-    its most expensive branch plus 1 − `branch_share` times its cheapest. In the layer stack, only
-    the exit heads are conditional; with E exits, they run in E of the L layers, so `branch_share`
-    is E / L.
+    `loops` maps the name of a `jax.named_scope` to the largest trip count of the loops inside that
+    scope, for loops whose trip count the module does not contain. A conditional costs
+    `branch_share` times its most expensive branch plus 1 − `branch_share` times its cheapest. In
+    the stack of L layers, only the exit heads are conditional; they run in the E layers that have
+    an exit, so `branch_share` is E / L.
     """
 
     @functools.cache
@@ -267,7 +267,7 @@ def _convolution_flops(instruction: Instruction, computation: Computation) -> fl
 
 
 def _window(attributes: str, axes: int) -> list[tuple[int, ...]]:
-    """Returns stride, leading padding, left dilation and right dilation of each spatial axis."""
+    """Returns (stride, leading padding, left dilation, right dilation) for each spatial axis."""
     found = re.search(r"window=\{([^}]*)\}", attributes)
     parts = dict(part.split("=") for part in found.group(1).split()) if found else {}
 
@@ -292,7 +292,10 @@ def _meetings(
     left_dilation: int,
     right_dilation: int,
 ) -> int:
-    """Counts the pairs (output position, kernel position) on one axis that read no padding."""
+    """Counts the pairs (output position, kernel position) on one axis that read no padding.
+
+    `left`, `right` and `out` are the lengths of the input, the kernel and the output.
+    """
     end = (left - 1) * left_dilation + 1
     return sum(
         0 <= (place := o * stride + k * right_dilation - padding) < end

@@ -62,8 +62,8 @@ def preflight(config: Config, topology_name: str) -> list[Report]:
     """Compiles the jitted steps of `config` for a topology; prints a table and returns its rows.
 
     `topology_name` names absent devices, such as `v5e:4x4`. Raises UserError if the topology does
-    not exist or if the config does not divide over its devices, and DoesNotFit if a step needs more
-    than the memory of a chip.
+    not exist or if the config cannot be divided over the devices, and DoesNotFit if a step needs
+    more than the memory of a chip.
     """
     topology = get_topology(topology_name)
     config, notes = _on_mesh(config, topology)
@@ -149,10 +149,7 @@ def _compile(program: Program, mesh: Mesh, exit_share: float) -> Report:
 
 
 def _resident(program: Program, arguments: int) -> int:
-    """Returns the bytes per device of the run's state besides the arguments of the step.
-
-    `arguments` is the number of bytes per device of the arguments.
-    """
+    """Returns the bytes on a device of the run's state beyond the step's `arguments` bytes."""
     together = {id(leaf): leaf for _, leaf in on_devices((program.inputs, program.resident))}
     return max(0, device_bytes(list(together.values())) - arguments)
 

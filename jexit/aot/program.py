@@ -74,7 +74,7 @@ def placed(leaf: Any, mesh: Mesh, axes: str) -> jax.ShapeDtypeStruct:
 
 
 def rows(mesh: Mesh, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-    """Returns an abstract array of this shape whose first axis is sharded over the data axes."""
+    """Returns an abstract array of shape `shape`; the data axes shard the first axis."""
     return placed(jax.ShapeDtypeStruct(shape, dtype), mesh, "B" + "." * (len(shape) - 1))
 
 

@@ -138,8 +138,9 @@ def initialize(
 def _call_roll(coordinator: str, processes: int, process: int, timeout: float) -> None:
     """Lets all processes meet at the coordinator's port and compare their values of `processes`.
 
-    JAX itself does not compare them. It ends a process if the port never opens, and crashes on
-    process 0 if the port is in use.
+    JAX itself does not compare the values, ends a process if the port never opens, and crashes on
+    process 0 if the port is in use. Raises UserError if the values differ or the port is in use,
+    and HostLost if a process does not arrive in time.
     """
     if process == 0:
         told = _hear_all(coordinator, processes, timeout)
@@ -186,7 +187,7 @@ def _hear_all(coordinator: str, processes: int, timeout: float) -> dict[int, int
 
 
 def _report(coordinator: str, processes: int, process: int, timeout: float) -> dict[int, int]:
-    """Sends this process's value of `--processes` to process 0; returns {process: value} of all."""
+    """Sends this process's `--processes` to process 0; returns every process's {process: value}."""
     host, _, port = coordinator.rpartition(":")
     end = time.monotonic() + timeout
     while True:

@@ -61,7 +61,7 @@ _PREFERRED: contextvars.ContextVar[str] = contextvars.ContextVar("preferred", de
 def using(implementation: str) -> Iterator[None]:
     """Sets the implementation for all op calls in this context that do not name one.
 
-    An example is `xla` on a chip where a kernel fails. The default, `auto`, chooses by platform.
+    For example, `xla` avoids a kernel that fails. The default, `auto`, chooses by platform.
     JAX caches traces: if a function was traced before, call `jax.clear_caches()` first.
     """
     token = _PREFERRED.set(implementation)

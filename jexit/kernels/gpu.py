@@ -113,7 +113,7 @@ def statistics(
     """Computes `of_tile` on every tile of logits and merges the results over the vocabulary.
 
     `of_tile` returns a pytree of arrays [T, 1] for the T tokens of a tile; the arrays in the result
-    are [N]. `merge` combines two such pytrees, of which the left one comes first in the vocabulary.
+    are [N]. `merge` combines two such pytrees; the left one comes first in the vocabulary.
     `neutral` is a pytree of numbers that change nothing when merged with other statistics.
     """
     layout = _Layout.of(operands, tile)

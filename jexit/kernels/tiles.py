@@ -84,8 +84,7 @@ def product(left: jax.Array, right: jax.Array, contract: tuple[int, int]) -> jax
     """Multiplies matrices, contracting axis `contract[0]` of `left` with `contract[1]` of `right`.
 
     Operands of two dtypes are converted to the wider one. The sums are float32. Float32 operands
-    are multiplied in full precision, because accelerators would otherwise round them to bfloat16 or
-    TF32.
+    are multiplied in full precision; by default accelerators round them to bfloat16 or TF32.
     """
     dtype = jnp.promote_types(left.dtype, right.dtype)
     return lax.dot_general(

@@ -81,8 +81,7 @@ def statistics(
     """Computes `of_tile` on every tile of logits and merges the results over the vocabulary.
 
     `of_tile` returns a pytree of arrays [k, T] for the T tokens of a tile; the arrays in the result
-    are [k, N]. `merge` combines two such pytrees, of which the left one comes first in the
-    vocabulary.
+    are [k, N]. `merge` combines two such pytrees; the left one comes first in the vocabulary.
     """
     layout = _Layout.of(operands, tile)
     shapes, treedef = jax.tree.flatten(jax.eval_shape(lambda: of_tile(layout.example(operands))))
@@ -139,8 +138,7 @@ def gradients(
 def check_covers(operands: Operands) -> None:
     """Raises NotImplementedError if a kernel or its gradient kernels do not support the operands.
 
-    On a TPU, widths must be multiples of 128. On all platforms, the smallest tiles must fit in
-    VMEM.
+    On a TPU, widths must be multiples of 128. Everywhere, the smallest tiles must fit in VMEM.
     """
     for array in (*operands.hidden, *operands.heads):
         if dispatch.target().platform == "tpu" and array.shape[-1] % LANES:

@@ -87,7 +87,7 @@ def _sums(stage: Stage, trajectories: Trajectories, trainable: Params) -> tuple[
         raise UserError(
             f"config.sft.pool is {config.sft.pool} (prompts with trajectories: "
             f"{len(trajectories)}), but the fit of the continuation needs at least 2 batches of "
-            f"{size} prompts; raise it to at least {2 * size * config.sft.completions}"
+            f"{size} prompts; set config.sft.pool to {2 * size * config.sft.completions} or more"
         )
     add, here = make_sums_step(split), host_rows(size)
     sums = Sums.zero(stage.exit_layers, arch.layers, arch.width)

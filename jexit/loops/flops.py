@@ -109,7 +109,7 @@ class ModelFlops:
         )
 
     def forward(self, size: PassSize, *, adapters: bool = True, hazards: bool = False) -> float:
-        """Returns the FLOPs of a forward pass, with all exit heads on every token if `hazards`."""
+        """Returns the FLOPs of a forward pass; with `hazards`, all exit heads read every token."""
         token = self._base() + (self._adapters() if adapters else 0.0)
         layers = self.arch.layers * (token * size.tokens + self._pair() * size.pairs)
         return layers + (len(self.exit_layers) * self._exit_head() * size.tokens if hazards else 0)
@@ -122,7 +122,7 @@ class ModelFlops:
         return layers + (heads if hazards else 0.0)
 
     def logits(self, tokens: int, *, trained: bool = False) -> float:
-        """Returns the FLOPs of the output head on `tokens` tokens, plus backward if `trained`."""
+        """Returns the FLOPs of the output head on `tokens` tokens; `trained` adds its backward."""
         products = 1 + (2 if self.full else 1) * trained
         return products * 2.0 * self.arch.width * self.arch.vocab_size * tokens
 
@@ -146,7 +146,7 @@ class ModelFlops:
         return measured + samples * self._student(size, completion_tokens)
 
     def lens_step(self, tokens: int) -> float:
-        """Returns the FLOPs of a step that trains only the exit heads, all heads on each token."""
+        """Returns the FLOPs of a step that trains only the exit heads, all of them on `tokens`."""
         return 3.0 * len(self.exit_layers) * self._exit_head() * tokens
 
     def finetune_step(self, size: PassSize, completion_tokens: int) -> float:

@@ -146,7 +146,7 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Judged:
-    """The rollouts of this host, with the problem, the attempt and the verdict of each row."""
+    """The rollouts of this host; each row has a problem, an attempt (the text) and a verdict."""
 
     rollouts: Rollouts
     problems: list[Problem]

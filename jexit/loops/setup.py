@@ -51,7 +51,7 @@ def load_model(config: Config, *, trains: bool) -> tuple[Transformer, Tokenizer]
 
 
 def execution_of(config: Config) -> Execution:
-    """Returns `config.model.execution`, after a check that its attention runs on this platform."""
+    """Returns `config.model.execution`; raises UserError if its attention cannot run here."""
     check_attention(config.model.attention)
     return config.model.execution
 

@@ -65,7 +65,8 @@ class Stage:
             if config.finetune.policy == "sample" and not open_model(config.model.path).exit_layers:
                 raise UserError(
                     "config.finetune.policy is 'sample', but the model in "
-                    f"{config.model.path} has no trained exits; calibrate it first, or use full"
+                    f"{config.model.path} has no trained exits; calibrate the model first "
+                    "(configs/sft.py), or set config.finetune.policy=full"
                 )
         start_run(workdir, config)
         full = config.lora.rank == 0
@@ -105,8 +106,7 @@ class Stage:
     def packed_shapes(self, *, shared: bool) -> PackedShapes:
         """Returns the `PackedShapes` of this run.
 
-        With `shared`, completions in a row share one copy of their prompt, unless the attention is
-        `splash`.
+        With `shared`, completions in a row share copies of their prompts, except under `splash`.
         """
         config, new = self.config, getattr(self.config, self.config.command).max_new_tokens
         return PackedShapes(
@@ -121,7 +121,7 @@ class Stage:
         """Returns the learning rates at training step `step` as metrics `lr/NAME`.
 
         A phase with a schedule of its own passes its number of steps as `updates`, and `step`
-        counts from the start of the phase; 0 means the schedule of the whole run.
+        counts from the start of the phase. With `updates` 0, the whole run's schedule applies.
         """
         optim, per_step = self.config.optim, 1 if updates else self.updates // self.config.steps
         peaks = {"base": optim.full_lr} if self.config.lora.rank == 0 else {"lora": optim.lora_lr}

@@ -13,7 +13,7 @@ from jexit.losses.masked import masked_mean
 
 
 class Reward(NamedTuple):
-    """The total reward of each rollout J, and the three penalties that it contains.
+    """The total rewards of J rollouts, and the three penalties that they contain.
 
     total_J = verifier reward + depth_J + kl_J + length_J. The penalties include their coefficients
     and their minus signs.
@@ -228,7 +228,7 @@ def k3(log_student: Array, log_teacher: Array) -> Array:
 
 
 def zero_spread_groups(verifier_J: Float[Array, "J"], rollouts: int) -> Float[Array, ""]:
-    """Returns the share of groups (`rollouts` adjacent rows) in which all rewards are equal."""
+    """Returns the share of groups (`rollouts` adjacent rows) with equal verifier rewards."""
     groups = verifier_J.reshape(-1, rollouts)
     return jnp.mean((jnp.max(groups, 1) == jnp.min(groups, 1)).astype(jnp.float32))
 

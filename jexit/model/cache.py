@@ -113,7 +113,7 @@ def token_bytes(arch: Architecture, dtype: jnp.dtype) -> int:
 
 
 def _write(part_KLPSH: Array, new_KBH: Array, layer: Array, rows_B: Array, slot_B: Array) -> Array:
-    """Returns the cache array with one new token written to each of B rows, in one layer.
+    """Returns the cache array `part_KLPSH` after writing B new tokens, one per row, to one layer.
 
     The write goes head by head, which follows the memory order of the cache. A single write across
     heads would make TPUs change the layout of the whole cache in each layer.

@@ -200,10 +200,7 @@ def depth_log_prob(
     layers: int,
     **hazards: Float[Array, ""] | float,
 ) -> Float[Array, "*A"]:
-    """Returns the log-probability of each depth (in layers) under `depth_log_distribution`.
-
-    The keyword arguments `hazards` are passed to `log_hazards`.
-    """
+    """Returns the log-probability of each depth in layers; `hazards` go to `log_hazards`."""
     log_probs = depth_log_distribution(hazard_logits, **hazards)
     index = exit_index_of_depth(depth, exit_layers, layers)
     return jnp.take_along_axis(log_probs, index[..., None], axis=-1)[..., 0]

@@ -17,7 +17,7 @@ from jexit.presets import Architecture, Llama3Rope, Yarn
 
 
 class RMSNorm(nnx.Module):
-    """An RMS norm (arXiv:1910.07467), or a stack of them; the scales have the shape `shape`."""
+    """An RMS norm (arXiv:1910.07467), or a stack of norms if `shape` has axes before the width."""
 
     def __init__(self, *shape: int, eps: float, dtype: jnp.dtype):
         self.scale = nnx.Param(jnp.ones(shape, dtype))

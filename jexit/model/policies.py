@@ -1,10 +1,10 @@
 """Halting policies: rules, passed to the model as data, that decide when a token leaves.
 
-Before any layer runs, `Policy.start` returns the depth of each token, which is L if the exits
-decide. At an exit, `Policy.leaves` decides from the hazard logits which tokens leave. Afterwards,
-`Policy.log_prob` returns the log-probability of the chosen depths. Scalars in a policy apply to all
-tokens; arrays have one row per completion. `Policy.at` selects the array entries of single tokens,
-and `Policy.map_rows` transforms the arrays.
+Before any layer runs, `Policy.start` returns the depth of each token, which is the number of layers
+if the exits decide. At an exit, `Policy.leaves` decides from the hazard logits which tokens leave.
+Afterwards, `Policy.log_prob` returns the log-probability of the chosen depths. Scalars in a policy
+apply to all tokens; arrays have one row per completion. `Policy.at` selects the array entries of
+single tokens, and `Policy.map_rows` transforms the arrays.
 """
 
 from __future__ import annotations
@@ -52,10 +52,7 @@ class Policy:
         return jnp.full(shape, layers, jnp.int32)
 
     def leaves(self, hazard_logits: Float[Array, "*A"], key: PRNGKey | None) -> Bool[Array, "*A"]:
-        """Returns whether each token leaves at an exit, from the hazard logits of that exit.
-
-        Raises UserError if the policy draws at random and `key` is None.
-        """
+        """Returns whether each token leaves at the exit; a policy that draws needs a PRNG `key`."""
         return jnp.zeros(hazard_logits.shape, bool)
 
     def log_prob(
@@ -184,7 +181,7 @@ class Prescribed(Policy):
     def setting(self) -> dict[str, Any]:
         raise UserError(
             "Prescribed sets a depth for each token, but a request that joins a running pool has "
-            "one policy for all of its tokens; decode this request with rollout"
+            "one policy for all of its tokens; decode this request with jexit.rollout.rollout"
         )
 
 

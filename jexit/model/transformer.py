@@ -306,7 +306,7 @@ def forward(
     `run(..., action_BT=positions_T >= prompt_lengths_B[:, None])`.
 
     Raises UserError for tokens outside the vocabulary, more positions than the model has, lengths
-    that do not fit, and a policy that is not valid for this model.
+    that do not match the tokens, and a policy that is not valid for this model.
     """
     tokens_BT = jnp.asarray(tokens_BT)
     lengths_B = None if lengths_B is None else jnp.asarray(lengths_B)
@@ -372,5 +372,5 @@ def _forward(model, tokens_BT, lengths_B, policy, key, *, adapters, residual_lay
 
 
 def logits_of(hidden: Float[Array, "*A D"], head_VD: Float[Array, "V D"]) -> Array:
-    """Returns float32 logits hidden · headᵀ [..., V], at the precision of `jexit.kernels`."""
+    """Returns the float32 logits hidden · headᵀ [..., V], computed by `jexit.kernels.tiles`."""
     return tiles.logits(hidden, head_VD)

@@ -88,15 +88,12 @@ class Completions:
         return jax.vmap(scattered)(self.source_BC, self.action_BC, depth_BC)
 
     def by_row(self, values_JW: Array) -> Array:
-        """Rearranges values per completion [J, W] into packed rows [B, C], with 0 at padding."""
+        """Rearranges values by completion [J, W] into packed rows [B, C]; 0 at padding."""
         values_BC = values_JW[self.owner_BC, jnp.maximum(self.index_BC, 0)]
         return jnp.where(self.token_BC, values_BC, jnp.zeros((), values_JW.dtype))
 
     def by_completion(self, values_BC: Array, shape: tuple[int, int]) -> Array:
-        """Rearranges values in packed rows [B, C] by completion, [J, W], with 0 at padding.
-
-        `shape` is (J, W): the number of completions, and the tokens per completion with padding.
-        """
+        """Rearranges values in packed rows [B, C] by completion, `shape` [J, W]; 0 at padding."""
         index_BC = jnp.where(self.token_BC, self.index_BC, shape[1])  # beyond the end: dropped
         values_JW = jnp.zeros(shape, values_BC.dtype)
         return values_JW.at[self.owner_BC, index_BC].set(values_BC, mode="drop")

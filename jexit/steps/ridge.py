@@ -12,8 +12,7 @@ may leave early:
 The `strength` of the penalty is thus relative to the variance of each input. The fit uses the
 strength from `STRENGTHS` that predicts held-back trajectories best. Every x is a linear function of
 a residual at an exit, so the sums contain only the covariances of these residuals with the
-residuals after later layers. Linear maps between layers follow arXiv:2303.08112 and
-arXiv:2303.09435.
+residuals after later layers.
 """
 
 from __future__ import annotations
@@ -96,7 +95,7 @@ def pairs(exit_layers: tuple[int, ...], layers: int) -> list[tuple[int, int]]:
 
 
 def make_sums_step(split: SplitModel) -> Callable[[Sums, Params, Fixed, Completions], Sums]:
-    """Returns the jitted step (sums, trainable, fixed, batch) → sums with the batch added.
+    """Returns the jitted step (sums, trainable, fixed, batch) → sums, which adds the batch.
 
     The model runs at full depth. Only tokens whose pass could leave early count.
     """

@@ -328,10 +328,7 @@ def tempered(hidden_BCD: Array, temperature: float) -> Array:
 
 
 def depth_metrics(batch: RLBatch, exit_layers: tuple[int, ...], layers: int) -> Metrics:
-    """Returns metrics of depth: mean, quantiles, layers per problem, and shares of the exits.
-
-    The share of an exit is the share of tokens that leave there, of all that could leave early.
-    """
+    """Returns metrics of depth: mean, quantiles, layers per problem, share of tokens per exit."""
     token_JW, depth_JW = batch.token_JW, batch.depth_JW
     known_JW = jnp.where(token_JW, depth_JW.astype(jnp.float32), jnp.nan)
     metrics = {

@@ -86,10 +86,7 @@ def first_index(z: jax.Array, top: jax.Array, index: jax.Array, axis: int) -> ja
 
 
 def merge_final(left: Final, right: Final) -> Final:
-    """Merges statistics of the final distribution from two adjacent parts of the vocabulary.
-
-    `left` comes before `right` in the vocabulary.
-    """
+    """Merges the final distribution's statistics from two parts of the vocabulary, `left` first."""
     top = jnp.maximum(left.max, right.max)
 
     def rescaled(part: Final) -> tuple[jax.Array, jax.Array]:
@@ -103,7 +100,7 @@ def merge_final(left: Final, right: Final) -> Final:
 
 
 def merge_exit(left: Exit, right: Exit, final_left: Final, final_right: Final) -> Exit:
-    """Merges statistics of an exit from two adjacent parts of the vocabulary, `left` and `right`.
+    """Merges an exit's statistics from two parts of the vocabulary, `left` first.
 
     `final_left` and `final_right` are the statistics of the final distribution over the same parts.
     They are needed because x_final − x_exit shifts when a maximum rises.

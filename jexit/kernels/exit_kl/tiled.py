@@ -57,7 +57,7 @@ def exit_kl(
 
 
 def merge(left: Statistics, right: Statistics) -> Statistics:
-    """Merges the statistics of two adjacent parts of the vocabulary, `left` first."""
+    """Merges statistics from two parts of the vocabulary, `left` first."""
     return Statistics(
         statistics.merge_final(left.final, right.final),
         statistics.merge_exit(left.exits, right.exits, left.final, right.final),

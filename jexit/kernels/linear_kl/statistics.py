@@ -35,7 +35,7 @@ class Statistics(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """Per-token weights of the rows of the head; the weighted sums of rows give the gradient.
+    """The weights of the head's rows for each token; the weighted sums of rows give the gradient.
 
     x is a logit minus its distribution's largest logit.
     """
@@ -153,10 +153,7 @@ def merge(left: Statistics, right: Statistics) -> tuple[Statistics, Rescale, Res
 
 
 def finish(total: Statistics) -> Finished:
-    """Returns the KL, and the values that its gradient needs.
-
-    `total` contains the statistics over the whole vocabulary.
-    """
+    """Returns the KL, and the values for its gradient, from whole-vocabulary statistics."""
     log_sum_student, log_sum_teacher = jnp.log(total.sum_student), jnp.log(total.sum_teacher)
     # log p − log q is gap − offset; gap is the centred gap + max_teacher − pivot.
     offset = log_sum_student - log_sum_teacher

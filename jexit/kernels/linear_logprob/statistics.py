@@ -25,7 +25,7 @@ class Statistics(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """Per-token weights of the rows of the head; the weighted sums of rows give the gradient.
+    """The weights of the head's rows for each token; the weighted sums of rows give the gradient.
 
     x is a logit minus the largest logit.
     """
@@ -95,10 +95,7 @@ def merge(left: Statistics, right: Statistics) -> tuple[Statistics, Rescale, Res
 
 
 def finish(total: Statistics) -> Finished:
-    """Returns the op's outputs, and the values that their gradients need.
-
-    `total` contains the statistics over the whole vocabulary.
-    """
+    """Returns the outputs, and the values for their gradients, from whole-vocabulary statistics."""
     log_sum, mean = jnp.log(total.sum), total.spread / total.sum
     # Differences to the maximum, not to the log-sum-exp: no digits are lost at large logits.
     out = LinearLogprob(

@@ -74,8 +74,7 @@ def _finished(
 def _forward(static: _Static, *arguments: Any) -> tuple[LinearLogprob, tuple[Any, ...]]:
     """Returns the outputs [N], and the residuals for the backward pass.
 
-    Each argument has two attributes: `value`, an array, and `perturbed`, which is True if the
-    argument is differentiated.
+    Each argument has its array in `value`, and in `perturbed` whether it is differentiated.
     """
     values = tuple(pair.value for pair in arguments)
     finished = _finished(static, *values)

@@ -34,7 +34,7 @@ class _Total(NamedTuple):
 
 
 class _Units(NamedTuple):
-    """The derivatives of each token's entropy and log-sum-exp with respect to its hidden state.
+    """The derivatives of entropy and log-sum-exp with respect to the hidden state, for each token.
 
     The derivative of the log-probability is not stored: it is the target's row of the head minus
     the probability-weighted mean of all rows, which is `logsumexp_ND`.
@@ -78,8 +78,7 @@ def _linear_logprob(
 def _forward(static: _Static, *arguments: Any) -> tuple[LinearLogprob, tuple[Any, ...]]:
     """Returns the outputs [N], and the residuals for the backward pass.
 
-    Each argument has two attributes: `value`, an array, and `perturbed`, which is True if the
-    argument is differentiated.
+    Each argument has its array in `value`, and in `perturbed` whether it is differentiated.
     """
     h_ND, head_VD, targets_N = values = tuple(pair.value for pair in arguments)
     if arguments[1].perturbed:
