@@ -235,7 +235,7 @@ _FORWARDING = ("copy", "bitcast", "convert", "copy-done", "reshape")
 
 
 def _source(name: str | None, computation: Computation) -> Instruction | None:
-    """Returns the instruction that makes the value `name`, behind copies and reshapes, or None."""
+    """Returns the instruction that makes `name`, before any copies and reshapes, or None."""
     instruction = computation.get(name or "")
     while instruction is not None and instruction.opcode in _FORWARDING and instruction.operands:
         instruction = computation.get(instruction.operands[0])

@@ -201,7 +201,7 @@ def _array(leaf: jax.ShapeDtypeStruct, shape: tuple[int, ...]) -> Array:
 
 
 def _largest_types(program: Program, lowered: jax.stages.Lowered) -> list[Array]:
-    """Returns the largest arrays that a step makes, as they are before partitioning."""
+    """Returns the largest arrays that a step makes, with their shapes before partitioning."""
     found = {
         Array(_STABLEHLO.get(dtype, dtype), tuple(map(int, dims.split("x")[:-1])))
         for dims, dtype in re.findall(r"tensor<((?:\d+x)+)(\w+)>", lowered.as_text())
@@ -288,7 +288,7 @@ def _collectives(cost: Cost | None) -> str:
 
 
 def _footnotes(reports: list[Report]) -> list[str]:
-    """Returns notes for the table, which explain its columns and name figures that are bounds."""
+    """Returns notes for the table that explain its columns and name figures that are bounds."""
     notes = [
         "resident: the run's state on a device that is not an argument of this step; peak: the sum "
         "of arguments, resident state, temporaries and new outputs",

@@ -298,7 +298,7 @@ def gather(place: str, value: Any) -> list[Any]:
 
 
 def from_primary(place: str, value: Any) -> Any:
-    """Returns the primary host's `value`, a JSON value, on every host; see `gather`."""
+    """Returns the primary host's `value`, a JSON value, on every host; `place` names the wait."""
     return gather(place, value if is_primary() else None)[0]
 
 

@@ -34,7 +34,7 @@ class PackedShape:
         return self.rows * self.length
 
     def cost(self, model_width: int) -> float:
-        """Returns the cost of a pass at this shape, in units of one position without attention.
+        """Returns the cost of a pass at this shape; the unit is a position's without attention.
 
         With D = `model_width`, a position costs about 12·D² multiply-adds in matrix products and
         2·T·D in attention over T keys.

@@ -181,7 +181,7 @@ class Judged:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Totals:
-    """Totals over the rollouts of all hosts in one step; a row on several hosts counts once."""
+    """Totals over all hosts' rollouts in one step; a rollout on several hosts counts once."""
 
     rows: int
     correct: int
@@ -262,7 +262,7 @@ class Totals:
 
 
 def rl_batch(own: Judged, pad_id: int, packed: Packed) -> RLBatch:
-    """Returns the batch of an RL step, made of this host's judged rollouts `own`, on the devices.
+    """Returns the batch of an RL step, on the devices, from this host's judged rollouts `own`.
 
     `packed` is the placement of all hosts' rollouts in rows.
     """

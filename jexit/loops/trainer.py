@@ -106,7 +106,7 @@ class Trainer:
         self._compilations.shapes = shapes
 
     def chosen(self, state: TrainState) -> TrainState:
-        """Returns the final state: the best checkpoint's if configured and saved, else `state`."""
+        """Returns the state of the best checkpoint, if configured and saved, otherwise `state`."""
         step = self.checkpoints.best_step() if self.config.checkpoint.final == "best" else None
         if step is None:
             return state

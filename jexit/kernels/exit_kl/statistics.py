@@ -44,10 +44,10 @@ class FinalTile(NamedTuple):
 
 
 def of_final(z: jax.Array, index: jax.Array, axis: int) -> tuple[Final, FinalTile]:
-    """Returns the statistics and the `FinalTile` of the final distribution for a tile of logits.
+    """Returns (statistics, `FinalTile`) of the final distribution, for a tile of its logits `z`.
 
-    `axis` is the vocabulary axis of the logits `z`; it has length 1 in the statistics. `index`
-    contains the int32 vocabulary indices along `axis`.
+    `axis` is the vocabulary axis of `z`, which has length 1 in the statistics. `index` contains the
+    int32 vocabulary indices along `axis`.
     """
     top = z.max(axis, keepdims=True)
     x = z - top

@@ -71,9 +71,9 @@ class Finished(NamedTuple):
 def of_tile(
     z_student: jax.Array, z_teacher: jax.Array, direction: str, axis: int
 ) -> tuple[Statistics, Weights]:
-    """Returns the statistics and the weights for a tile of student and teacher logits.
+    """Returns (statistics, weights) for a tile of student and teacher logits.
 
-    `axis` is the vocabulary axis of the logits; it has length 1 in the statistics. `direction`
+    `axis` is the vocabulary axis of the logits, which has length 1 in the statistics. `direction`
     determines which statistics are needed.
     """
     max_student = z_student.max(axis, keepdims=True)

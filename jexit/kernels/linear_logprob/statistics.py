@@ -54,10 +54,10 @@ class Finished(NamedTuple):
 
 
 def of_tile(z: jax.Array, hit: jax.Array, axis: int) -> tuple[Statistics, Weights]:
-    """Returns the statistics and the weights for the logits `z` of a tile.
+    """Returns (statistics, weights) for the logits `z` of a tile.
 
-    `hit` is true at the target. `axis` is the vocabulary axis of `z`; it has length 1 in the
-    statistics.
+    `hit` is a mask that is true at the target. `axis` is the vocabulary axis of `z`, which has
+    length 1 in the statistics.
     """
     top = z.max(axis, keepdims=True)
     x = z - top
@@ -109,9 +109,9 @@ def finish(total: Statistics) -> Finished:
 def dlogits(z: jax.Array, hit: jax.Array, g: LinearLogprob, finished: Finished) -> jax.Array:
     """Returns the gradient of the loss with respect to the logits `z`.
 
-    `hit` is true at the target. `g` contains the derivative of the loss with respect to each
-    output, or None for an output that the loss does not use. All other arrays must broadcast
-    against `z`.
+    `hit` is a mask that is true at the target. `g` contains the derivative of the loss with respect
+    to each output, or None for an output that the loss does not use. All other arrays must
+    broadcast against `z`.
     """
     x = z - finished.max
     p = jnp.exp(x - finished.log_sum)
