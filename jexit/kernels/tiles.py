@@ -56,7 +56,7 @@ def _with_tokens(chunk_vocab: int, tokens: int, sets: int) -> Chunks:
 
 
 def override(chunks: Chunks, tokens: int | None, vocab: int | None) -> Chunks:
-    """Returns `chunks` with each size replaced by `tokens` or `vocab`, unless that is None."""
+    """Returns `chunks` with its sizes set to `tokens` and `vocab`; None leaves a size unchanged."""
     return Chunks(chunks.tokens if tokens is None else tokens, vocab or chunks.vocab)
 
 

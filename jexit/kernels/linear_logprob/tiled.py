@@ -74,7 +74,7 @@ def _finished(
 def _forward(static: _Static, *arguments: Any) -> tuple[LinearLogprob, tuple[Any, ...]]:
     """Returns the outputs [N], and the residuals for the backward pass.
 
-    Each argument has its array in `value`, and in `perturbed` whether it is differentiated.
+    In each argument, `value` is the array and `perturbed` is True if it is differentiated.
     """
     values = tuple(pair.value for pair in arguments)
     finished = _finished(static, *values)
