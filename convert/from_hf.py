@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(command: Callable[[], str]) -> int:
-    """Runs a conversion, prints its summary or its error message, and returns the exit code."""
+    """Runs a conversion, prints its summary or error, and returns the exit code (0 or 1)."""
     jax.config.update("jax_platforms", "cpu")  # a conversion should not occupy an accelerator
     storage_errors.say_once()
     try:

@@ -149,18 +149,18 @@ def _stages(run: pathlib.Path | None) -> Iterator[Mapping[str, Any]]:
 
 
 def _measured_name(measured: Evaluation) -> str:
-    """Returns the name of the measured model: that of its run or, without one, its directory."""
+    """Returns the name of the measured model: that of its run or, without a run, its directory."""
     parts = pathlib.Path(measured.model.path).parts
     return parts[-2] if parts[-1] == "model" and len(parts) > 1 else parts[-1]
 
 
 def _task_name(name: Any) -> str:
-    """Returns the name of a task; of a task file, only the file name, because paths are private."""
+    """Returns the name of a task; for a path, only the file's name, because paths are private."""
     return pathlib.Path(str(name)).name
 
 
 def _public(value: Any) -> Any:
-    """Returns a setting with each path reduced to its last part, as directories are private."""
+    """Returns a setting in which each path is cut to its last part, as directories are private."""
     if isinstance(value, (list, tuple)):
         return type(value)(map(_public, value))
     is_path = isinstance(value, str) and "/" in value and not value.startswith("hf:")

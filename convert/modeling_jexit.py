@@ -7,11 +7,11 @@
 
 Without `trust_remote_code` the same directory loads as a plain model, which runs all layers.
 
-A token that leaves at an exit skips the layers above it. In these its residual stays as it is, or
-goes through a linear map per layer, and each skipped layer still computes the key and value of the
-token from that residual. A layer that every row of the batch skips computes nothing else. Prompt
-tokens never leave: exits decide only in steps that extend a cache by one token. `forward(...,
-depths=...)` prescribes the depth of every position instead.
+A token that leaves at an exit skips the layers above the exit. There the token's residual stays as
+it is, or goes through a linear map per layer, and each skipped layer still computes the key and
+value of the token from that residual. A layer that every row of the batch skips computes nothing
+else. Prompt tokens never leave: exits decide only in steps that extend a cache by one token.
+`forward(..., depths=...)` prescribes the depth of every position instead.
 """
 
 from __future__ import annotations
@@ -106,9 +106,11 @@ class Exits(nn.Module):
         )
 
     def begin(self, shape: torch.Size, device: torch.device, *, decides: bool, depths: Any) -> None:
-        """Starts a pass over [B, T] positions: exits decide, or depths are prescribed.
+        """Starts a pass over positions [B, T] of the shape `shape`.
 
-        Raises ValueError for a depth that is neither an exit nor the number of layers.
+        If `decides`, the policy decides where tokens leave. Otherwise `depths` prescribes the depth
+        of each position (None: all layers). Raises ValueError for a depth that is neither an exit
+        nor the number of layers.
         """
         kind, _, argument = self.policy.partition(":")
         self._decides = decides and kind in ("threshold", "sample")
@@ -127,7 +129,11 @@ class Exits(nn.Module):
         )
 
     def layer(self, run: Any, layer: nn.Module, number: int, h: torch.Tensor, kwargs: Any) -> Any:
-        """Returns the residual after a layer: computed, or continued where tokens have left."""
+        """Returns the residual after `layer` for the residual `h` that enters the layer.
+
+        `run(h, **kwargs)` computes the layer. For tokens that have left, the continuation computes
+        the residual instead. `number` is the index of the layer.
+        """
         if self.depth_BT is None:  # called by the layers alone
             return run(h, **kwargs)
         alive_BT = self.depth_BT > number
@@ -181,7 +187,7 @@ def _under(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Ten
 
 
 def _keys_and_values(layer: nn.Module, h: torch.Tensor, kwargs: Any) -> None:
-    """Writes the keys and values of positions that skip a layer to the cache."""
+    """Writes the keys and values of a skipped layer to the cache, if there is a cache."""
     cache = kwargs.get("cache", kwargs.get("past_key_values"))
     if cache is None:
         return
@@ -253,7 +259,7 @@ class WithExits:
     def forward(
         self, input_ids: Any = None, *args: Any, depths: Any = None, **kwargs: Any
     ) -> ExitOutput:
-        """Runs the model like its base class; `depths` [B, T], or one number, prescribes depths.
+        """Runs the model like the base class; `depths` [B, T], or one number, prescribes depths.
 
         Always returns an output object, whatever `return_dict` is. Raises ValueError if depths are
         given while training with gradient checkpointing.

@@ -73,7 +73,7 @@ class Rule:
 
     @property
     def stacked(self) -> bool:
-        """Whether the parameter stacks layers or exits, each of which is a tensor in the file."""
+        """Whether the parameter stacks layers or exits; the file has a tensor for each of them."""
         return LAYER in self.name
 
     def name_at(self, layer: int | None) -> str:
@@ -215,9 +215,11 @@ def _group(letters: tuple[str, ...]) -> str:
 
 @functools.cache
 def _parse(layout: str) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
-    """Parses a layout into its left side and its right side.
+    """Returns the two sides of a layout.
 
-    The left side has a group of letters per axis, empty for `1`; the right side has only letters.
+    The left side is a tuple of groups, one per axis of the tensor in the file. A group contains the
+    letters that are flattened into the axis, and is empty for `1`. The right side is a tuple of
+    letters.
     """
     left, right = layout.split("->")
     groups = []

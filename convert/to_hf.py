@@ -128,7 +128,7 @@ def export(
 
 
 def _published_base(model: ModelSource) -> str:
-    """Returns the existing directory or the hub id of the base weights, or "" if there is none."""
+    """Returns the hub id or the existing directory of the base weights, or "" if there is none."""
     if not (model.base / MODEL_FILE).exists():
         return model.source or str(model.base.resolve())
     known = model.source

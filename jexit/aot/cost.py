@@ -73,11 +73,11 @@ class Cost:
 def cost_of(module: Module, *, branch_share: float = 1.0, loops: Mapping[str, int] = {}) -> Cost:
     """Returns the cost of one run of the module on one device.
 
-    `loops` maps the name of a `jax.named_scope` to the largest trip count of the loops inside it,
-    for loops whose trip count the module does not contain. A conditional costs `branch_share` times
-    its most expensive branch plus 1 − `branch_share` times its cheapest. In the layer stack, only
-    the exit heads are conditional; with E exits, they run in E of the L layers, so `branch_share`
-    is E / L.
+    `loops` maps the name of a `jax.named_scope` to the largest trip count of the loops inside that
+    scope, for loops whose trip count the module does not contain. A conditional costs
+    `branch_share` times its most expensive branch plus 1 − `branch_share` times its cheapest. In
+    the stack of L layers, only the exit heads are conditional; they run in the E layers that have
+    an exit, so `branch_share` is E / L.
     """
 
     @functools.cache
@@ -123,8 +123,9 @@ def largest_arrays(module: Module, count: int) -> list[tuple[Array, str]]:
     """Returns the `count` largest arrays that the module makes, each with its origin.
 
     Arguments do not count. The origin of an array is the `op_name` of the instruction that makes
-    it, such as `jit(step)/while/body/dot_general`, or of the nearest operation that uses it if the
-    compiler added that instruction. Arrays of equal type and shape are listed once.
+    the array, such as `jit(step)/while/body/dot_general`. If the compiler added that instruction,
+    the origin is the `op_name` of the nearest operation that uses the array. Arrays of equal type
+    and shape are listed once.
     """
     found: dict[str, tuple[Array, str, Instruction]] = {}
     for name in _scheduled(module):
@@ -140,15 +141,15 @@ def largest_arrays(module: Module, count: int) -> list[tuple[Array, str]]:
 
 
 def _traced(instruction: Instruction) -> bool:
-    """Checks whether the instruction comes from the traced program: its `op_name` has a slash."""
+    """Returns whether the instruction is from the traced program, with a slash in its `op_name`."""
     return "/" in instruction.op_name
 
 
 def _origin(module: Module, name: str, instruction: Instruction) -> str:
     """Returns the name, in the traced program, of an instruction in the computation `name`.
 
-    If the compiler added the instruction, this is the name of the nearest traced instruction that
-    uses its result, or, without one, the compiler's own name.
+    If the compiler added the instruction, returns the name of the nearest traced instruction that
+    uses the result. If there is none either, returns the compiler's name of the instruction.
     """
     reached = [(name, instruction)]
     for place, one in reached:  # the body extends this list
@@ -210,7 +211,7 @@ def _collective(instruction: Instruction) -> dict[str, tuple[float, float]] | No
 
 
 def _is_reduce_scatter(instruction: Instruction) -> bool:
-    """Checks whether an instruction is a TPU fusion that acts as a reduce-scatter."""
+    """Returns whether an instruction is a TPU fusion that acts as a reduce-scatter."""
     return any(name.startswith("all-reduce-scatter") for name in instruction.called)
 
 
@@ -266,7 +267,7 @@ def _convolution_flops(instruction: Instruction, computation: Computation) -> fl
 
 
 def _window(attributes: str, axes: int) -> list[tuple[int, ...]]:
-    """Returns stride, leading padding, left dilation and right dilation of each spatial axis."""
+    """Returns (stride, leading padding, left dilation, right dilation) for each spatial axis."""
     found = re.search(r"window=\{([^}]*)\}", attributes)
     parts = dict(part.split("=") for part in found.group(1).split()) if found else {}
 
@@ -291,7 +292,10 @@ def _meetings(
     left_dilation: int,
     right_dilation: int,
 ) -> int:
-    """Counts the pairs of output and kernel position, on one axis, that read an input element."""
+    """Counts the pairs (output position, kernel position) on one axis that read no padding.
+
+    `left`, `right` and `out` are the lengths of the input, the kernel and the output.
+    """
     end = (left - 1) * left_dilation + 1
     return sum(
         0 <= (place := o * stride + k * right_dilation - padding) < end

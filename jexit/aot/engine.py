@@ -24,7 +24,10 @@ from jexit.steps.state import SplitModel
 
 
 class EnginePrograms:
-    """The jitted programs of decoding: gathering of weights, prefill, ticks and cache growth."""
+    """The jitted programs of decoding: gathering weights, prefill, decoding and cache growth.
+
+    `state` is the training state that stays on the devices meanwhile, or None.
+    """
 
     def __init__(self, config: Config, mesh: Mesh, split: SplitModel, state: Any) -> None:
         self._mesh, self._split = mesh, split
@@ -44,13 +47,14 @@ class EnginePrograms:
         adapters: bool = True,
         forced: int = 0,
     ) -> Iterator[Program]:
-        """Yields the programs that decode `samples` completions of `new` tokens per prompt.
+        """Yields the programs that decode `samples` completions for each of `prompts` prompts.
 
-        There is one prefill and, for each policy, one tick over the largest cache. If a run needs
-        them, the gathering of the weights comes first, and the last enlargement of the cache comes
-        last. Each prompt is followed by up to `forced` given tokens of its completion, which exit
-        under the first policy. The names of all programs begin with `name`. Without `adapters`, the
-        teacher decodes.
+        There is one prefill program and, for each policy, one program that decodes a token with the
+        largest cache. If a run needs them, the gathering of the weights comes first, and the last
+        enlargement of the cache comes last. A completion has up to `forced` given tokens, which
+        leave under the first policy, and then `new` tokens. `policies` contains pairs (label,
+        policy). The names of all programs begin with `name`. Without `adapters`, the teacher
+        decodes.
         """
         split, mesh = self._split, self._mesh
         model = split.student(split.trainable)
@@ -141,7 +145,10 @@ class EnginePrograms:
     def _growth(
         self, name: str, layout: Layout, most: int, cache: Cache, resident: Any
     ) -> Iterator[Program]:
-        """Yields the program that grows the cache to its largest size, if it starts smaller."""
+        """Yields the program that grows the cache to its final size, unless it starts with that.
+
+        `most` is the number of slots that a row needs at the end.
+        """
         slots, smaller = cache.slots, layout.first_slots(most)
         if smaller >= slots:
             return

@@ -87,7 +87,7 @@ Source = Instruction | None
 
 @dataclasses.dataclass(frozen=True)
 class Trips:
-    """How often the body of a loop runs: an exact number, an upper bound, or 1 if unknown."""
+    """The number of times that a loop runs: exact, an upper bound, or 1 if it is not known."""
 
     count: int
     kind: Literal["exact", "at most", "unknown"]
@@ -101,11 +101,11 @@ class Module:
     entry: str
 
     def trips(self, loop: Instruction, computation: Computation) -> Trips:
-        """Returns how often the `while` instruction `loop` of this computation runs its body.
+        """Returns the trip count of the `while` instruction `loop` in `computation`.
 
-        For GPUs and CPUs, XLA writes the number into the module (`known_trip_count`). Otherwise it
-        is derived from a counter that starts at a constant, grows by a constant and is compared
-        with a constant. If this comparison is one of several conditions, the number is an upper
+        For GPUs and CPUs, XLA writes the trip count into the module (`known_trip_count`). Otherwise
+        it is derived from a counter that starts at a constant, grows by a constant and is compared
+        with a constant. If this comparison is one of several conditions, the trip count is an upper
         bound.
         """
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
@@ -129,9 +129,10 @@ class Module:
         return Trips(min(counts), "at most" if joined or len(comparisons) > 1 else "exact")
 
     def _seen(self, computation: Computation) -> Iterator[tuple[Instruction, list[Source]]]:
-        """Yields each instruction, also inside fusions, with the instructions of its operands.
+        """Yields (instruction, instructions that make its operands), also inside fusions.
 
-        A parameter of a fusion is replaced by the value that the computation passes to the fusion.
+        If an operand is a parameter of a fusion, its instruction is the one that makes the value
+        which the computation passes to the fusion.
         """
         for outer in computation.values():
             yield outer, [_source(name, computation) for name in outer.operands]
@@ -221,7 +222,7 @@ def parse(text: str) -> Module:
 
 
 def _closing(text: str, start: int) -> int:
-    """Returns the position just after the bracket that closes the one at position `start`."""
+    """Returns the position just after the bracket that closes the bracket at position `start`."""
     depth = 0
     for match in re.compile(r"[()]").finditer(text, start):
         depth += 1 if match.group() == "(" else -1
@@ -234,7 +235,7 @@ _FORWARDING = ("copy", "bitcast", "convert", "copy-done", "reshape")
 
 
 def _source(name: str | None, computation: Computation) -> Instruction | None:
-    """Returns the instruction, if any, that makes the value `name`, looking through copies."""
+    """Returns the instruction that makes `name`, before any copies and reshapes, or None."""
     instruction = computation.get(name or "")
     while instruction is not None and instruction.opcode in _FORWARDING and instruction.operands:
         instruction = computation.get(instruction.operands[0])

@@ -1,4 +1,4 @@
-"""Compiles every jitted step of a config for absent devices and reports the memory and FLOPs."""
+"""Compiles every jitted step of a config for absent devices, and reports memory and FLOPs."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def preflight(config: Config, topology_name: str) -> list[Report]:
     """Compiles the jitted steps of `config` for a topology; prints a table and returns its rows.
 
     `topology_name` names absent devices, such as `v5e:4x4`. Raises UserError if the topology does
-    not exist or if the config does not divide over its devices, and DoesNotFit if a step needs more
-    than the memory of a chip.
+    not exist or if the config cannot be divided over the devices, and DoesNotFit if a step needs
+    more than the memory of a chip.
     """
     topology = get_topology(topology_name)
     config, notes = _on_mesh(config, topology)
@@ -84,7 +84,7 @@ def preflight(config: Config, topology_name: str) -> list[Report]:
 
 
 def _on_mesh(config: Config, topology: Topology) -> tuple[Config, list[str]]:
-    """Returns the config with a mesh of all devices of the topology, and notes to print about it.
+    """Returns the config with a mesh of all devices of the topology, and notes on it to print.
 
     If the config's mesh is 1 × 1 × 1, the mesh is chosen here. For training, `fsdp` is the greatest
     common divisor of the number of devices and the rows of a micro-batch, and `tensor` takes the
@@ -149,7 +149,7 @@ def _compile(program: Program, mesh: Mesh, exit_share: float) -> Report:
 
 
 def _resident(program: Program, arguments: int) -> int:
-    """Returns the bytes per device of the run's state that is not an argument of the step."""
+    """Returns the bytes on a device of the run's state beyond the step's `arguments` bytes."""
     together = {id(leaf): leaf for _, leaf in on_devices((program.inputs, program.resident))}
     return max(0, device_bytes(list(together.values())) - arguments)
 
@@ -201,7 +201,7 @@ def _array(leaf: jax.ShapeDtypeStruct, shape: tuple[int, ...]) -> Array:
 
 
 def _largest_types(program: Program, lowered: jax.stages.Lowered) -> list[Array]:
-    """Returns the largest arrays, before partitioning, that a step makes besides its arguments."""
+    """Returns the largest arrays that a step makes, with their shapes before partitioning."""
     found = {
         Array(_STABLEHLO.get(dtype, dtype), tuple(map(int, dims.split("x")[:-1])))
         for dims, dtype in re.findall(r"tensor<((?:\d+x)+)(\w+)>", lowered.as_text())
@@ -288,7 +288,7 @@ def _collectives(cost: Cost | None) -> str:
 
 
 def _footnotes(reports: list[Report]) -> list[str]:
-    """Returns notes that explain the table's columns, and name figures that are only bounds."""
+    """Returns notes for the table that explain its columns and name figures that are bounds."""
     notes = [
         "resident: the run's state on a device that is not an argument of this step; peak: the sum "
         "of arguments, resident state, temporaries and new outputs",

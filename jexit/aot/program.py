@@ -21,8 +21,8 @@ class Program:
 
     `options` are the keyword arguments. `resident` is the state that the run keeps on the devices
     besides this step's arguments. `loops` maps the name of a `jax.named_scope` to the trip count of
-    the loops inside it, where the compiled module does not contain one. `note` is a sentence to
-    print about the step.
+    the loops inside this scope, where the compiled module does not contain the trip count. `note`
+    is a sentence to print about the step.
     """
 
     name: str
@@ -58,7 +58,7 @@ def device_bytes(tree: Any) -> int:
 
 
 def placed_parameters(tree: Any, mesh: Mesh, *, whole_width: bool = False) -> Any:
-    """Returns parameters, moments or counters as abstract arrays with their shardings in a run.
+    """Returns parameters, moments or counters as abstract arrays, sharded as in a run.
 
     With `whole_width`, the model width is not sharded.
     """
@@ -74,7 +74,7 @@ def placed(leaf: Any, mesh: Mesh, axes: str) -> jax.ShapeDtypeStruct:
 
 
 def rows(mesh: Mesh, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-    """Returns an abstract array of this shape whose first axis is sharded over the data axes."""
+    """Returns an abstract array of shape `shape`; the data axes shard the first axis."""
     return placed(jax.ShapeDtypeStruct(shape, dtype), mesh, "B" + "." * (len(shape) - 1))
 
 

@@ -88,9 +88,9 @@ class Topology:
 def _described_cudnn() -> Iterator[None]:
     """Allows cuDNN's attention to be traced on a machine without cuDNN.
 
-    JAX asks the installed cuDNN for its version, records the version and refuses features that an
-    old version lacks. In this context the answer is version 9.8. The compiled program calls cuDNN
-    only when it runs.
+    JAX asks the installed cuDNN for its version, records it and refuses features that an old
+    version lacks. In this context the answer is version 9.8. The compiled program calls cuDNN only
+    when it runs.
     """
     asked = cudnn.check_cudnn_version
     cudnn.check_cudnn_version = lambda: CUDNN

@@ -39,7 +39,7 @@ def make_mesh(
         f"config.mesh requests {wanted} devices (data={data} × fsdp={fsdp} × tensor={tensor})"
     )
     if wanted > len(devices):
-        raise UserError(f"{requested}, but this run has {len(devices)}; lower the sizes")
+        raise UserError(f"{requested}, but this run has {len(devices)}; lower these sizes")
     if jax.process_count() > 1 and wanted < len(devices):
         raise UserError(
             f"{requested}, but the {jax.process_count()} hosts have {len(devices)} and must use "
@@ -103,7 +103,7 @@ class HostRows:
 def host_rows(total: int) -> HostRows:
     """Returns the rows of a batch of `total` rows that this host prepares and fetches.
 
-    If the data shards of the mesh do not divide `total`, every host prepares all rows.
+    If `total` is not a multiple of the number of data shards, every host prepares all rows.
     """
     if jax.process_count() == 1:
         return HostRows(total, np.arange(total), np.ones(total, bool))
@@ -123,7 +123,7 @@ def _host_rows(mesh: Mesh, total: int) -> HostRows:
 
 
 def place_rows(tree: Any, rows: HostRows | None = None) -> Any:
-    """Places this host's rows, the first axis of each array in `tree`, on the mesh.
+    """Places the arrays in `tree`, whose first axis is this host's rows, on the mesh.
 
     `rows` states which rows of the whole batch the arrays contain (None: all rows).
     """
@@ -181,7 +181,7 @@ def data_shards() -> int:
 
 @jax.jit
 def gathered_width(tree: Any) -> Any:
-    """Gathers parameters over `fsdp`, so that every device has the full model width.
+    """Gathers parameters over the mesh axis `fsdp`, so that every device has the full model width.
 
     Gathering once saves time if the parameters are used many times, as for all tokens of a rollout.
     """

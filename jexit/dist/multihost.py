@@ -138,8 +138,9 @@ def initialize(
 def _call_roll(coordinator: str, processes: int, process: int, timeout: float) -> None:
     """Lets all processes meet at the coordinator's port and compare their values of `processes`.
 
-    JAX itself does not compare them. It ends a process if the port never opens, and crashes on
-    process 0 if the port is in use.
+    JAX itself does not compare the values, ends a process if the port never opens, and crashes on
+    process 0 if the port is in use. Raises UserError if the values differ or the port is in use,
+    and HostLost if a process does not arrive in time.
     """
     if process == 0:
         told = _hear_all(coordinator, processes, timeout)
@@ -186,7 +187,7 @@ def _hear_all(coordinator: str, processes: int, timeout: float) -> dict[int, int
 
 
 def _report(coordinator: str, processes: int, process: int, timeout: float) -> dict[int, int]:
-    """Sends this process's value of `--processes` to process 0; returns {process: value} of all."""
+    """Sends this process's `--processes` to process 0; returns every process's {process: value}."""
     host, _, port = coordinator.rpartition(":")
     end = time.monotonic() + timeout
     while True:
@@ -243,7 +244,7 @@ def _nobody_came(process: int | None, processes: int | None) -> None:
 
 
 def _task_of_several() -> bool:
-    """Checks whether SLURM or Open MPI started this process as one of several tasks of a job."""
+    """Returns whether SLURM or Open MPI started this process as one of several tasks of a job."""
     if "OMPI_MCA_orte_hnp_uri" in os.environ:
         return True
     # srun sets this for the step that it starts; the batch script itself is not part of a step.
@@ -251,7 +252,7 @@ def _task_of_several() -> bool:
 
 
 def _cluster_present() -> bool:
-    """Checks whether there may be other processes, which JAX can find without arguments."""
+    """Returns whether there may be other processes that JAX can find without arguments."""
     if _task_of_several():
         return True
     if os.environ.get("JAX_PLATFORMS", "tpu") == "cpu" or not importlib.util.find_spec("libtpu"):
@@ -265,7 +266,7 @@ def several_hosts() -> bool:
 
 
 def is_primary() -> bool:
-    """Checks whether this is host 0, the only host that writes files shared by all hosts."""
+    """Returns whether this is host 0, the only host that writes files shared by all hosts."""
     return jax.process_index() == 0
 
 
@@ -297,12 +298,15 @@ def gather(place: str, value: Any) -> list[Any]:
 
 
 def from_primary(place: str, value: Any) -> Any:
-    """Returns the primary host's `value`, a JSON value, on every host; see `gather`."""
+    """Returns the primary host's `value`, a JSON value, on every host; `place` names the wait."""
     return gather(place, value if is_primary() else None)[0]
 
 
 def barrier(place: str) -> None:
-    """Waits until every host has reached this call; see `gather`."""
+    """Waits until every host has reached this call, which error messages name `place`.
+
+    Raises HostLost if a host does not arrive within the timeout.
+    """
     gather(place, None)
 
 
@@ -356,7 +360,7 @@ def _whole(array: jax.Array) -> Any:
 
 
 def ended(error: BaseException) -> str | None:
-    """Returns a sentence for the user if `error` comes from the loss of a host, else None."""
+    """Returns the message for the user if `error` was caused by the loss of a host, else None."""
     if isinstance(error, HostLost):
         return str(error)
     lost = re.search(

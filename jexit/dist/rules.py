@@ -1,8 +1,8 @@
 """The logical axes of every array, and the mesh axes over which each logical axis is sharded.
 
-A logical axis is a letter, such as D for the model width. It is sharded only if the mesh axes
-divide its size: Qwen3's 8 key/value heads stay whole on every device with `tensor=16`, and so does
-every array on a mesh of one device.
+A logical axis is a letter, such as D for the model width. It is sharded only if its size is a
+multiple of the size of its mesh axes. With `tensor=16`, for example, every device has all 8
+key/value heads of Qwen3. On a mesh of one device, no axis is sharded.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ for _name, _inputs, _outputs in (
 def spec(axes: str, shape: Sequence[int], mesh: Any = None) -> P:
     """Returns the partition spec of an array whose logical axes are the letters in `axes`.
 
-    An axis whose size the mesh axes do not divide stays whole. `mesh` defaults to the mesh set by
-    `jax.set_mesh`.
+    An axis is sharded only if its size is a multiple of the size of its mesh axes. `mesh` defaults
+    to the mesh set by `jax.set_mesh`.
     """
     sizes = free_axes(jax.sharding.get_abstract_mesh()) if mesh is None else dict(mesh.shape)
     entries: list[tuple[str, ...] | None] = []
@@ -69,7 +69,7 @@ def free_axes(mesh: Any) -> dict[str, int]:
 
 
 def divides() -> bool:
-    """Checks whether the current mesh, without manual axes, has more than one device."""
+    """Returns whether the current mesh, without manual axes, has more than one device."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and math.prod(free_axes(mesh).values()) > 1
 
@@ -95,9 +95,10 @@ def data_axes() -> tuple[str, ...]:
 
 
 def parameter_axes(path: Sequence[str], ndim: int) -> str:
-    """Returns the logical axes of a parameter or its moments, by the last two names of `path`.
+    """Returns the logical axes of a parameter or of its optimiser moments.
 
-    Each axis is a letter, or a dot if it is never sharded. Arrays with unknown names get only dots.
+    The last two names of `path` determine the axes. Each axis is a letter, or a dot if it is never
+    sharded. Arrays with unknown names get only dots.
     """
     axes = PARAMETERS.get(tuple(path[-2:]), "." * ndim)
     return axes if len(axes) == ndim else "." * ndim

@@ -14,9 +14,9 @@ class Chip(NamedTuple):
       memory_gib: the device memory in GiB.
       peak_flops: the dense bfloat16 FLOP/s, or None if this figure is not known.
       vmem_mib: the VMEM of one TPU core in MiB; not used for GPUs.
-      rows: the number of hidden states per tile from which the matrix products take as long as
-        reading the output head: the peak FLOP/s divided by the memory bandwidth in bytes/s,
-        rounded up to a power of two; not used for GPUs.
+      rows: the number of hidden states per tile at which the matrix products take as long as
+        reading the output head. This is the peak FLOP/s divided by the memory bandwidth in
+        bytes/s, rounded up to a power of two; not used for GPUs.
     """
 
     memory_gib: float
@@ -57,8 +57,8 @@ UNKNOWN = Chip(16)  # an unknown chip is treated as the smallest
 def chip(device_kind: str | None = None) -> Chip:
     """Returns the first entry of `CHIPS` whose key is a part of JAX's device name `device_kind`.
 
-    If `device_kind` is None, looks up the chip for which programs are compiled. If no key matches,
-    returns `UNKNOWN`, a chip with 16 GiB.
+    If `device_kind` is None, looks up the chip of the current compilation target (see `target`). If
+    no key matches, returns `UNKNOWN`, a chip with 16 GiB.
     """
     kind = (target().device_kind if device_kind is None else device_kind).lower()
     return next((found for part, found in CHIPS.items() if part in kind), UNKNOWN)

@@ -61,7 +61,7 @@ _PREFERRED: contextvars.ContextVar[str] = contextvars.ContextVar("preferred", de
 def using(implementation: str) -> Iterator[None]:
     """Sets the implementation for all op calls in this context that do not name one.
 
-    An example is `xla` on a chip where a kernel fails. The default, `auto`, chooses by platform.
+    For example, `xla` avoids a kernel that fails. The default, `auto`, chooses by platform.
     JAX caches traces: if a function was traced before, call `jax.clear_caches()` first.
     """
     token = _PREFERRED.set(implementation)
@@ -118,6 +118,8 @@ class Operation:
 
     def __call__(self, implementation: str | None, *args: Any, **kwargs: Any) -> Any:
         """Runs the named implementation or, without a name, the first that supports the call.
+
+        If `implementation` is None, the name set by `using`, if any, applies.
 
         Raises:
           UserError: if no implementation with this name is registered.

@@ -113,7 +113,7 @@ def statistics(
     """Computes `of_tile` on every tile of logits and merges the results over the vocabulary.
 
     `of_tile` returns a pytree of arrays [T, 1] for the T tokens of a tile; the arrays in the result
-    are [N]. `merge` combines two such pytrees, of which the left one comes first in the vocabulary.
+    are [N]. `merge` combines two such pytrees; the left one comes first in the vocabulary.
     `neutral` is a pytree of numbers that change nothing when merged with other statistics.
     """
     layout = _Layout.of(operands, tile)
@@ -175,8 +175,8 @@ def _dlogits(
 ) -> jax.Array:
     """Returns the gradient [N, chunk] with respect to the logits of one chunk of the vocabulary.
 
-    `start` is the first vocabulary index of the chunk. The result has the wider of the dtypes of
-    hidden states and head, by which XLA then multiplies it.
+    `start` is the first vocabulary index of the chunk. XLA then multiplies the result by the hidden
+    states and by the head, so the result has the wider of the two dtypes.
     """
     layout = _Layout.of(operands, tile)
 
@@ -194,7 +194,7 @@ def _dlogits(
 
 
 class _Layout(NamedTuple):
-    """How the operands of an op are divided into tiles and ordered in a kernel call."""
+    """The division of an op's operands into tiles, and their order in a kernel call."""
 
     tile: Tile
     tokens: int
@@ -277,7 +277,7 @@ class _Layout(NamedTuple):
         """Runs the kernel over a grid of programs, each of which can read every array in full.
 
         `more` are arrays that the kernel gets after the operands. On a CPU the kernel is
-        interpreted, for tests. Raises NotImplementedError on other platforms than CPUs and Hopper
+        interpreted, for tests. Raises NotImplementedError on platforms other than CPUs and Hopper
         GPUs.
         """
         hidden = [operands.hidden[set_.hidden] for set_ in self.sets]
@@ -315,7 +315,7 @@ def _interpreted() -> bool:
 def choose_tile(operands: Operands) -> Tile:
     """Returns the tile from `TILES` for these operands, reduced in size for smaller arrays.
 
-    Raises NotImplementedError if the registers cannot hold that many sets of logits.
+    Raises NotImplementedError if there are more sets of logits than the registers can hold.
     """
     sets = len(operands.sets)
     if sets > MAX_SETS:
@@ -334,7 +334,7 @@ def choose_tile(operands: Operands) -> Tile:
 
 
 def _load(ref: Any, starts: tuple[jax.Array, ...], sizes: tuple[int, ...]) -> jax.Array:
-    """Loads the tile at `starts`, with zeros beyond the end of the array.
+    """Loads the tile of shape `sizes` at `starts`, with zeros beyond the end of the array.
 
     `starts` must be multiples of `sizes`.
     """
@@ -357,7 +357,7 @@ def _store(
 def _mask(
     shape: tuple[int, ...], starts: tuple[jax.Array, ...], sizes: tuple[int, ...]
 ) -> jax.Array | None:
-    """Returns a mask of the tile entries inside the array, or None if tiles divide it evenly."""
+    """Returns a mask of the tile's entries inside an array, or None if tiles divide the array."""
     mask = None
     for axis, (end, start, size) in enumerate(zip(shape, starts, sizes, strict=True)):
         if end % size:

@@ -38,10 +38,10 @@ class Shards(NamedTuple):
     def current(cls, vocab: int) -> "Shards":
         """Returns the sharding over the current mesh (see `jax.set_mesh`), except for manual axes.
 
-        Tokens are sharded over `data` and `fsdp`, and the `vocab` entries of the vocabulary over
-        `tensor`. If the size of `tensor` does not divide `vocab`, every device has the whole
-        vocabulary. Along axes with other names, the devices repeat the computation. Raises
-        UserError for `Explicit` axes.
+        Tokens are sharded over the axes `data` and `fsdp`, and the `vocab` entries of the
+        vocabulary over `tensor`. If `vocab` is not a multiple of the size of `tensor`, every device
+        has the whole vocabulary. Along axes with other names, the devices repeat the computation.
+        Raises UserError for `Explicit` axes.
         """
         mesh = jax.sharding.get_abstract_mesh()
         divides = {
@@ -103,7 +103,7 @@ class Shards(NamedTuple):
         return mapped(*arguments)
 
     def vocab_start(self, rows: int) -> jax.Array | int:
-        """Returns the vocabulary index of the first of this device's `rows` rows of the head."""
+        """Returns the vocabulary index of this device's first head row; each device has `rows`."""
         return 0 if self.vocab_axis is None else jax.lax.axis_index(self.vocab_axis) * rows
 
     def merged(self, part: Partial, merge: Callable[[Partial, Partial], Partial]) -> Partial:

@@ -56,7 +56,7 @@ def _with_tokens(chunk_vocab: int, tokens: int, sets: int) -> Chunks:
 
 
 def override(chunks: Chunks, tokens: int | None, vocab: int | None) -> Chunks:
-    """Returns `chunks` with `tokens` and `vocab` in place of its sizes, unless they are None."""
+    """Returns `chunks` with its sizes set to `tokens` and `vocab`; None leaves a size unchanged."""
     return Chunks(chunks.tokens if tokens is None else tokens, vocab or chunks.vocab)
 
 
@@ -84,8 +84,7 @@ def product(left: jax.Array, right: jax.Array, contract: tuple[int, int]) -> jax
     """Multiplies matrices, contracting axis `contract[0]` of `left` with `contract[1]` of `right`.
 
     Operands of two dtypes are converted to the wider one. The sums are float32. Float32 operands
-    are multiplied in full precision, because accelerators would otherwise round them to bfloat16 or
-    TF32.
+    are multiplied in full precision; by default accelerators round them to bfloat16 or TF32.
     """
     dtype = jnp.promote_types(left.dtype, right.dtype)
     return lax.dot_general(
@@ -121,7 +120,7 @@ def _tokens(arguments: tuple[Any, ...]) -> int:
 
 
 def _split(tree: Any, tokens: int, chunk: int) -> Any:
-    """Splits arrays [N, …] into [steps, rows, …], where `rows` is at most `chunk`, with padding.
+    """Pads arrays [N, …] and reshapes them to [steps, rows, …], where rows is at most `chunk`.
 
     The number of steps is the least possible, and the padding the least for this number of steps.
     """
@@ -183,12 +182,12 @@ def gradients(
     chunks: Chunks,
     head_dtype: jnp.dtype | None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Returns the gradients with respect to the hidden states and the head.
+    """Returns the gradients of the loss with respect to the hidden states and the head.
 
     Args:
       dlogits: takes `(start, size, *arguments of a chunk of tokens)` and returns two arrays: the
         gradient of the loss with respect to a tile's logits, dz_NC, and the tile's rows of the
-        head.
+        head. The tile has the vocabulary entries `start` … `start + size − 1`.
       arguments: pytrees with tokens as the first axis; the first pytree is the hidden states.
       head_VD: the output head.
       chunks: the numbers of tokens and vocabulary entries in a tile.

@@ -33,7 +33,7 @@ TOKEN_TILES = (1024, 512, 256, 128)
 
 
 class Tile(NamedTuple):
-    """The tokens and vocabulary entries per tile of logits; the chip determines those left None."""
+    """The sizes of a tile of logits in tokens and vocabulary entries; None: chosen for the chip."""
 
     tokens: int | None = None  # a multiple of 128
     vocab: int | None = None  # a multiple of 16, or the whole vocabulary
@@ -81,8 +81,7 @@ def statistics(
     """Computes `of_tile` on every tile of logits and merges the results over the vocabulary.
 
     `of_tile` returns a pytree of arrays [k, T] for the T tokens of a tile; the arrays in the result
-    are [k, N]. `merge` combines two such pytrees, of which the left one comes first in the
-    vocabulary.
+    are [k, N]. `merge` combines two such pytrees; the left one comes first in the vocabulary.
     """
     layout = _Layout.of(operands, tile)
     shapes, treedef = jax.tree.flatten(jax.eval_shape(lambda: of_tile(layout.example(operands))))
@@ -139,8 +138,7 @@ def gradients(
 def check_covers(operands: Operands) -> None:
     """Raises NotImplementedError if a kernel or its gradient kernels do not support the operands.
 
-    On a TPU, widths must be multiples of 128. On all platforms, the smallest tiles must fit in
-    VMEM.
+    On a TPU, widths must be multiples of 128. Everywhere, the smallest tiles must fit in VMEM.
     """
     for array in (*operands.hidden, *operands.heads):
         if dispatch.target().platform == "tpu" and array.shape[-1] % LANES:
@@ -229,7 +227,7 @@ def _to_head(
 
 
 class _Layout(NamedTuple):
-    """How the operands of an op are divided into blocks and ordered in a kernel call."""
+    """The division of an op's operands into blocks, and their order in a kernel call."""
 
     tile: Tile
     tokens: int
@@ -270,9 +268,10 @@ class _Layout(NamedTuple):
         )
 
     def blocks(self, refs: tuple[Any, ...], vocab_tile: jax.Array) -> tuple[Operands, tuple]:
-        """Splits a kernel's references into the blocks of the operands and all later references.
+        """Returns the blocks of the operands in a kernel, and the later references in `refs`.
 
-        `vocab_tile` is the position of the tile along the vocabulary.
+        `refs` are all references that the kernel gets. `vocab_tile` is the position of the tile
+        along the vocabulary.
         """
         heads, rows = self.hidden, self.hidden + self.heads
         end = rows + self.rows.num_leaves
@@ -300,7 +299,7 @@ class _Layout(NamedTuple):
 
         If `vocab_first`, the parallel axis is the vocabulary; otherwise it is the tokens.
         `products` is the number of the kernel's matrix products besides those that compute logits.
-        On a CPU the kernel is interpreted, for tests. Raises NotImplementedError on other platforms
+        On a CPU the kernel is interpreted, for tests. Raises NotImplementedError on platforms other
         than TPUs and CPUs.
         """
         platform = dispatch.target().platform

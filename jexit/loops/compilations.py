@@ -30,7 +30,7 @@ class Compilations:
         jax.monitoring.unregister_event_duration_listener(self._listen)
 
     def of_step(self) -> dict[str, int]:
-        """Returns metrics with the counts of the step that ends here, and resets the count."""
+        """Returns the metrics `compilations` and `recompilations` of the step that ends now."""
         count, self._count = self._count, 0
         again = count if self.shapes in self._seen else 0
         self._seen.add(self.shapes)

@@ -35,9 +35,10 @@ _WHAT = "the continuation's fit"
 def fitted_continuation(stage: Stage, trajectories: Trajectories, trainable: Params) -> Params:
     """Returns `trainable` with a linear continuation that is fitted by ridge regression.
 
-    Returns `trainable` unchanged if the continuation is frozen, or if it is no longer the identity:
-    adapters may then have learnt to work with its maps. The fit uses every trajectory once, except
-    for a remainder smaller than a batch. Raises UserError if there are too few trajectories.
+    Returns `trainable` unchanged if the continuation is frozen, or if its maps are no longer the
+    identity, because adapters may then have learnt to work with these maps. The fit uses every
+    trajectory once, except for a remainder smaller than a batch. Raises UserError if there are too
+    few trajectories.
     """
     flat = {
         tuple(names_of(path)): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(trainable)
@@ -69,13 +70,16 @@ def fitted_continuation(stage: Stage, trajectories: Trajectories, trainable: Par
 
 
 def rows_at_a_time(config: Config, rows: int) -> int:
-    """Returns the rows per batch for a fit to `rows` rows, as a multiple of the data shards."""
+    """Returns the rows per batch of a fit to `rows` rows of trajectories (see `Trajectories`).
+
+    The result is a multiple of the number of data shards.
+    """
     shards = data_shards()
     return max(1, min(rows_of_batch(config), rows // HELD_BACK) // shards) * shards
 
 
 def _sums(stage: Stage, trajectories: Trajectories, trainable: Params) -> tuple[Sums, Sums]:
-    """Returns the sums over the fitting batches and over the held-back batches, as NumPy arrays."""
+    """Returns (sums over the batches for fitting, sums over the held-back batches) in NumPy."""
     config, split = stage.config, stage.split
     arch, size = split.student(split.trainable).arch, rows_at_a_time(config, len(trajectories))
     batches = len(trajectories) // size
@@ -83,7 +87,7 @@ def _sums(stage: Stage, trajectories: Trajectories, trainable: Params) -> tuple[
         raise UserError(
             f"config.sft.pool is {config.sft.pool} (prompts with trajectories: "
             f"{len(trajectories)}), but the fit of the continuation needs at least 2 batches of "
-            f"{size} prompts; raise it to at least {2 * size * config.sft.completions}"
+            f"{size} prompts; set config.sft.pool to {2 * size * config.sft.completions} or more"
         )
     add, here = make_sums_step(split), host_rows(size)
     sums = Sums.zero(stage.exit_layers, arch.layers, arch.width)

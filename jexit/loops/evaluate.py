@@ -30,8 +30,7 @@ def evaluate(config: Config, workdir: pathlib.Path) -> None:
 
     Writes `eval.json`, `problems.csv`, `completions.json` and a report to `workdir`. A first
     `eval.json`, in which `complete` is false, is written before the measures start. For a model
-    from a training run, the depth distribution has the settings of that run, whatever `config`
-    says.
+    from a training run, the hazard settings of that run replace those of `config`.
     """
     given, config = config, with_trained_exits(config)
     measurer, flops = _open(config)
@@ -84,7 +83,10 @@ def evaluate(config: Config, workdir: pathlib.Path) -> None:
 
 
 def _open(config: Config) -> tuple[Measurer, ModelFlops]:
-    """Loads model and task; raises UserError if a policy or measure of `config` cannot run."""
+    """Loads model and task, and returns the objects that run the measures and count the FLOPs.
+
+    Raises UserError if a policy or measure of `config` cannot run.
+    """
     task = load_task(config.task, config.eval.split)
     check_measures(task, config.eval.measures)
     model, tokenizer = load_model(config, trains=False)

@@ -68,7 +68,7 @@ class PassSize(NamedTuple):
 
     @classmethod
     def of(cls, lengths_B: np.ndarray) -> PassSize:
-        """Returns the size of a pass over separate rows of `lengths_B` tokens each."""
+        """Returns the size of a pass over unpacked rows, where row i has `lengths_B[i]` tokens."""
         lengths_B = np.asarray(lengths_B, np.int64)
         return cls(int(lengths_B.sum()), int((lengths_B * (lengths_B + 1) // 2).sum()))
 
@@ -109,7 +109,7 @@ class ModelFlops:
         )
 
     def forward(self, size: PassSize, *, adapters: bool = True, hazards: bool = False) -> float:
-        """Returns the FLOPs of a forward pass, with all exit heads on every token if `hazards`."""
+        """Returns the FLOPs of a forward pass; with `hazards`, all exit heads read every token."""
         token = self._base() + (self._adapters() if adapters else 0.0)
         layers = self.arch.layers * (token * size.tokens + self._pair() * size.pairs)
         return layers + (len(self.exit_layers) * self._exit_head() * size.tokens if hazards else 0)
@@ -122,7 +122,7 @@ class ModelFlops:
         return layers + (heads if hazards else 0.0)
 
     def logits(self, tokens: int, *, trained: bool = False) -> float:
-        """Returns the FLOPs of the output head on `tokens` tokens, plus backward if `trained`."""
+        """Returns the FLOPs of the output head on `tokens` tokens; `trained` adds its backward."""
         products = 1 + (2 if self.full else 1) * trained
         return products * 2.0 * self.arch.width * self.arch.vocab_size * tokens
 
@@ -135,7 +135,10 @@ class ModelFlops:
     def sft_step(
         self, size: PassSize, completion_tokens: int, *, samples: int, target: str
     ) -> float:
-        """Returns the FLOPs of a calibration step with `samples` student passes."""
+        """Returns the FLOPs of a calibration step with `samples` student passes.
+
+        `size` is that of one pass over the batch, and `target` is the setting `sft.target`.
+        """
         measured = self.forward(size, adapters=False)
         if target == "student":
             measured += self.forward(size)
@@ -143,7 +146,7 @@ class ModelFlops:
         return measured + samples * self._student(size, completion_tokens)
 
     def lens_step(self, tokens: int) -> float:
-        """Returns the FLOPs of a step that trains only the exit heads, all of them per token."""
+        """Returns the FLOPs of a step that trains only the exit heads, all of them on `tokens`."""
         return 3.0 * len(self.exit_layers) * self._exit_head() * tokens
 
     def finetune_step(self, size: PassSize, completion_tokens: int) -> float:
@@ -152,7 +155,7 @@ class ModelFlops:
         return passes + self.logits(completion_tokens, trained=True)
 
     def rl_step(self, size: PassSize, completion_tokens: int, *, updates: int) -> float:
-        """Returns the FLOPs of an RL step without rollouts: a teacher pass and all updates."""
+        """Returns the FLOPs of an RL step without its rollouts: a teacher pass and the updates."""
         scored = self.forward(size, adapters=False) + self.logits(completion_tokens)
         return scored + updates * self._student(size, completion_tokens)
 

@@ -34,7 +34,7 @@ class PackedShape:
         return self.rows * self.length
 
     def cost(self, model_width: int) -> float:
-        """Returns the cost of a pass at this shape, in units of one position without attention.
+        """Returns the cost of a pass at this shape; the unit is a position's without attention.
 
         With D = `model_width`, a position costs about 12·D² multiply-adds in matrix products and
         2·T·D in attention over T keys.
@@ -43,7 +43,7 @@ class PackedShape:
 
 
 class Lengths(NamedTuple):
-    """The lengths, in tokens, of a batch's completions J and of the prompt of each completion.
+    """The lengths, in tokens, of the J completions of a batch and of the prompt of each completion.
 
     `number_J` is the number of each completion's prompt. Completions of the same prompt are
     adjacent.
@@ -56,7 +56,7 @@ class Lengths(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """The placement of a batch's completions J in rows: completion j goes into `row_of_J[j]`."""
+    """The placement of a batch's J completions: completion j goes into row `row_of_J[j]`."""
 
     shape: PackedShape
     row_of_J: np.ndarray
@@ -79,8 +79,8 @@ class Packed:
     ) -> Completions:
         """Packs this host's prompts and completions into rows and places them on the devices.
 
-        `numbers` contains each completion's index in the whole batch, and `prompt_of` the number of
-        its prompt.
+        `prompts` and `completions` have one entry per completion. `numbers` contains the index of
+        each completion in the whole batch, and `prompt_of` the number of each completion's prompt.
         """
         rows, row_of = host_rows(self.shape.rows), self.row_of_J[numbers]
         here = np.flatnonzero(np.isin(row_of, rows.index_B))
@@ -100,11 +100,13 @@ class PackedShapes:
     """The batch shapes of a run; a new shape is added only if it saves about a tenth of the work.
 
     `shards` is the number of parts into which the mesh divides rows. If the completions divide
-    equally among the parts, each stays in its part; otherwise every device has all completions.
-    Prompts with completions, and rows, have at most `longest` tokens, which bounds the memory of
-    attention scores. `shares(length)` returns whether completions in rows of `length` tokens can
-    share a copy of their prompt. The chosen shapes depend on earlier batches, so checkpoints save
-    them (`state`, `load`).
+    equally among the parts, each completion stays in its part; otherwise every device has all
+    completions. The number of rows is a multiple of `shards` · `micro_batches`. A prompt with its
+    completion has at most `longest` tokens. Rows are at most that long, rounded up, which bounds
+    the memory of attention scores. `model_width` serves to compare the costs of shapes.
+    `shares(length)` returns whether completions in rows of `length` tokens can share a copy of
+    their prompt. The chosen shapes depend on earlier batches, so checkpoints save the shapes
+    (`state`, `load`).
     """
 
     def __init__(
@@ -130,7 +132,7 @@ class PackedShapes:
     def fit(self, asked: Lengths) -> Packed:
         """Places completions with the lengths `asked` in rows of a known or a new shape.
 
-        Every host must pass the lengths of the whole batch, and then gets the same result.
+        Every host must pass the lengths of the whole batch; all hosts then get the same result.
         """
         count = len(asked.prompt_J)
         parts = self.shards if count % self.shards == 0 else 1

@@ -1,4 +1,4 @@
-"""Schedules the RL penalties' coefficients, λ (depth) and μ (length), and detects failing runs."""
+"""Schedules the coefficients λ (depth) and μ (length) of the RL penalties; detects failing runs."""
 
 from __future__ import annotations
 
@@ -123,9 +123,9 @@ class FailureWatch:
     """Detects collapse, text collapse and shut exits in RL, and logs one warning for each.
 
     - Collapse: nearly every token leaves at the first exit, and accuracy is below half of the best.
-    - Text collapse: completions are shorter than 0.4 of the floor's length (or of the first
-      batch's, if the floor has none), and accuracy is below half of the best or of the floor,
-      whichever is higher.
+    - Text collapse: the mean length of completions is below 0.4 of `floor.length` (or of the first
+      batch's mean length, if `floor.length` is 0), and accuracy is below half of the best or of the
+      floor, whichever is higher.
     - Shut exits: hardly any token leaves early.
 
     Accuracy and length are moving averages. With `stops`, the run should stop after a collapse or

@@ -64,7 +64,7 @@ def new_model(config: Config, tokenizer: Tokenizer) -> Transformer:
 
 
 def first_model(config: Config, tokenizer: Tokenizer) -> Transformer:
-    """Loads the model in directory `config.pretrain.start`, or makes a new one if that is empty.
+    """Loads the model in the directory `config.pretrain.start`, or makes a new one if it is "".
 
     Raises UserError if the loaded model differs in size from the configured one, or has adapters.
     """
@@ -120,7 +120,7 @@ def pretrain(config: Config, workdir: pathlib.Path) -> None:
     here = host_rows(config.batch_size)
 
     def batch_of(step: int) -> tuple[PretrainBatch, float]:
-        """Returns this host's rows of a step's batch, and the model FLOPs of the whole batch."""
+        """Returns (this host's rows of the batch of step `step`, FLOPs of the whole batch)."""
         text = text_batch(
             tasks,
             tokenizer,

@@ -32,11 +32,11 @@ ROLLOUT_STREAM = 2  # stream of `step_key` for the sampler's noise
 
 
 def reinforce(config: Config, workdir: pathlib.Path) -> None:
-    """Runs stage 2, reinforcement learning, and writes the trained model to `WORKDIR/model`.
+    """Trains the model by reinforcement learning and writes it to `WORKDIR/model`.
 
     With LoRA, the written model consists of a reference to the base model, the adapters and the
-    exit heads. If `rl.stop_on_collapse` stops the run, this writes the last kept checkpoint from
-    before the collapse, if any, and raises Collapsed.
+    exit heads. If `rl.stop_on_collapse` stops the run, the model of the last kept checkpoint from
+    before the collapse, if any, is written instead, and Collapsed is raised.
     """
     rl = config.rl
     stage = Stage.open(config, workdir, updates=config.steps * rl.updates_per_batch)
@@ -146,7 +146,7 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Judged:
-    """The rollouts of this host, with the problem, the attempt and the verdict of each row."""
+    """The rollouts of this host; each row has a problem, an attempt (the text) and a verdict."""
 
     rollouts: Rollouts
     problems: list[Problem]
@@ -181,7 +181,7 @@ class Judged:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Totals:
-    """Totals over the rollouts of all hosts in one step; a row on several hosts counts once."""
+    """Totals over all hosts' rollouts in one step; a rollout on several hosts counts once."""
 
     rows: int
     correct: int
@@ -262,7 +262,10 @@ class Totals:
 
 
 def rl_batch(own: Judged, pad_id: int, packed: Packed) -> RLBatch:
-    """Packs this host's judged rollouts into the batch of an RL step, on the devices."""
+    """Returns the batch of an RL step, on the devices, from this host's judged rollouts `own`.
+
+    `packed` is the placement of all hosts' rollouts in rows.
+    """
     rollouts = own.rollouts
     rows = packed.placed(
         [rollouts.prompts[index] for index in rollouts.prompt_B],

@@ -51,13 +51,16 @@ def load_model(config: Config, *, trains: bool) -> tuple[Transformer, Tokenizer]
 
 
 def execution_of(config: Config) -> Execution:
-    """Returns `config.model.execution`, after a check that its attention runs on this platform."""
+    """Returns `config.model.execution`; raises UserError if its attention cannot run here."""
     check_attention(config.model.attention)
     return config.model.execution
 
 
 def with_trained_exits(config: Config) -> Config:
-    """Returns `config` with the settings under which its model's exits, if any, were trained."""
+    """Returns `config` with the exit settings under which the exits of its model were trained.
+
+    Without trained exits, the settings stay as they are.
+    """
     trained = {
         section: dataclasses.replace(getattr(config, section), **values)
         for section, values in exit_settings_of(config.model.path).items()
@@ -75,7 +78,10 @@ def sample_policy(config: Config) -> Sample:
 def make_decoder(
     config: Config, parts: tuple[Any, ...], layers: int, tokenizer: Tokenizer, **changed: Any
 ) -> Decoder:
-    """Returns a decoder with the settings of `config`, except those given in `changed`."""
+    """Returns a decoder with the settings of `config`, except those given in `changed`.
+
+    `parts` is the model in the form of `SplitModel.decodable`, and `layers` its number of layers.
+    """
     settings = {
         "sample": sample_policy(config),
         "size": config.engine,

@@ -34,7 +34,7 @@ HEADS_TOKENS = 512  # tokens, each at all exits, in a step that trains the heads
 
 
 def calibrate(config: Config, workdir: pathlib.Path) -> None:
-    """Runs stage 1, the calibration of the exits, and writes the model to `WORKDIR/model`."""
+    """Calibrates the exits of the model and writes the model to `WORKDIR/model`."""
     stage, lens_steps = Stage.open(config, workdir, updates=config.steps), config.sft.lens_steps
     trajectories = teacher_trajectories(stage)
     before = stage.measure_before()
@@ -56,7 +56,7 @@ def calibrate(config: Config, workdir: pathlib.Path) -> None:
     here = host_rows(rows_of_batch(config))
 
     def batch_of(step: int) -> tuple[Completions, dict[str, float]]:
-        """Returns this host's rows of a batch, and padding and model FLOPs of the whole batch."""
+        """Returns this host's rows of a batch, and the whole batch's padding and FLOPs by name."""
         batch, rows = trajectories.batch(step, here)
         prompt_J = [len(one.prompt) for row in rows for one in row]
         completion_J = [len(one.completion) for row in rows for one in row]
@@ -104,7 +104,7 @@ def calibrate(config: Config, workdir: pathlib.Path) -> None:
 def exit_states(
     stage: Stage, trajectories: Trajectories, trainable: Params
 ) -> tuple[ExitStates, np.ndarray]:
-    """Returns the training data of the exit heads, and the indices V of usable positions in it.
+    """Returns the training data of the exit heads, and the indices of its usable positions.
 
     A position is usable if its pass could leave early. The model runs once over trajectories with
     up to `sft.lens_tokens` usable positions.

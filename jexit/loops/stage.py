@@ -65,7 +65,8 @@ class Stage:
             if config.finetune.policy == "sample" and not open_model(config.model.path).exit_layers:
                 raise UserError(
                     "config.finetune.policy is 'sample', but the model in "
-                    f"{config.model.path} has no trained exits; calibrate it first, or use full"
+                    f"{config.model.path} has no trained exits; calibrate the model first "
+                    "(configs/sft.py), or set config.finetune.policy=full"
                 )
         start_run(workdir, config)
         full = config.lora.rank == 0
@@ -103,7 +104,10 @@ class Stage:
         )
 
     def packed_shapes(self, *, shared: bool) -> PackedShapes:
-        """Returns this run's batch shapes; with `shared`, completions share prompts if possible."""
+        """Returns the `PackedShapes` of this run.
+
+        With `shared`, completions in a row share copies of their prompts, except under `splash`.
+        """
         config, new = self.config, getattr(self.config, self.config.command).max_new_tokens
         return PackedShapes(
             data_shards(),
@@ -117,7 +121,7 @@ class Stage:
         """Returns the learning rates at training step `step` as metrics `lr/NAME`.
 
         A phase with a schedule of its own passes its number of steps as `updates`, and `step`
-        counts from the start of the phase; 0 means the schedule of the whole run.
+        counts from the start of the phase. With `updates` 0, the whole run's schedule applies.
         """
         optim, per_step = self.config.optim, 1 if updates else self.updates // self.config.steps
         peaks = {"base": optim.full_lr} if self.config.lora.rank == 0 else {"lora": optim.lora_lr}
@@ -152,9 +156,9 @@ class Stage:
     def initial_floor(self) -> AccuracyFloor:
         """Returns accuracy floors relative to the accuracy at full depth before training.
 
-        The share is `rl.accuracy_floor`. The evaluation split is decoded twice: with the settings
-        of the rollouts for the floor of rollouts, and with those of `config.eval` for held-out
-        problems.
+        Each floor is `rl.accuracy_floor` times a measured accuracy. The evaluation split is decoded
+        twice: with the settings of rollouts, for the floor of rollouts, and with those of
+        `config.eval`, for the floor of held-out problems.
         """
         rl, evaluation = self.config.rl, self.config.eval
         sampled, _ = self._measured(
@@ -179,7 +183,10 @@ class Stage:
         return floor
 
     def validation(self, state: TrainState, floor: float) -> dict[str, float]:
-        """Returns the evaluation-split metrics that RL uses to choose its best checkpoint."""
+        """Returns metrics on the evaluation split, from which RL chooses the best checkpoint.
+
+        `floor` is the accuracy floor for held-out problems.
+        """
         result, made = self._measured(state.trainable)
         reward = penalised_reward(self.config.rl, floor, made, self.layers)
         names = ("accuracy", "depth_fraction", "layers_per_problem")
@@ -195,7 +202,7 @@ class Stage:
 
     @property
     def policy(self) -> str:
-        """The halting policy under which the run is measured: `finetune.policy`, else `sample`."""
+        """The policy of the run's measurements: in fine-tuning `finetune.policy`, else `sample`."""
         return self.config.finetune.policy if self.config.command == "finetune" else "sample"
 
     def finish(self, trainer: Trainer, state: TrainState, before: PolicyResult) -> None:

@@ -31,7 +31,7 @@ OneStep = Callable[[TrainState, int], tuple[TrainState, dict[str, Any]]]
 
 
 class Kept(Protocol):
-    """A part of a training loop whose host state checkpoints save; the names must be unique."""
+    """A part of a training loop with state on the host, saved in checkpoints by unique names."""
 
     def state(self) -> dict[str, np.ndarray]: ...
 
@@ -106,14 +106,17 @@ class Trainer:
         self._compilations.shapes = shapes
 
     def chosen(self, state: TrainState) -> TrainState:
-        """Returns the final state: the best checkpoint's if so configured, otherwise `state`."""
+        """Returns the state of the best checkpoint, if configured and saved, otherwise `state`."""
         step = self.checkpoints.best_step() if self.config.checkpoint.final == "best" else None
         if step is None:
             return state
         return self.checkpoints.restore(self._saved(state), step)["state"]
 
     def good(self, state: TrainState, step: int) -> tuple[TrainState | None, int]:
-        """Returns (state, step) of the newest checkpoint up to `step`, or (None, 0) without one."""
+        """Returns (state, step) of the newest checkpoint up to `step`, or (None, 0) without one.
+
+        `state` gives the structure of the checkpoint's state.
+        """
         with waiting("the last checkpoint"):
             self.checkpoints.wait()
         found = self.checkpoints.newest(step)
@@ -270,7 +273,7 @@ class Trainer:
 
 
 def peak_memory() -> dict[str, float]:
-    """Returns the peak memory of this process in GiB: on the host and, if known, on a device."""
+    """Returns metrics of this process's peak memory in GiB: on the host and, if known, a device."""
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     peaks = {"memory/host_peak_gib": host / 2**30}

@@ -58,7 +58,10 @@ class Trajectories:
         return cls(rows, buckets, config.seed, pad_id, shared)
 
     def batch(self, step: int, here: HostRows) -> tuple[Completions, list[list[Trajectory]]]:
-        """Returns a step's batch: this host's rows (`here`) packed, and all rows unpacked."""
+        """Returns the rows `here` of the batch of step `step`, packed, and the trajectories of all.
+
+        `here` are the rows that this host prepares. The second result is a list per row.
+        """
         index_B, shape = self.buckets.batch(seed=self.seed, step=step, batch_size=here.total)
         mine = [self.rows[index] for index in index_B[here.index_B]]
         row_of = [index for index, row in enumerate(mine) for _ in row]
@@ -74,16 +77,17 @@ class Trajectories:
 
 
 def rows_of_batch(config: Config) -> int:
-    """Returns the number of rows per training step; together they hold `batch_size` completions."""
+    """Returns the number of rows per training step, which hold `batch_size` completions in all."""
     return config.batch_size // config.sft.completions
 
 
 def teacher_trajectories(stage: Stage) -> Trajectories:
-    """Returns up to `sft.pool` trajectories, with completions by the teacher or references.
+    """Returns up to `sft.pool` trajectories.
 
-    `sft.trajectories` selects the source. Completions of one token are left out. Trajectories that
-    an earlier run with the same settings has stored in the working directory are read from disk.
-    Raises UserError if no completion has more than one token.
+    `sft.trajectories` selects whether the completions are the teacher's or the data set's
+    references. Completions of one token are left out. Trajectories that an earlier run with the
+    same settings has stored in the working directory are read from disk. Raises UserError if no
+    completion has more than one token.
     """
     config, sft, split, tokenizer = stage.config, stage.config.sft, stage.split, stage.tokenizer
     prompts = max(1, min(sft.generate_batch, sft.pool) // sft.completions)
@@ -146,9 +150,9 @@ def _references(stage: Stage, batch: PromptBatch) -> list[Trajectory]:
 def _generated(
     stage: Stage, step: int, batch: PromptBatch, total: int
 ) -> tuple[list[Trajectory], HostRows]:
-    """Returns this host's prompts, completed by the teacher, and their rows in the batch.
+    """Returns this host's prompts, completed by the teacher, and the rows of these completions.
 
-    `total` is the number of prompts in the whole batch.
+    The rows are indices in the whole batch, which has `total` prompts.
     """
     config, sft, tokenizer = stage.config, stage.config.sft, stage.tokenizer
     made = rollout(

@@ -13,6 +13,6 @@ def masked_sum(values: Float[Array, "*A"], mask: Array, axis: int | None = None)
 
 
 def masked_mean(values: Float[Array, "*A"], mask: Array, axis: int | None = None) -> Array:
-    """Returns Σ values · mask / Σ mask over `axis` (None: all axes), or 0 if the mask is empty."""
+    """Returns Σ values · mask / Σ mask over `axis` (None: all axes), or 0 where Σ mask is 0."""
     weight = jnp.sum(mask, axis=axis)
     return masked_sum(values, mask, axis) / jnp.maximum(weight, 1e-9)

@@ -13,7 +13,7 @@ from jexit.losses.masked import masked_mean
 
 
 class Reward(NamedTuple):
-    """The total reward of each rollout J, and the three penalties that it contains.
+    """The total rewards of J rollouts, and the three penalties that they contain.
 
     total_J = verifier reward + depth_J + kl_J + length_J. The penalties include their coefficients
     and their minus signs.
@@ -35,12 +35,12 @@ def depth_cost(
 ) -> Float[Array, "J"]:
     """Returns the depth cost of each rollout; the reward subtracts λ times this cost.
 
-    `depth_fraction_JW` is depth/L of the pass that produced each token, `token_JW` the mask of all
-    generated tokens, and `action_JW` the mask of the tokens whose pass could leave early. `norm`
-    selects the cost:
+    `depth_fraction_JW` is depth/L of the pass that produced each token, with L the number of
+    layers. `token_JW` is the mask of all generated tokens, and `action_JW` the mask of the tokens
+    whose pass could leave early. `norm` selects the cost:
 
     - `mean` (arXiv:2603.21376): the mean of depth/L over `action_JW`, or 1 for a rollout of one
-      token, which has no such pass. Adding shallow tokens lowers this mean.
+      token, for which `action_JW` is 0. Adding shallow tokens lowers this mean.
     - `total`: the sum of depth/L over `token_JW`, divided by `length_ref`, which measures the
       compute of the whole answer.
     """
@@ -61,7 +61,7 @@ def rewards(
     length_coef: Array | float,
     length_ref: float,
 ) -> Reward:
-    """Returns R = verifier − λ·depth cost − β·KL − μ·T/T_ref of each rollout, with its penalties.
+    """Returns R = verifier − λ·depth cost − β·KL − μ·T/T_ref of each rollout, and the penalties.
 
     λ is `depth_coef`, β `kl_coef`, μ `length_coef` and T_ref `length_ref`. T is the number of
     generated tokens, and KL is the mean of `log_ratio_JW` = log π_student − log π_teacher over
@@ -126,7 +126,7 @@ def causal_depth_cost(
     norm: str,
     length_ref: float,
 ) -> Float[Array, "J W"]:
-    """Returns the depth cost charged to each token: its rollout's cost minus the part before it.
+    """Returns the depth cost charged to each token: that of the rollout without earlier tokens.
 
     The cost of token t is Σ_s d_s / n − Σ_{s<t} d_s / n̄, where d_s = depth/L of the pass that
     produced token s. Token t is thus charged only for d_t and later depths (causal credit).
@@ -187,10 +187,11 @@ def loss_weights(
 ) -> Float[Array, "J W"]:
     """Returns the weight w of each token in the loss Σ w·term; w is 0 where `token_JW` is 0.
 
-    With J rollouts, of which rollout i has T_i tokens in `token_JW`, `kind` selects w:
+    J is the number of rollouts, and T_i the number of tokens of rollout i in `token_JW`. `kind`
+    selects w:
 
-    - `constant` (the default): 1/(J·`token_budget`), which does not favour short answers
-      (arXiv:2503.20783);
+    - `constant` (the default of config.rl.norm): 1/(J·`token_budget`), which does not favour short
+      answers (arXiv:2503.20783);
     - `sequence`: 1/(J·T_i);
     - `tokens`: 1/Σ_i T_i.
     """
@@ -227,7 +228,7 @@ def k3(log_student: Array, log_teacher: Array) -> Array:
 
 
 def zero_spread_groups(verifier_J: Float[Array, "J"], rollouts: int) -> Float[Array, ""]:
-    """Returns the share of groups (`rollouts` adjacent rows) in which all rewards are equal."""
+    """Returns the share of groups (`rollouts` adjacent rows) with equal verifier rewards."""
     groups = verifier_J.reshape(-1, rollouts)
     return jnp.mean((jnp.max(groups, 1) == jnp.min(groups, 1)).astype(jnp.float32))
 
@@ -240,10 +241,10 @@ def reached_decision_entropy(
     """Returns the entropy, in nats, of the leave/stay decisions at the exits that a token reached.
 
     `log_hazard` and `log_rest` are log h and log(1 − h) of the hazards h. The token reached the
-    exits up to `exit_index` (E: all). Averaged over depths drawn from the policy, this entropy is
-    the entropy of the distribution of depths (chain rule), although it needs no hazards beyond the
-    exit where the token left. Its gradient is incomplete, because the hazards also determine which
-    exits are reached; `depth_entropy_bonus` adds the missing part.
+    exits up to `exit_index` (E: all). Averaged over depths drawn from the policy, the result is the
+    entropy of the distribution of depths (chain rule), although it does not use the hazards beyond
+    the exit where the token left. The gradient of the result is incomplete, because the hazards
+    also determine which exits are reached; `depth_entropy_bonus` adds the missing part.
     """
     leave, rest = jnp.exp(log_hazard), jnp.exp(log_rest)
     safe_rest = jnp.where(rest > 0, log_rest, 0.0)

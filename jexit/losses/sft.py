@@ -62,9 +62,9 @@ def hazard_cross_entropy(
 
     `log_hazard` is log h, `log_rest` is log(1 − h), `target_leave` is log h*, and w is
     `stay_weight`. For inputs that a head cannot distinguish, the best h at w = 1 is the mean of the
-    targets; otherwise its odds are divided by w. A w above 1 suits sampling: a token passes many
-    exits, each of which may let it leave too early, so heads should leave only when they are
-    certain.
+    targets; for other w, the odds of that mean are divided by w. A w above 1 suits sampling: a
+    token passes many exits and may leave too early at each of them, so heads should let it leave
+    only when they are certain.
     """
     target = jnp.exp(target_leave)
     return -(target * log_hazard + stay_weight * (1.0 - target) * log_rest)
@@ -83,8 +83,8 @@ def expected_exit_loss(
     The token reached the exits e ≤ `exit_index` and left at the last of them; index E means that it
     reached all and never left. Later exits do not count, because their inputs come from the
     continuation. With w = `stay_weight` = 1 and depths drawn from the target hazards, this loss has
-    the same mean as −log P_student(d), with less noise. With explored depths, each hazard is still
-    compared with its own target.
+    the same mean as −log P_student(d), with less noise. If depths are drawn otherwise (explored),
+    each hazard is still compared with its own target.
     """
     exits = log_hazard.shape[-1]
     reached = jnp.arange(exits) <= exit_index[..., None]

@@ -1,4 +1,4 @@
-"""Grouped-query attention: the projections of all layers, and a choice of implementations."""
+"""Grouped-query attention: the projections of all layers, and interchangeable implementations."""
 
 from __future__ import annotations
 
@@ -35,7 +35,11 @@ class KeysValues(NamedTuple):
 
 
 class Attention(nnx.Module):
-    """The q, k, v and o projections of all layers, with the model family's biases and norms."""
+    """The q, k, v and o projections of all layers, with the architecture's biases and norms.
+
+    In the methods, `cos` and `sin` are those of `rope_table`, `adapters=False` omits LoRA, and
+    `key` draws the dropout of LoRA (None: no dropout).
+    """
 
     def __init__(self, arch: Architecture, lora: LoRA | None, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         query = (arch.query_heads, arch.head_dim)
@@ -55,7 +59,7 @@ class Attention(nnx.Module):
     def queries(
         self, x_BTD: HiddenBTD, cos: Array, sin: Array, *, adapters: bool, key: PRNGKey | None
     ) -> Float[Array, "B T N H"]:
-        """Projects the normalised input to queries, with the optional norm and rotary embedding."""
+        """Returns queries: the projected input after the norm, if any, and rotary embedding."""
         q_BTNH = self.q(x_BTD, adapters=adapters, dropout_key=key)
         if self.q_norm is not None:
             q_BTNH = self.q_norm(q_BTNH)
@@ -64,7 +68,7 @@ class Attention(nnx.Module):
     def keys_values(
         self, x_BTD: HiddenBTD, cos: Array, sin: Array, *, adapters: bool, key: PRNGKey | None
     ) -> KeysValues:
-        """Projects the normalised input to keys (optional norm, rotary embedding) and values."""
+        """Returns keys, after the norm, if any, and rotary embedding, and values."""
         keys = (None, None) if key is None else tuple(jax.random.split(key))
         k_BTKH = self.k(x_BTD, adapters=adapters, dropout_key=keys[0])
         v_BTKH = self.v(x_BTD, adapters=adapters, dropout_key=keys[1])
@@ -87,8 +91,9 @@ def choose_attention(name: str, length: int) -> str:
     """Resolves `auto` for sequences of `length` positions; returns any other name unchanged.
 
     `auto` means `splash` on TPUs from 2,048 positions on, and `xla` otherwise. At that length `xla`
-    would need over 4·N·T² bytes per sequence for the attention scores (0.8 GB for Qwen3-4B, and
-    3.2 GB at 4,096). The limit is based on the compiler's memory figures, not on measured times.
+    would need over 4·N·T² bytes per sequence for the attention scores of N query heads and T
+    positions (0.8 GB for Qwen3-4B, and 3.2 GB at 4,096 positions). The limit of 2,048 is based on
+    the compiler's memory figures, not on measured times.
     """
     if name != "auto":
         return name
@@ -112,7 +117,7 @@ def attend(
     padding are finite but meaningless. If a row packs several texts, `segment_BT` contains the
     number of each position's text and replaces `valid_BT`; a query then attends only to the text
     that contains it. With `branches`, text n·BRANCHES is a common prefix (the trunk) to which the
-    texts n·BRANCHES + b later in the row attend as well.
+    texts n·BRANCHES + b later in the row (0 < b < BRANCHES) attend as well.
 
     `implementation` is `xla`, `cudnn` (NVIDIA GPUs, 16-bit floats), `splash` (TPUs, no branches)
     or `auto` (see `choose_attention`). Raises UserError for an unknown name, or if the platform,
@@ -149,7 +154,10 @@ def attend(
 
 
 def _visible(segment_BT: Array, branches: bool) -> Array:
-    """Returns a mask [B, 1, T, S] that is True for keys in the query's own text or in its trunk."""
+    """Returns a mask [B, 1, T, S] that is True where the key is in the same text as the query.
+
+    With `branches`, the mask is also True where the key is in the trunk of the query's text.
+    """
     query_BNTS, key_BNTS = segment_BT[:, None, :, None], segment_BT[:, None, None, :]
     same_BNTS = query_BNTS == key_BNTS
     if not branches:
@@ -165,7 +173,10 @@ def _cudnn(
     *,
     branches: bool,
 ) -> Array:
-    """Runs cuDNN's causal flash attention; `seen_BT` is a boolean mask or the segment numbers."""
+    """Runs cuDNN's causal flash attention.
+
+    `seen_BT` is a boolean mask of valid positions, the segment numbers, or None if all are valid.
+    """
     if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
         raise UserError(
             "config.model.attention=cudnn supports only bfloat16 and float16, but the dtype is "

@@ -55,7 +55,8 @@ class Block(nnx.Module):
         """Runs one layer over whole sequences; returns the new residual, and the keys and values.
 
         `attend` maps queries [B, T, N, H] and `KeysValues` to the attention output, such as
-        `jexit.model.attention.attend` with the remaining arguments bound.
+        `jexit.model.attention.attend` with the remaining arguments bound. `cos` and `sin` are those
+        of `rope_table`. `adapters=False` omits LoRA; without a `dropout_key`, there is no dropout.
         """
         keys = [None] * 4 if dropout_key is None else list(jax.random.split(dropout_key, 4))
         x_BTD = self.attn_norm(h_BTD)
@@ -76,6 +77,10 @@ class Block(nnx.Module):
         adapters: bool = True,
         keys: tuple[PRNGKey | None, PRNGKey | None] = (None, None),
     ) -> HiddenBTD:
-        """Runs the block after attention: output projection, MLP, and both residual additions."""
+        """Runs the rest of the block after attention, and returns the new residual.
+
+        The rest is the output projection, the MLP and both residual additions. `keys` are the PRNG
+        keys for the dropout of output projection and MLP (None: no dropout).
+        """
         h_BTD = h_BTD + self.attn.o(mixed_BTNH, adapters=adapters, dropout_key=keys[0])
         return h_BTD + self.mlp(self.mlp_norm(h_BTD), adapters=adapters, dropout_key=keys[1])

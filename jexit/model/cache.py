@@ -21,8 +21,8 @@ SMALLEST_PROMPT = 16
 class Cache:
     """The KV cache of P rows with S token slots each; both arrays have shape [K, L, P, S, H].
 
-    Keys are stored after rotary embedding. Each row is filled from slot 0 on. The slot axis comes
-    after the head axis, so that attention is a plain batched product per head.
+    A row contains one sequence, from slot 0 on. Keys are stored after rotary embedding. The slot
+    axis comes after the head axis, so that attention is a plain batched product per head.
     """
 
     keys_KLPSH: CacheKLPSH
@@ -50,10 +50,11 @@ class Cache:
         slot_B: Int[Array, "B"],
         kv: KeysValues,
     ) -> Cache:
-        """Returns the cache with one layer's keys and values [B, 1, K, H] of B new tokens added.
+        """Returns the cache after writing B new tokens to the layer `layer`.
 
-        Token b is written to row `rows_B[b]`, slot `slot_B[b]`. The rows must be distinct. A token
-        whose slot lies outside the cache is dropped.
+        `kv` contains the keys and values [B, 1, K, H] of the tokens in this layer. Token b is
+        written to row `rows_B[b]`, slot `slot_B[b]`. The rows must be distinct. A token whose slot
+        lies outside the cache is dropped.
         """
 
         def write(part_KLPSH: Array, new_B1KH: Array) -> Array:
@@ -63,7 +64,7 @@ class Cache:
         return Cache(write(self.keys_KLPSH, kv.keys), write(self.values_KLPSH, kv.values))
 
     def with_prompts(self, rows_B: Int[Array, "B"], kv: KeysValues) -> Cache:
-        """Returns the cache with the keys and values [L, B, T, K, H] of B prompts added.
+        """Returns the cache after writing the keys and values `kv` [L, B, T, K, H] of B prompts.
 
         Prompt b is written to row `rows_B[b]`, from slot 0 on. A prompt whose row lies outside the
         cache is dropped.
@@ -77,7 +78,7 @@ class Cache:
         return Cache(write(self.keys_KLPSH, kv.keys), write(self.values_KLPSH, kv.values))
 
     def with_row(self, row: Int[Array, ""], prompts: Cache, source: Int[Array, ""]) -> Cache:
-        """Returns the cache with row `source` of `prompts` copied to the start of row `row`."""
+        """Returns the cache after copying row `source` of `prompts` to the first slots of `row`."""
 
         def copied(part_KLPSH: Array, prompts_KLQTH: Array) -> Array:
             prompt = jax.lax.dynamic_slice_in_dim(prompts_KLQTH, source, 1, axis=2)
@@ -112,7 +113,7 @@ def token_bytes(arch: Architecture, dtype: jnp.dtype) -> int:
 
 
 def _write(part_KLPSH: Array, new_KBH: Array, layer: Array, rows_B: Array, slot_B: Array) -> Array:
-    """Returns the cache array with one new token written to each of B rows, in one layer.
+    """Returns the cache array `part_KLPSH` after writing B new tokens, one per row, to one layer.
 
     The write goes head by head, which follows the memory order of the cache. A single write across
     heads would make TPUs change the layout of the whole cache in each layer.
@@ -130,12 +131,15 @@ def _write(part_KLPSH: Array, new_KBH: Array, layer: Array, rows_B: Array, slot_
 
 
 def _repeated(new: Array, part_KLPSH: Array) -> Array:
-    """Repeats heads [K, …] to the number of heads in the cache, and casts them to its dtype."""
+    """Repeats the heads of `new` [K, …] to match the cache array, and casts them to its dtype."""
     return jnp.repeat(new, part_KLPSH.shape[0] // new.shape[0], axis=0).astype(part_KLPSH.dtype)
 
 
 def bucket(size: int, least: int) -> int:
-    """Rounds `size` up to one of four sizes per power of two, which are at least `least` apart."""
+    """Rounds `size` up, so that few distinct sizes occur and few programs need compiling.
+
+    The possible sizes are at least `least` apart, and there are at most four per power of two.
+    """
     quantum = max(least, (1 << size.bit_length()) >> 3)
     return -(-size // quantum) * quantum
 
@@ -149,6 +153,6 @@ def cache_bucket(used: int, most: int) -> int:
     """Returns the slots per row to allocate if `used` are needed now and `most` at the end.
 
     The result is a power of two, or `prompt_bucket(most)` if that is smaller, and at least 128.
-    Doubling limits compilations and keeps memory within about twice the need of the longest row.
+    Doubling means few compilations, and at most about twice the slots that the longest row needs.
     """
     return max(SMALLEST_CACHE, min(1 << (used - 1).bit_length(), prompt_bucket(most)))

@@ -27,9 +27,9 @@ def look_up(table_VD: Float[Array, "V D"], tokens: Int[Array, "B *T"]) -> Float[
     """Returns `table_VD[tokens]`; under a mesh, the result is sharded like the batch.
 
     The compiler alone would compute the whole result on every device. Here each device gathers the
-    tokens of the devices along `fsdp` and looks them up in its own shard of the table. A sum over
-    `tensor` combines the shards of the vocabulary. Then the devices along `fsdp` exchange slices of
-    the width, so that each ends with its own rows at full width.
+    tokens of the devices along the mesh axis `fsdp` and looks them up in its own shard of the
+    table. A sum over the axis `tensor` combines the shards of the vocabulary. Then the devices
+    along `fsdp` exchange slices of the width, so that each ends with its own rows at full width.
     """
     if not divides():
         return table_VD[tokens]

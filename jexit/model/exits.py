@@ -1,7 +1,7 @@
 """Exit heads, the linear continuation of tokens after an exit, and the distribution of depths.
 
-The hazard of an exit is the probability that a token which reaches the exit leaves there. All
-code gets the resulting distribution of depths from `distribution_of_log_hazards`.
+The hazard of an exit is the probability that a token which reaches the exit leaves there. The
+hazards determine the distribution of depths, which only `distribution_of_log_hazards` computes.
 """
 
 from __future__ import annotations
@@ -67,7 +67,11 @@ class Continuation(nnx.Module):
 def maps_to_end(
     continuation: Continuation, exit_layers: tuple[int, ...], layers: int
 ) -> tuple[Float[Array, "E D D"], Float[Array, "E D"]]:
-    """Returns (Q, c) such that h ↦ h · (I + Q_e) + c_e continues h from exit e to the end."""
+    """Composes the maps of all layers that a token skips after leaving at exit e, for each e.
+
+    Returns (Q, c) such that h · (I + Q_e) + c_e is the residual after the last layer of a token
+    that left at exit e with the residual h.
+    """
     graphdef, stacked = nnx.split(continuation)
     index_L = np.full(layers, len(exit_layers), np.int32)  # without an exit: outside, so dropped
     index_L[list(exit_layers)] = np.arange(len(exit_layers))
@@ -144,9 +148,9 @@ def log_hazards(
 ) -> tuple[Float[Array, "*A E"], Float[Array, "*A E"]]:
     """Returns (log hazard, log(1 − hazard)), where hazard = m + (1 − m)·σ(z / temperature).
 
-    Here z is `hazard_logits`, and m is `min_hazard`, the lowest possible hazard, with which every
-    exit is explored. With m = 0 and temperature 1 the hazard is σ(z). The computation is in log
-    space and differentiable everywhere.
+    Here z is `hazard_logits`, and m is `min_hazard`, the lowest possible hazard. An m above 0 makes
+    sampling explore every exit. With m = 0 and temperature 1 the hazard is σ(z). The computation is
+    in log space and differentiable everywhere.
     """
     z = hazard_logits.astype(jnp.float32) / temperature
     log_rest = jnp.log1p(-jnp.asarray(min_hazard, jnp.float32))
@@ -169,7 +173,7 @@ def depth_log_distribution(
 def distribution_of_log_hazards(
     leave: Float[Array, "*A E"], stay: Float[Array, "*A E"]
 ) -> Float[Array, "*A E1"]:
-    """Computes `depth_log_distribution` from the log(hazard) and log(1 − hazard) of each exit."""
+    """Computes `depth_log_distribution` from `leave`, log hazard, and `stay`, log(1 − hazard)."""
     stayed = jnp.cumsum(stay, axis=-1)
     before = jnp.concatenate([jnp.zeros_like(stayed[..., :1]), stayed[..., :-1]], axis=-1)
     return jnp.concatenate([leave + before, stayed[..., -1:]], axis=-1)
@@ -178,14 +182,14 @@ def distribution_of_log_hazards(
 def exit_index_of_depth(
     depth: Int[Array, "*A"], exit_layers: tuple[int, ...], layers: int
 ) -> Int[Array, "*A"]:
-    """Returns the exit index of each depth (in layers); E, the number of exits, is full depth."""
+    """Returns the exit index of each depth in layers; full depth has index E, the exits' number."""
     return jnp.searchsorted(jnp.asarray((*exit_layers, layers)), depth).astype(jnp.int32)
 
 
 def depth_of_exit_index(
     exit_index: Int[Array, "*A"], exit_layers: tuple[int, ...], layers: int
 ) -> Int[Array, "*A"]:
-    """Returns the depth in layers of each exit index; E, the number of exits, means full depth."""
+    """Returns the depth in layers of each exit index; index E, the exits' number, is full depth."""
     return jnp.asarray(np.asarray((*exit_layers, layers), np.int32))[exit_index]
 
 
@@ -196,7 +200,7 @@ def depth_log_prob(
     layers: int,
     **hazards: Float[Array, ""] | float,
 ) -> Float[Array, "*A"]:
-    """Returns the log-probability of each depth (in layers) under `depth_log_distribution`."""
+    """Returns the log-probability of each depth in layers; `hazards` go to `log_hazards`."""
     log_probs = depth_log_distribution(hazard_logits, **hazards)
     index = exit_index_of_depth(depth, exit_layers, layers)
     return jnp.take_along_axis(log_probs, index[..., None], axis=-1)[..., 0]

@@ -17,7 +17,7 @@ from jexit.presets import Architecture, Llama3Rope, Yarn
 
 
 class RMSNorm(nnx.Module):
-    """An RMS norm (arXiv:1910.07467), or several stacked norms, with scales [..., width]."""
+    """An RMS norm (arXiv:1910.07467), or a stack of norms if `shape` has axes before the width."""
 
     def __init__(self, *shape: int, eps: float, dtype: jnp.dtype):
         self.scale = nnx.Param(jnp.ones(shape, dtype))
@@ -54,15 +54,15 @@ class MLP(nnx.Module):
 
 
 def rope_inverse_frequencies(arch: Architecture) -> tuple[np.ndarray, float]:
-    """Returns the inverse frequencies [H/2] of the rotary embedding, and the factor on cos and sin.
+    """Returns the inverse frequencies [H/2] of the rotary embedding, and a factor for cos and sin.
 
-    The factor is 1 except under YaRN. The plain inverse frequencies are θ^(−2i/H)
+    The factor for cos and sin is 1 except under YaRN. The plain inverse frequencies are θ^(−2i/H)
     (arXiv:2104.09864). The scaled variants divide frequencies with few turns over the original
     context by `factor`, keep frequencies with many turns, and interpolate linearly in between.
     In YaRN (arXiv:2309.00071, section 3.2) the interpolation runs from beta_slow to beta_fast turns
-    and is linear in the index; unless the checkpoint sets another attention factor, it is
-    0.1·ln(factor) + 1. In llama3 (`apply_scaling` of meta-llama/llama-models) the interpolation
-    runs from low_freq_factor to high_freq_factor turns and is linear in the number of turns.
+    and is linear in the index i; the factor for cos and sin is the checkpoint's attention factor
+    or, without one, 0.1·ln(factor) + 1. In llama3 (`apply_scaling` of meta-llama/llama-models) the
+    interpolation runs from low_freq_factor to high_freq_factor turns and is linear in the turns.
     """
     half = arch.head_dim // 2
     plain = arch.rope_theta ** (-np.arange(half, dtype=np.float64) / half)
@@ -78,14 +78,14 @@ def rope_inverse_frequencies(arch: Architecture) -> tuple[np.ndarray, float]:
 
 
 def _llama3_ramp(scaling: Llama3Rope, plain: np.ndarray) -> np.ndarray:
-    """Returns llama3's weight [H/2] for each frequency: 0 keeps it, 1 divides it by `factor`."""
+    """Returns llama3's weight of each frequency, [H/2]: 0 keeps it, 1 divides it by `factor`."""
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     turns = scaling.original_max_positions * plain / (2.0 * math.pi)
     return np.clip((high - turns) / (high - low), 0.0, 1.0)
 
 
 def _yarn_ramp(arch: Architecture, yarn: Yarn) -> np.ndarray:
-    """Returns YaRN's weight [H/2] for each frequency: 0 keeps it, 1 divides it by `factor`."""
+    """Returns YaRN's weight of each frequency, [H/2]: 0 keeps it, 1 divides it by `factor`."""
 
     def dimension(turns: float) -> float:  # of the frequency of `turns` turns in the context
         ratio = yarn.original_max_positions / (turns * 2.0 * math.pi)

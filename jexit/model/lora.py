@@ -40,7 +40,10 @@ def projection(
     outputs: tuple[int, ...],
     **settings: Any,
 ) -> StackedLinear:
-    """Returns a `StackedLinear`, with a LoRA adapter if `name` is among the targets of `lora`."""
+    """Returns a `StackedLinear`, with a LoRA adapter if `name` is among the targets of `lora`.
+
+    `settings` are further arguments of `StackedLinear`.
+    """
     adapter = lora if lora and name in lora.targets else None
     return StackedLinear(layers, inputs, outputs, lora=adapter, **settings)
 
@@ -82,7 +85,10 @@ class StackedLinear(nnx.Module):
     def __call__(
         self, x: Array, *, adapters: bool = True, dropout_key: PRNGKey | None = None
     ) -> Array:
-        """Projects x [..., *inputs] to [..., *outputs]; `adapters=False` omits the LoRA adapter."""
+        """Projects x [..., *inputs] to [..., *outputs]; `adapters=False` omits the LoRA adapter.
+
+        Without a `dropout_key`, there is no dropout.
+        """
         axes = len(self.inputs)
         kernel = self.kernel[...].astype(x.dtype)
         y = self._turned_product(x, kernel) if self.turned else jnp.tensordot(x, kernel, axes)
@@ -98,9 +104,9 @@ class StackedLinear(nnx.Module):
         return y
 
     def turn(self) -> None:
-        """Transposes one layer's kernel to [*outputs, *inputs].
+        """Transposes the kernel of a single layer to [*outputs, *inputs].
 
-        CPUs then multiply few rows, as in decoding, faster.
+        This makes products with few rows, as in decoding, faster on CPUs.
         """
         ahead = tuple(range(-len(self.outputs), 0))
         turned = jnp.moveaxis(self.kernel[...], ahead, tuple(range(len(ahead))))

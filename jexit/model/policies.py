@@ -1,10 +1,10 @@
 """Halting policies: rules, passed to the model as data, that decide when a token leaves.
 
-Before any layer runs, `Policy.start` returns the depth of each token, which is L if the exits
-decide. At an exit, `Policy.leaves` decides from the hazard logits which tokens leave. Afterwards,
-`Policy.log_prob` returns the log-probability of the chosen depths. Scalars in a policy apply to all
-tokens; arrays have one row per completion. `Policy.at` selects the array entries of single tokens,
-and `Policy.map_rows` transforms the arrays.
+Before any layer runs, `Policy.start` returns the depth of each token, which is the number of layers
+if the exits decide. At an exit, `Policy.leaves` decides from the hazard logits which tokens leave.
+Afterwards, `Policy.log_prob` returns the log-probability of the chosen depths. Scalars in a policy
+apply to all tokens; arrays have one row per completion. `Policy.at` selects the array entries of
+single tokens, and `Policy.map_rows` transforms the arrays.
 """
 
 from __future__ import annotations
@@ -42,23 +42,23 @@ class Policy:
         return type(self).__name__.lower()
 
     def check(self, depths: tuple[int, ...]) -> None:
-        """Raises UserError if a setting is invalid for these depths; ignores traced values."""
+        """Raises UserError if a setting is invalid for a model with `depths`; skips JAX tracers."""
 
     def check_rows(self, rows: int, columns: int) -> None:
-        """Raises UserError unless per-token arrays have the shape [`rows`, `columns` or more]."""
+        """Raises UserError unless per-token arrays are [rows, columns] or have more columns."""
 
     def start(self, shape: tuple[int, ...], layers: int) -> Int[Array, "*A"]:
         """Returns each token's depth before any layer runs: `layers` where the exits decide."""
         return jnp.full(shape, layers, jnp.int32)
 
     def leaves(self, hazard_logits: Float[Array, "*A"], key: PRNGKey | None) -> Bool[Array, "*A"]:
-        """Returns whether each token leaves at an exit, from the hazard logits of that exit."""
+        """Returns whether each token leaves at the exit; a policy that draws needs a PRNG `key`."""
         return jnp.zeros(hazard_logits.shape, bool)
 
     def log_prob(
         self, depth: Int[Array, "*A"], hazard_logits: Float[Array, "*A E"], depths: tuple[int, ...]
     ) -> Float[Array, "*A"]:
-        """Returns the log-probability of each depth; 0 if the policy decides without randomness."""
+        """Returns the log-probability of each depth; 0 if the policy does not draw at random."""
         return jnp.zeros(depth.shape)
 
     @property
@@ -67,7 +67,7 @@ class Policy:
         return any(np.ndim(leaf) for leaf in jax.tree.leaves(self))
 
     def at(self, row: Int[Array, "*A"], column: Int[Array, "*A"]) -> Policy:
-        """Returns the policy for single tokens, given the completion and column of each token."""
+        """Returns the policy for single tokens, each given by its completion (`row`) and column."""
         return self
 
     def map_rows(self, function: Callable[[Any], Any]) -> Self:
@@ -83,7 +83,7 @@ class Policy:
 
     @property
     def setting(self) -> dict[str, Any]:
-        """The settings, by name, with which a row of `Mixed` behaves like this policy."""
+        """The values, by field without `_B`, that make a row of `Mixed` behave like this policy."""
         return {}
 
 
@@ -181,7 +181,7 @@ class Prescribed(Policy):
     def setting(self) -> dict[str, Any]:
         raise UserError(
             "Prescribed sets a depth for each token, but a request that joins a running pool has "
-            "one policy for all of its tokens; decode this request with rollout"
+            "one policy for all of its tokens; decode this request with jexit.rollout.rollout"
         )
 
 
@@ -260,7 +260,7 @@ class Threshold(Policy):
 
 @struct.dataclass
 class Mixed(Policy):
-    """A separate policy for each completion, stored as arrays for one compiled program."""
+    """A separate policy for each completion, stored as arrays, so one compiled program runs all."""
 
     reads_hazards: ClassVar[bool] = True
     draws: ClassVar[bool] = True
@@ -310,7 +310,10 @@ def policy_of(text: str, sample: Sample = Sample()) -> Policy:
 
 
 def check_policy(policy: Any, depths: tuple[int, ...]) -> None:
-    """Raises UserError unless `policy` is a policy that is valid for a model with these depths."""
+    """Raises UserError unless `policy` is a policy and is valid for a model with `depths`.
+
+    `depths` are the model's exit layers and, last, the number of layers.
+    """
     if isinstance(policy, type) and issubclass(policy, Policy):
         raise UserError(
             f"policy is the class {policy.__name__}, but it must be an instance; give one such as "
@@ -325,7 +328,7 @@ def check_policy(policy: Any, depths: tuple[int, ...]) -> None:
 
 
 def warn_if_untrained(policy: Policy, model: Any) -> None:
-    """Warns if `policy` uses exit heads that are untrained, so tokens hardly ever leave early."""
+    """Warns if `policy` reads exit heads that are untrained, where tokens hardly ever leave."""
     bias_E = _known(model.exits.b2[...]) if policy.reads_hazards else None
     if bias_E is not None and np.all(bias_E == np.float32(model.exit_head.bias)):
         warnings.warn(
@@ -336,7 +339,7 @@ def warn_if_untrained(policy: Policy, model: Any) -> None:
 
 
 def _known(value: Any) -> np.ndarray | None:
-    """Returns the value as a NumPy array, or None if it is a JAX tracer."""
+    """Returns `value` as a NumPy array, or None if `value` is a JAX tracer."""
     return None if isinstance(value, jax.core.Tracer) else np.asarray(value)
 
 

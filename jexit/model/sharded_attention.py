@@ -24,9 +24,10 @@ def over_mesh(
 ) -> Float[Array, "B T N H"]:
     """Runs `attend` on each device of the current mesh, with the rows and heads of that device.
 
-    Kernels that the compiler cannot shard by itself need this. If the size of `tensor` does not
-    divide the key/value heads, every device has all of them and selects those that its query heads
-    use. Devices exchange no data, except to sum the gradients of shared key/value heads.
+    Kernels that the compiler cannot shard by itself need this. If the number of key/value heads is
+    not a multiple of the mesh axis `tensor`, every device has all key/value heads and selects those
+    that its query heads use. Devices exchange no data, except to sum the gradients of shared
+    key/value heads. If `segment_BS` is None, all positions form one text without padding.
     """
     if not divides():
         return attend(q_BTNH, k_BSKH, v_BSKH, segment_BS)
@@ -63,10 +64,10 @@ def own_heads(
 def cache_heads(query_heads: int, kv_heads: int) -> int:
     """Returns the number of key/value heads that a KV cache stores under the current mesh.
 
-    This is the least multiple of `kv_heads` that the size of `tensor` divides and that divides
-    `query_heads`. If it exceeds `kv_heads`, each head is stored several times, so that every device
-    has the heads that its queries need. If there is no such number, the query heads cannot be
-    sharded over `tensor` either, and the result is `kv_heads`.
+    The number is the least multiple of `kv_heads` that is a multiple of the size of the mesh axis
+    `tensor` and divides `query_heads`. If it exceeds `kv_heads`, each head is stored several times,
+    so that every device has the heads that its queries need. If there is no such number, the query
+    heads cannot be sharded over `tensor` either, and the result is `kv_heads`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     tensor = 1 if mesh.empty else mesh.shape.get("tensor", 1)
@@ -85,7 +86,10 @@ def decode_over_mesh(
     values_KLPSH: CacheKLPSH,
     *rest: Array | None,
 ) -> Float[Array, "B N H"]:
-    """Runs `attend` over a KV cache on each device, with that device's query and cache heads."""
+    """Runs `attend` over a KV cache on each device, with that device's query and cache heads.
+
+    `rest` are further arguments of `attend`, of which every device gets the whole.
+    """
     if not divides():
         return attend(q_BNH, keys_KLPSH, values_KLPSH, *rest)
     q_spec, kv_spec = spec(".N.", q_BNH.shape), spec("K....", keys_KLPSH.shape)
@@ -100,7 +104,10 @@ def over_heads(
     new_KBH: Float[Array, "K B H"],
     *rest: Array,
 ) -> CacheKLPSH:
-    """Runs the cache update `write` on each device, for the heads of that device alone."""
+    """Runs the cache update `write` on each device, for the heads of that device alone.
+
+    `rest` are further arguments of `write`, of which every device gets the whole.
+    """
     if not divides():
         return write(part_KLPSH, new_KBH, *rest)
     kv_spec = spec("K....", part_KLPSH.shape)

@@ -50,8 +50,8 @@ def splash_attention(
     """Returns softmax(q·k / sqrt(H)) · v over the keys at or before each query in its segment.
 
     If a row packs several texts, `segment_BT` contains the number of each position's text;
-    otherwise it is a mask that is False at padding, on either side. `interpret` runs the kernel's
-    code on any platform, very slowly.
+    otherwise it is a mask that is False at padding, on either side (None: no padding). `interpret`
+    runs the kernel's code on any platform, very slowly.
     """
     length, heads, width = q_BTNH.shape[1:]
     block = block_size(length)

@@ -1,4 +1,4 @@
-"""The decoder: a `lax.scan` over stacked layers, with a halting policy that lets tokens leave."""
+"""The decoder: a `lax.scan` over stacked layers; a halting policy decides where tokens leave."""
 
 from __future__ import annotations
 
@@ -101,11 +101,11 @@ class Transformer(nnx.Module):
 class Run:
     """The results of `run`; results that were not requested are None.
 
-    `hidden_BTD` is the output of the final norm; the logits are `hidden_BTD` · headᵀ.
-    `residual_RBTD` contains one residual for each of `residual_layers`. In a layer that a token
-    skips, its keys and values are computed from the residual that enters the layer. Hazard logits
-    at exits beyond a token's depth are computed although the token has already left; the
-    distribution of depths ignores them.
+    `hidden_BTD` is the output of the final norm; the logits are `hidden_BTD` · headᵀ. `depth_BT` is
+    the number of layers that each token ran. `residual_RBTD` contains one residual for each of
+    `residual_layers`. In a layer that a token skips, the token's keys and values are computed from
+    the residual that enters the layer. Hazard logits at exits beyond a token's depth are computed
+    although the token has already left; the distribution of depths ignores them.
     """
 
     hidden_BTD: HiddenBTD
@@ -145,7 +145,10 @@ def run(
     segments, `positions_BT` must restart with each text. `action_BT` is True at positions that may
     leave early (None: all). If `key` contains one PRNG key per row, the random draws of a row
     depend only on the key of that row. `adapters=False` omits LoRA, as for the teacher.
+    `dropout_key` draws the dropout of LoRA (None: no dropout).
 
+    `hazards=True` returns the hazard logits even if the policy does not need them, and
+    `keys_values=True` the keys and values of all layers.
     `residual_layers` are sorted layer numbers at which to return the residual: number ℓ means the
     residual that enters layer ℓ; L, the number of layers, means the residual after the last layer.
     `observe` is called at each layer with the layer's input, its output and its slice of `observed`
@@ -238,7 +241,7 @@ def run(
 
 
 def _index_of_layer(chosen: tuple[int, ...], layers: int) -> Int[np.ndarray, "L"]:
-    """Returns each layer's index in `chosen` (int32), or −1 for a layer that is not in `chosen`."""
+    """Returns the int32 index of each layer in `chosen`, or −1 for a layer outside `chosen`."""
     index_L = np.full(layers + 1, -1, np.int32)
     index_L[list(chosen)] = np.arange(len(chosen))
     return index_L[:layers]
@@ -250,8 +253,8 @@ def exit_hidden_states(
     """Returns the hidden states that enter the output head for tokens that leave at each exit.
 
     They are the residuals at the exits, after `continuation` and the final norm. The continuation
-    may be the student's even if the residuals are the teacher's. None omits it, so that the final
-    norm is applied to the residuals directly (logit lens).
+    may be the student's even if the residuals are the teacher's. If `continuation` is None, the
+    final norm is applied to the residuals directly (logit lens).
     """
     if continuation is not None:
         q_EDD, c_ED = maps_to_end(continuation, model.exit_layers, model.arch.layers)
@@ -303,7 +306,7 @@ def forward(
     `run(..., action_BT=positions_T >= prompt_lengths_B[:, None])`.
 
     Raises UserError for tokens outside the vocabulary, more positions than the model has, lengths
-    that do not fit, and a policy that is not valid for this model.
+    that do not match the tokens, and a policy that is not valid for this model.
     """
     tokens_BT = jnp.asarray(tokens_BT)
     lengths_B = None if lengths_B is None else jnp.asarray(lengths_B)
@@ -369,5 +372,5 @@ def _forward(model, tokens_BT, lengths_B, policy, key, *, adapters, residual_lay
 
 
 def logits_of(hidden: Float[Array, "*A D"], head_VD: Float[Array, "V D"]) -> Array:
-    """Returns float32 logits hidden · headᵀ [..., V], at the precision of `jexit.kernels`."""
+    """Returns the float32 logits hidden · headᵀ [..., V], computed by `jexit.kernels.tiles`."""
     return tiles.logits(hidden, head_VD)

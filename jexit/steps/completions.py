@@ -17,17 +17,17 @@ from jexit.model.attention import BRANCHES
 
 @struct.dataclass
 class Completions:
-    """Rows of token ids, each of which contains one or several completions J with their prompts.
+    """Rows of token ids; each row contains one or more completions with their prompts.
 
     Each completion follows its prompt and does not attend to other completions. With `branches`,
-    all completions of one prompt in a row share a single copy of it, called the trunk, to which
-    each attends. This changes no result, because prompt tokens run all layers.
+    all completions of one prompt in a row share a single copy of the prompt, called the trunk, and
+    attend to it. This sharing changes no result, because prompt tokens run all layers.
 
     Arrays with axis T describe input positions; `segment_BT` (0: padding) and `positions_BT` are
     arguments of `run`. Arrays with axis C describe the tokens of the completions. `source_BC` is
     the input position whose pass produced a token; for the first token of a completion, this is the
     last prompt position, which never leaves early. `owner_BC` is the index of the token's
-    completion, and `index_BC` the index of the token within it (−1: padding).
+    completion, and `index_BC` the index of the token in that completion (−1: padding).
     """
 
     tokens_BT: Int[Array, "B T"]
@@ -74,7 +74,11 @@ class Completions:
         return self.input_depths(jnp.ones_like(self.source_BC), 0) > 0
 
     def input_depths(self, depth_BC: Int[Array, "B C"], layers: int) -> DepthBT:
-        """Returns each input position's depth: `depth_BC` if its pass may leave, else `layers`."""
+        """Returns the depth of each input position.
+
+        The depth is that in `depth_BC` of the token that the position's pass produces, or `layers`
+        if the pass cannot leave early.
+        """
         length = self.tokens_BT.shape[1]
 
         def scattered(source_C: Array, action_C: Array, depth_C: Array) -> Array:
@@ -84,12 +88,12 @@ class Completions:
         return jax.vmap(scattered)(self.source_BC, self.action_BC, depth_BC)
 
     def by_row(self, values_JW: Array) -> Array:
-        """Rearranges values of completions [J, W] into packed rows [B, C]; 0 at padding."""
+        """Rearranges values by completion [J, W] into packed rows [B, C]; 0 at padding."""
         values_BC = values_JW[self.owner_BC, jnp.maximum(self.index_BC, 0)]
         return jnp.where(self.token_BC, values_BC, jnp.zeros((), values_JW.dtype))
 
     def by_completion(self, values_BC: Array, shape: tuple[int, int]) -> Array:
-        """Rearranges values of packed rows [B, C] into completions [J, W]; 0 at padding."""
+        """Rearranges values in packed rows [B, C] by completion, `shape` [J, W]; 0 at padding."""
         index_BC = jnp.where(self.token_BC, self.index_BC, shape[1])  # beyond the end: dropped
         values_JW = jnp.zeros(shape, values_BC.dtype)
         return values_JW.at[self.owner_BC, index_BC].set(values_BC, mode="drop")
@@ -142,7 +146,7 @@ def pack_completions(
     trunks: dict[tuple[int, int], list[int]] = {}  # segment, last position, branches so far
 
     def write(row: int, ids: Sequence[int], segment: int, position: int) -> np.ndarray:
-        """Appends `ids` to the row and returns their positions in it."""
+        """Appends `ids` to row number `row`, and returns the indices of the new ids in the row."""
         here = filled_B[row] + np.arange(len(ids))
         tokens_BT[row, here] = ids
         segment_BT[row, here] = segment
@@ -183,7 +187,10 @@ def pack_completions(
 def token_logprobs(
     head_VD: Array, hidden_BCD: Array, tokens_BC: Int[Array, "B C"]
 ) -> tuple[Float[Array, "B C"], Float[Array, "B C"]]:
-    """Returns each token's log-probability and the entropy of its distribution, both in nats."""
+    """Returns the log-probability of each token, and the entropy of its distribution, in nats.
+
+    `hidden_BCD` are the hidden states, after the final norm, that predict the tokens.
+    """
     result = linear_logprob(flat(hidden_BCD), head_VD, flat(tokens_BC))
     return result.logprob_N.reshape(tokens_BC.shape), result.entropy_N.reshape(tokens_BC.shape)
 
@@ -194,7 +201,7 @@ def flat(values: Array) -> Array:
 
 
 def bucket_length(length: int) -> int:
-    """Rounds `length` up to a multiple of max(8, p / 8), where p is the power of two below it."""
+    """Rounds `length` up to a multiple of max(8, p / 8), with p the power of two below `length`."""
     power = 1 << max(length - 1, 1).bit_length()
     notch = max(power // 16, 8)
     return -(-length // notch) * notch

@@ -32,7 +32,7 @@ from jexit.steps.state import Fixed, Params, SplitModel, TrainState
 
 @struct.dataclass
 class ExitStates:
-    """The training data of the exit heads, at completion positions N and exits E."""
+    """The training data of the exit heads: N completion positions, at each of the E exits."""
 
     residual_NED: Array  # the heads' inputs
     kl_NE: Float[Array, "N E"]  # KL(π_L ‖ π_e) in nats, π_e with the continuation from exit e

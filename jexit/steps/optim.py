@@ -1,6 +1,6 @@
 """AdamW with a learning rate per kind of parameter, gradient accumulation and clipping.
 
-Steps are skipped if their loss, gradients or results are not finite.
+A step is skipped if its loss, its gradients or the updated values are not finite.
 """
 
 from __future__ import annotations
@@ -109,7 +109,10 @@ def gradient_step(
     micro_batches: int,
     key: PRNGKey,
 ) -> tuple[TrainState, Metrics]:
-    """Takes one optimiser step on the sum of `loss_fn` over the micro-batches of `batch`."""
+    """Takes one optimiser step on the sum of `loss_fn` over the micro-batches of `batch`.
+
+    Returns the new state, and the metrics of `loss_fn` and `apply_gradients`.
+    """
     loss, metrics, gradients = accumulated_gradients(
         loss_fn,
         state.trainable,

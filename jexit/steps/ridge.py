@@ -12,8 +12,7 @@ may leave early:
 The `strength` of the penalty is thus relative to the variance of each input. The fit uses the
 strength from `STRENGTHS` that predicts held-back trajectories best. Every x is a linear function of
 a residual at an exit, so the sums contain only the covariances of these residuals with the
-residuals after later layers. Linear maps between layers follow arXiv:2303.08112 and
-arXiv:2303.09435.
+residuals after later layers.
 """
 
 from __future__ import annotations
@@ -81,7 +80,7 @@ class Sums:
         )
 
     def cleared(self) -> Sums:
-        """Returns sums over no tokens that keep the origins of these sums."""
+        """Returns a copy in which all sums are zero and only the origins are kept."""
         return Sums(
             **{
                 f.name: (jnp.copy if f.name in ORIGINS else jnp.zeros_like)(getattr(self, f.name))
@@ -96,7 +95,7 @@ def pairs(exit_layers: tuple[int, ...], layers: int) -> list[tuple[int, int]]:
 
 
 def make_sums_step(split: SplitModel) -> Callable[[Sums, Params, Fixed, Completions], Sums]:
-    """Returns the jitted step (sums, trainable, fixed, batch) → sums with the batch added.
+    """Returns the jitted step (sums, trainable, fixed, batch) → sums, which adds the batch.
 
     The model runs at full depth. Only tokens whose pass could leave early count.
     """
@@ -113,7 +112,7 @@ def make_sums_step(split: SplitModel) -> Callable[[Sums, Params, Fixed, Completi
         first = sums.count == 0.0
 
         def centred(values_BCD: Array, origin_D: Array) -> tuple[Array, Array]:
-            """Returns (masked values − origin, origin); the first batch replaces 0 by its mean."""
+            """Returns (masked values − origin, origin); the first batch sets an origin of 0."""
             mean_D = jnp.einsum("BCD,BC->D", values_BCD, weight_BC) / jnp.maximum(count, 1.0)
             origin_D = jnp.where(first & ~jnp.any(origin_D), mean_D, origin_D)
             return (values_BCD - origin_D) * weight_BC[..., None], origin_D

@@ -40,13 +40,14 @@ from jexit.steps.state import Fixed, Params, SplitModel, TrainState
 
 @struct.dataclass
 class RLBatch:
-    """A batch of rollouts J for one RL step, with the values recorded while sampling them.
+    """A batch of J rollouts for one RL step, with the values recorded while sampling them.
 
-    Rollouts of the same prompt are adjacent. For each token W, `depth_JW` is the depth of the pass
-    that produced it, `logprobs_JW` is its log-probability under the tempered distribution from
-    which it was drawn, and `depth_logprobs_JW` is the log-probability of the depth under the
-    halting policy (0 at position 0, where the depth is not chosen). `verifier_J` is the task's
-    reward. `truncated_J` marks rollouts that reached the token limit.
+    Rollouts of the same prompt are adjacent; `rows` packs them into rows. For each token,
+    `depth_JW` is the depth of the pass that produced the token, `logprobs_JW` the token's
+    log-probability under the tempered distribution from which it was drawn, and `depth_logprobs_JW`
+    the log-probability of the depth under the halting policy (0 at position 0, where the depth is
+    not chosen). `verifier_J` is the reward that the task gives, without penalties. `truncated_J`
+    marks rollouts that reached the token limit.
     """
 
     rows: Completions
@@ -83,7 +84,7 @@ EXACT_KL = {"exact": "student_teacher", "forward": "teacher_student"}
 
 @struct.dataclass
 class Scored:
-    """A batch after the teacher has scored it; it does not change during the optimiser steps."""
+    """A batch with teacher scores, advantages and weights, which all optimiser steps share."""
 
     rows: Completions
     depth_BC: Int[Array, "B C"]
@@ -142,7 +143,7 @@ def score(
     config: RLConfig,
     micro_batches: int,
 ) -> tuple[Scored, Metrics]:
-    """Returns the batch with teacher scores, advantages and loss weights, and reward metrics."""
+    """Returns (batch with teacher scores, advantages and loss weights; metrics of the rewards)."""
     rows, token_JW = batch.rows, batch.token_JW.astype(jnp.float32)
     teacher_BC, teacher_hidden_BCD = teacher_scores(teacher, rows, config, micro_batches)
     log_ratio_JW = batch.logprobs_JW - rows.by_completion(teacher_BC, batch.depth_JW.shape)
@@ -210,7 +211,7 @@ def teacher_scores(
 
 
 def depth_shares(batch: RLBatch, layers: int) -> tuple[Array, Array, Array]:
-    """Returns depth/L, action mask and token mask [J, W], as arguments for `depth_cost`."""
+    """Returns (depth/L, action mask, token mask), each [J, W], as arguments for `depth_cost`."""
     masks = (mask_JW.astype(jnp.float32) for mask_JW in (batch.action_JW, batch.token_JW))
     return batch.depth_JW / layers, *masks
 
@@ -327,7 +328,7 @@ def tempered(hidden_BCD: Array, temperature: float) -> Array:
 
 
 def depth_metrics(batch: RLBatch, exit_layers: tuple[int, ...], layers: int) -> Metrics:
-    """Returns depth metrics: mean, quantiles, layers per problem and the share of each exit."""
+    """Returns metrics of depth: mean, quantiles, layers per problem, share of tokens per exit."""
     token_JW, depth_JW = batch.token_JW, batch.depth_JW
     known_JW = jnp.where(token_JW, depth_JW.astype(jnp.float32), jnp.nan)
     metrics = {

@@ -1,4 +1,4 @@
-"""The calibration step: exit heads learn target hazards, adapters learn to finish after an exit.
+"""The calibration step: exit heads learn target hazards; adapters learn to predict after an exit.
 
 A hazard is the probability of leaving at an exit. Its target is near 1 where the prediction at the
 exit already agrees with the teacher's at full depth.

@@ -44,7 +44,7 @@ class Fixed(NamedTuple):
 
 
 class SplitModel(NamedTuple):
-    """A model split once per run, so that training steps are pure functions of parameters."""
+    """A model split into structure and parameters, so that steps can be pure functions."""
 
     graphdef: nnx.GraphDef
     trainable: Params
@@ -58,7 +58,7 @@ class SplitModel(NamedTuple):
     def teacher(self, trainable: Params, fixed: Fixed | None = None) -> Transformer:
         """Returns the teacher, without gradient; run it with `adapters=False`.
 
-        `trainable` provides the trained parameters, unless `fixed` has a copy for the teacher.
+        The teacher's parameters are the copy in `fixed`, or `trainable` if there is no such copy.
         """
         fixed = self.fixed if fixed is None else fixed
         if fixed.teacher is not None:

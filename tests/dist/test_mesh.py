@@ -33,7 +33,7 @@ class Device:
 
 def test_a_mesh_takes_the_devices_that_there_are(monkeypatch, caplog):
     assert make_mesh(2, 2, 2).shape == {"data": 2, "fsdp": 2, "tensor": 2}
-    with pytest.raises(UserError, match=r"16 devices .*, but this run has 8; lower the sizes"):
+    with pytest.raises(UserError, match=r"16 devices .*, but this run has 8; lower these sizes"):
         make_mesh(4, 2, 2)
     monkeypatch.setattr(jax, "process_count", lambda: 2)  # several hosts leave no device idle
     with pytest.raises(UserError, match="the 2 hosts have 8 and must use all of them; choose "):

@@ -25,7 +25,7 @@ def decode_attention(
     *,
     implementation: str | None = None,
 ) -> jax.Array:
-    """Computes softmax(q·k / sqrt(H)) · v for one query per row, over the filled slots of its row.
+    """Computes softmax(q·k / sqrt(H)) · v for one query per row, over the row's filled cache slots.
 
     The cache holds P sequences, one per row, with S slots each, one per token. All implementations
     but the reference read no further than the longest row that has a query, rounded up to whole

@@ -23,8 +23,8 @@ class Pages(NamedTuple):
 def page_size(slots: int) -> int:
     """Returns the slots per page: the largest power of two up to `PAGE` that divides `slots`.
 
-    `slots` is the number of slots per cache row. Raises NotImplementedError if pages would be
-    smaller than `LEAST_PAGE`, the smallest matrix product of the kernels.
+    `slots` is the number of slots per cache row. Raises NotImplementedError if pages would have
+    fewer slots than `LEAST_PAGE`, the smallest size of the kernels' matrix products.
     """
     size = min(PAGE, slots & -slots)
     if size < LEAST_PAGE:

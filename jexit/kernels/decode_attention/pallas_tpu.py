@@ -26,7 +26,7 @@ def decode_attention(
 ) -> jax.Array:
     """Implements `jexit.kernels.decode_attention` on TPUs with JAX's paged attention kernel.
 
-    Raises NotImplementedError for widths, slot counts or dtypes that the kernel does not support.
+    Raises NotImplementedError for head widths, slot counts or dtypes that it does not support.
     """
     platform = dispatch.target().platform
     if platform not in ("tpu", "cpu"):

@@ -1,4 +1,4 @@
-"""The portable implementation: an online softmax over blocks of slots, up to the longest row."""
+"""The portable implementation of `decode_attention`: an online softmax over blocks of slots."""
 
 from typing import NamedTuple
 
@@ -9,10 +9,10 @@ BLOCK = 128  # slots
 
 
 class _Mix(NamedTuple):
-    """The running state of the online softmax; the first axis is the key/value heads."""
+    """The running state of the online softmax; G query heads share each key/value head K."""
 
     mixed_KBGH: jax.Array  # Σ exp(score − top) · value
-    top_KBG: jax.Array
+    top_KBG: jax.Array  # the largest score so far
     total_KBG: jax.Array  # Σ exp(score − top)
 
 
@@ -26,7 +26,7 @@ def decode_attention(
     *,
     block: int = BLOCK,
 ) -> jax.Array:
-    """Implements `jexit.kernels.decode_attention` in plain XLA, `block` slots at a time."""
+    """Implements `jexit.kernels.decode_attention` in plain XLA, with `block` slots per step."""
     batch, heads, width = q_BNH.shape
     kv_heads, _, _, slots, _ = keys_KLPSH.shape
     block = min(block, slots)
@@ -34,7 +34,7 @@ def decode_attention(
     q_KBGH = (q_KBGH.astype(jnp.float32) * width**-0.5).astype(keys_KLPSH.dtype)
 
     def slots_from(part_KLPSH: jax.Array, start: jax.Array) -> jax.Array:
-        """Returns slots `start` … `start` + block − 1 of the queries' rows, [K, B, block, H]."""
+        """Returns the slots `start` … `start` + block − 1 of each query's row, [K, B, block, H]."""
         if rows_B is None:
             sizes = (kv_heads, 1, batch, block, width)
             return jax.lax.dynamic_slice(part_KLPSH, (0, layer, 0, start, 0), sizes)[:, 0]

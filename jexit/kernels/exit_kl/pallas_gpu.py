@@ -52,8 +52,8 @@ def _statistics(
 def _of_group(exits: range, tile: Tile, *arrays: jax.Array) -> Statistics:
     """Returns the statistics [N] of the final distribution and of each exit in one group.
 
-    `exits` are the indices of the exits. Their statistics form a tuple, not one stacked array,
-    because the sizes of arrays in Triton must be powers of two.
+    `exits` are the indices of the exits; `arrays` are the arguments of `exit_kl`. The exits'
+    statistics form a tuple, not a stacked array, as sizes in Triton must be powers of two.
     """
     h_final_ND, h_exits_END, head_VD = arrays
 

@@ -44,10 +44,10 @@ class FinalTile(NamedTuple):
 
 
 def of_final(z: jax.Array, index: jax.Array, axis: int) -> tuple[Final, FinalTile]:
-    """Returns the statistics and the `FinalTile` of the final distribution for a tile of logits.
+    """Returns (statistics, `FinalTile`) of the final distribution, for a tile of its logits `z`.
 
-    `axis` is the vocabulary axis of the logits `z`; it has length 1 in the statistics. `index`
-    contains the int32 vocabulary indices along `axis`.
+    `axis` is the vocabulary axis of `z`, which has length 1 in the statistics. `index` contains the
+    int32 vocabulary indices along `axis`.
     """
     top = z.max(axis, keepdims=True)
     x = z - top
@@ -86,7 +86,7 @@ def first_index(z: jax.Array, top: jax.Array, index: jax.Array, axis: int) -> ja
 
 
 def merge_final(left: Final, right: Final) -> Final:
-    """Merges the final distribution's statistics of two vocabulary parts, `left` before `right`."""
+    """Merges the final distribution's statistics from two parts of the vocabulary, `left` first."""
     top = jnp.maximum(left.max, right.max)
 
     def rescaled(part: Final) -> tuple[jax.Array, jax.Array]:
@@ -100,7 +100,7 @@ def merge_final(left: Final, right: Final) -> Final:
 
 
 def merge_exit(left: Exit, right: Exit, final_left: Final, final_right: Final) -> Exit:
-    """Merges an exit's statistics of two parts of the vocabulary, `left` before `right`.
+    """Merges an exit's statistics from two parts of the vocabulary, `left` first.
 
     `final_left` and `final_right` are the statistics of the final distribution over the same parts.
     They are needed because x_final − x_exit shifts when a maximum rises.
@@ -122,7 +122,7 @@ def merge_exit(left: Exit, right: Exit, final_left: Final, final_right: Final) -
 
 
 def finish(final: Final, exits: Exit) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Returns KL, entropy, log-sum-exp and arg-max agreement from whole-vocabulary statistics."""
+    """Returns (KL, entropy, log-sum-exp, arg-max agreement) from statistics of all vocabulary."""
     log_sum = jnp.log(final.sum)
     kl = exits.cross / final.sum - log_sum + jnp.log(exits.sum)
     return (

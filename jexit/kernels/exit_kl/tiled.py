@@ -1,4 +1,4 @@
-"""`exit_kl` on one device or a mesh, from statistics of each device's part of the vocabulary."""
+"""`exit_kl` on one device or a mesh: merges statistics of each device's part of the vocabulary."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from jexit.kernels.shards import Shards
 
 
 class Statistics(NamedTuple):
-    """Statistics of part of the vocabulary: [N] for the final distribution, [E, N] for exits."""
+    """Statistics over part of the vocabulary: [N] for the final distribution, [E, N] for exits."""
 
     final: Final
     exits: Exit
@@ -28,7 +28,7 @@ def exit_kl(
 ) -> ExitKL:
     """Implements `jexit.kernels.exit_kl` on one device or a mesh.
 
-    `tiled` computes the statistics of one device's tokens and vocabulary.
+    `tiled` computes the statistics of one device's tokens over its part of the vocabulary.
     """
     shards, tokens = Shards.current(head_VD.shape[0]), h_final_ND.shape[0]
 
@@ -57,7 +57,7 @@ def exit_kl(
 
 
 def merge(left: Statistics, right: Statistics) -> Statistics:
-    """Merges the statistics of two parts of the vocabulary, `left` before `right`."""
+    """Merges statistics from two parts of the vocabulary, `left` first."""
     return Statistics(
         statistics.merge_final(left.final, right.final),
         statistics.merge_exit(left.exits, right.exits, left.final, right.final),

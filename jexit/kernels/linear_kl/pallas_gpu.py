@@ -51,7 +51,7 @@ def _neutral(direction: str) -> Statistics:
 
 
 def _statistics(tile: Tile, direction: str, *arrays: jax.Array | None) -> Statistics:
-    """Returns the statistics [N] for the tokens and vocabulary of one device; see `tiled.Tiled`."""
+    """Returns one device's statistics [N], as `tiled.Tiled` describes."""
     return gpu.statistics(
         lambda blocks: statistics.of_tile(*blocks.logits, direction, axis=1)[0],
         lambda left, right: statistics.merge(left, right)[0],
@@ -72,7 +72,7 @@ def _gradients(
     g_N: jax.Array,
     head_dtype: jnp.dtype | None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Returns one device's gradients for the hidden states and the head; see `tiled.Tiled`."""
+    """Returns one device's gradients for hidden states and head, as `tiled.Tiled` describes."""
 
     def dlogits(blocks: Blocks) -> jax.Array:
         g_T1, finished = blocks.rows

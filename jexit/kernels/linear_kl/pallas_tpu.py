@@ -50,7 +50,7 @@ def _logits(blocks: Operands) -> tuple[jax.Array, jax.Array]:
 
 
 def _statistics(tile: Tile, direction: str, *arrays: jax.Array | None) -> Statistics:
-    """Returns the statistics [N] for the tokens and vocabulary of one device; see `tiled.Tiled`."""
+    """Returns one device's statistics [N], as `tiled.Tiled` describes."""
     total = tpu.statistics(
         lambda blocks: statistics.of_tile(*_logits(blocks), direction, axis=0)[0],
         lambda left, right: statistics.merge(left, right)[0],
@@ -71,7 +71,7 @@ def _gradients(
     g_N: jax.Array,
     head_dtype: jnp.dtype | None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Returns one device's gradients for the hidden states and the head; see `tiled.Tiled`."""
+    """Returns one device's gradients for hidden states and head, as `tiled.Tiled` describes."""
 
     def dlogits(blocks: Operands) -> jax.Array:
         g_1T, finished = blocks.rows

@@ -35,7 +35,7 @@ class Statistics(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """Per-token weights of the rows of the head; the weighted sums of rows give the gradient.
+    """The weights of the head's rows for each token; the weighted sums of rows give the gradient.
 
     x is a logit minus its distribution's largest logit.
     """
@@ -46,7 +46,7 @@ class Weights(NamedTuple):
 
 
 class Rescale(NamedTuple):
-    """The rescaling of sums over one part of the vocabulary when it is merged with another.
+    """The rescaling of sums over one part of the vocabulary when the part is merged with another.
 
     `student` and `teacher` multiply the sums; `move` is added to the centred gap.
     """
@@ -71,9 +71,9 @@ class Finished(NamedTuple):
 def of_tile(
     z_student: jax.Array, z_teacher: jax.Array, direction: str, axis: int
 ) -> tuple[Statistics, Weights]:
-    """Returns the statistics and the weights for a tile of student and teacher logits.
+    """Returns (statistics, weights) for a tile of student and teacher logits.
 
-    `axis` is the vocabulary axis of the logits; it has length 1 in the statistics. `direction`
+    `axis` is the vocabulary axis of the logits, which has length 1 in the statistics. `direction`
     determines which statistics are needed.
     """
     max_student = z_student.max(axis, keepdims=True)
@@ -102,7 +102,8 @@ def of_tile(
 def merge(left: Statistics, right: Statistics) -> tuple[Statistics, Rescale, Rescale]:
     """Merges the statistics of two parts of the vocabulary.
 
-    Returns the merged statistics and, for sums over the left and over the right part, a `Rescale`.
+    Returns the merged statistics, the `Rescale` of sums over the left part, and that of sums over
+    the right part.
     """
     max_student = jnp.maximum(left.max_student, right.max_student)
     max_teacher = jnp.maximum(left.max_teacher, right.max_teacher)
@@ -113,7 +114,7 @@ def merge(left: Statistics, right: Statistics) -> tuple[Statistics, Rescale, Res
         pivot = jnp.where(left.max_student > right.max_student, left.pivot, pivot)
 
     def rescaled(part: Statistics) -> tuple[Statistics, Rescale]:
-        """Converts a part's statistics to the merged maxima and pivot; also returns the `Rescale`.
+        """Returns a part's statistics relative to the merged maxima and pivot, and the `Rescale`.
 
         If a maximum rises by δ, exp(x) is multiplied by exp(−δ), and gaps shift.
         """
@@ -152,7 +153,7 @@ def merge(left: Statistics, right: Statistics) -> tuple[Statistics, Rescale, Res
 
 
 def finish(total: Statistics) -> Finished:
-    """Returns the KL, and the values that its gradient needs, from whole-vocabulary statistics."""
+    """Returns the KL, and the values for its gradient, from whole-vocabulary statistics."""
     log_sum_student, log_sum_teacher = jnp.log(total.sum_student), jnp.log(total.sum_teacher)
     # log p − log q is gap − offset; gap is the centred gap + max_teacher − pivot.
     offset = log_sum_student - log_sum_teacher

@@ -13,7 +13,7 @@ from jexit.kernels.shards import Shards
 
 
 class Tiled(NamedTuple):
-    """The two functions that an implementation provides, for one device's tokens and vocabulary.
+    """The two functions that an implementation provides; each computes one device's share.
 
     Attributes:
       statistics: `(direction, h_student_ND, h_teacher_ND, head_VD, head_teacher_VD)` → `Statistics`
@@ -71,7 +71,7 @@ def _finished(static: _Static, *arguments: Any) -> Finished:
 def _forward(static: _Static, *arguments: Any) -> tuple[jax.Array, tuple[Any, ...]]:
     """Returns the KL [N], and the residuals for the backward pass.
 
-    Each argument is a pair: its `value`, an array, and `perturbed`, whether it is differentiated.
+    In each argument, `value` is the array and `perturbed` is True if it is differentiated.
     """
     head_trains = arguments[2].perturbed
     values = tuple(None if pair is None else pair.value for pair in arguments)

@@ -85,7 +85,7 @@ def _linear_kl(static: _Static, *arguments: Any) -> jax.Array:
 def _forward(static: _Static, *arguments: Any) -> tuple[jax.Array, tuple[Any, ...]]:
     """Returns the KL [N], and the residuals for the backward pass.
 
-    Each argument is a pair: its `value`, an array, and `perturbed`, whether it is differentiated.
+    In each argument, `value` is the array and `perturbed` is True if it is differentiated.
     """
     head_trains = arguments[2].perturbed
     values = tuple(None if pair is None else pair.value for pair in arguments)
@@ -158,7 +158,7 @@ def _gradients(
     g_N: jax.Array,
     head_dtype: jnp.dtype | None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Returns the gradients with respect to the student's states and head; see `tiled.Tiled`."""
+    """Returns gradients for the student's hidden states and head, as `tiled.Tiled` describes."""
 
     def dlogits(
         start: jax.Array | int,
@@ -190,9 +190,10 @@ def _logits(
     start: jax.Array | int,
     size: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the student's and teacher's logits [N, C] for a tile, and the student's head rows.
+    """Returns a tile's logits [N, C] of student and teacher, and its rows of the student's head.
 
-    The tile consists of the vocabulary entries `start` … `start + size − 1`.
+    The tile consists of the vocabulary entries `start` … `start + size − 1`. `heads` are those of
+    student and teacher; None means that the teacher uses the student's head.
     """
     head_CD = tiles.slice_head(heads[0], start, size)
     if heads[1] is None:  # one product for both: the tile is read once
@@ -246,7 +247,7 @@ def _merge(left: _Total, right: _Total) -> _Total:
 
 
 def _unit(total: _Total) -> jax.Array:
-    """Returns the float32 gradient [N, D] of each token's KL with respect to the student's h."""
+    """Returns the gradient of each token's KL for the student's hidden state, float32 [N, D]."""
     sums, rows = total.statistics, total.rows
     row_ND = rows.student / sums.sum_student
     unit_ND = jnp.zeros_like(row_ND)

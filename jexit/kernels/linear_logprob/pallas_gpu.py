@@ -27,7 +27,7 @@ def linear_logprob(
 def _statistics(
     tile: Tile, h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array
 ) -> Statistics:
-    """Returns the statistics [N] for the tokens and vocabulary of one device; see `tiled.Tiled`."""
+    """Returns one device's statistics [N], as `tiled.Tiled` describes."""
 
     def of_tile(blocks: Blocks) -> Statistics:
         return statistics.of_tile(*blocks.logits, blocks.index == blocks.rows, axis=1)[0]
@@ -52,7 +52,7 @@ def _gradients(
     g: LinearLogprob,
     head_dtype: jnp.dtype | None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Returns one device's gradients for the hidden states and the head; see `tiled.Tiled`."""
+    """Returns one device's gradients for hidden states and head, as `tiled.Tiled` describes."""
 
     def dlogits(blocks: Blocks) -> jax.Array:
         targets_T1, finished, g = blocks.rows

@@ -34,7 +34,7 @@ def _logits(blocks: Operands, targets_1T: jax.Array) -> tuple[jax.Array, jax.Arr
 def _statistics(
     tile: Tile, h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array
 ) -> Statistics:
-    """Returns the statistics [N] for the tokens and vocabulary of one device; see `tiled.Tiled`."""
+    """Returns one device's statistics [N], as `tiled.Tiled` describes."""
     total = tpu.statistics(
         lambda blocks: statistics.of_tile(*_logits(blocks, blocks.rows), axis=0)[0],
         lambda left, right: statistics.merge(left, right)[0],
@@ -53,7 +53,7 @@ def _gradients(
     g: LinearLogprob,
     head_dtype: jnp.dtype | None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Returns one device's gradients for the hidden states and the head; see `tiled.Tiled`."""
+    """Returns one device's gradients for hidden states and head, as `tiled.Tiled` describes."""
 
     def dlogits(blocks: Operands) -> jax.Array:
         targets_1T, finished, g = blocks.rows

@@ -25,7 +25,7 @@ class Statistics(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """Per-token weights of the rows of the head; the weighted sums of rows give the gradient.
+    """The weights of the head's rows for each token; the weighted sums of rows give the gradient.
 
     x is a logit minus the largest logit.
     """
@@ -35,7 +35,7 @@ class Weights(NamedTuple):
 
 
 class Rescale(NamedTuple):
-    """The rescaling of sums over one part of the vocabulary when it is merged with another.
+    """The rescaling of sums over one part of the vocabulary when the part is merged with another.
 
     `scale` multiplies exp(x), where x is a logit minus the largest logit; `shift` is added to x.
     """
@@ -54,10 +54,10 @@ class Finished(NamedTuple):
 
 
 def of_tile(z: jax.Array, hit: jax.Array, axis: int) -> tuple[Statistics, Weights]:
-    """Returns the statistics and the weights for the logits `z` of a tile.
+    """Returns (statistics, weights) for the logits `z` of a tile.
 
-    `hit` is true at the target. `axis` is the vocabulary axis of `z`; it has length 1 in the
-    statistics.
+    `hit` is a mask that is true at the target. `axis` is the vocabulary axis of `z`, which has
+    length 1 in the statistics.
     """
     top = z.max(axis, keepdims=True)
     x = z - top
@@ -75,7 +75,8 @@ def of_tile(z: jax.Array, hit: jax.Array, axis: int) -> tuple[Statistics, Weight
 def merge(left: Statistics, right: Statistics) -> tuple[Statistics, Rescale, Rescale]:
     """Merges the statistics of two parts of the vocabulary.
 
-    Returns the merged statistics and, for sums over the left and over the right part, a `Rescale`.
+    Returns the merged statistics, the `Rescale` of sums over the left part, and that of sums over
+    the right part.
     """
     top = jnp.maximum(left.max, right.max)
 
@@ -94,7 +95,7 @@ def merge(left: Statistics, right: Statistics) -> tuple[Statistics, Rescale, Res
 
 
 def finish(total: Statistics) -> Finished:
-    """Returns the outputs, and the values that their gradients need, from total statistics."""
+    """Returns the outputs, and the values for their gradients, from whole-vocabulary statistics."""
     log_sum, mean = jnp.log(total.sum), total.spread / total.sum
     # Differences to the maximum, not to the log-sum-exp: no digits are lost at large logits.
     out = LinearLogprob(
@@ -108,9 +109,9 @@ def finish(total: Statistics) -> Finished:
 def dlogits(z: jax.Array, hit: jax.Array, g: LinearLogprob, finished: Finished) -> jax.Array:
     """Returns the gradient of the loss with respect to the logits `z`.
 
-    `hit` is true at the target. `g` contains the derivative of the loss with respect to each
-    output, or None for an output that the loss does not use. All other arrays must broadcast
-    against `z`.
+    `hit` is a mask that is true at the target. `g` contains the derivative of the loss with respect
+    to each output, or None for an output that the loss does not use. All other arrays must
+    broadcast against `z`.
     """
     x = z - finished.max
     p = jnp.exp(x - finished.log_sum)

@@ -16,7 +16,7 @@ from jexit.kernels.shards import Shards
 
 
 class Tiled(NamedTuple):
-    """The two functions that an implementation provides, for one device's tokens and vocabulary.
+    """The two functions that an implementation provides; each computes one device's share.
 
     Attributes:
       statistics: `(h_ND, head_VD, targets_N)` → `Statistics` [N]. Target 0 is the first row of the
@@ -74,7 +74,7 @@ def _finished(
 def _forward(static: _Static, *arguments: Any) -> tuple[LinearLogprob, tuple[Any, ...]]:
     """Returns the outputs [N], and the residuals for the backward pass.
 
-    Each argument is a pair: its `value`, an array, and `perturbed`, whether it is differentiated.
+    In each argument, `value` is the array and `perturbed` is True if it is differentiated.
     """
     values = tuple(pair.value for pair in arguments)
     finished = _finished(static, *values)
@@ -117,14 +117,14 @@ _linear_logprob.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def used(g: LinearLogprob) -> tuple[LinearLogprob, jax.Array]:
-    """Returns the cotangents that the loss uses, and a mask of the tokens that the loss uses.
+    """Returns `g` with None for outputs that the loss does not use, and a mask of the used tokens.
 
-    Cotangents of outputs that the loss does not use become None.
+    `g` contains the cotangents of the op's outputs.
     """
     g = LinearLogprob(*(None if isinstance(g_N, SymbolicZero) else g_N for g_N in g))
     return g, live(g)
 
 
 def live(g: LinearLogprob) -> jax.Array:
-    """Returns a mask [N] of the tokens for which the cotangent of any output is not 0."""
+    """Returns a mask [N] of the tokens for which the cotangent of at least one output is not 0."""
     return functools.reduce(jnp.logical_or, [g_N != 0 for g_N in g if g_N is not None])

@@ -34,7 +34,7 @@ class _Total(NamedTuple):
 
 
 class _Units(NamedTuple):
-    """The derivatives of each token's entropy and log-sum-exp with respect to its hidden state.
+    """The derivatives of entropy and log-sum-exp with respect to the hidden state, for each token.
 
     The derivative of the log-probability is not stored: it is the target's row of the head minus
     the probability-weighted mean of all rows, which is `logsumexp_ND`.
@@ -78,7 +78,7 @@ def _linear_logprob(
 def _forward(static: _Static, *arguments: Any) -> tuple[LinearLogprob, tuple[Any, ...]]:
     """Returns the outputs [N], and the residuals for the backward pass.
 
-    Each argument is a pair: its `value`, an array, and `perturbed`, whether it is differentiated.
+    In each argument, `value` is the array and `perturbed` is True if it is differentiated.
     """
     h_ND, head_VD, targets_N = values = tuple(pair.value for pair in arguments)
     if arguments[1].perturbed:
@@ -146,7 +146,7 @@ def _gradients(
     g: LinearLogprob,
     head_dtype: jnp.dtype | None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Returns the gradients with respect to the hidden states and the head; see `tiled.Tiled`."""
+    """Returns gradients for the hidden states and the head, as `tiled.Tiled` describes."""
 
     def dlogits(
         start: jax.Array | int,
@@ -199,7 +199,7 @@ def _merge(left: _Total, right: _Total) -> _Total:
 
 
 def _units(total: _Total) -> _Units:
-    """Returns the float32 gradients [N, D] of entropy and log-sum-exp with respect to h."""
+    """Returns the float32 derivatives [N, D] of entropy and log-sum-exp for the hidden states."""
     sums, rows = total.statistics, total.rows
     mean_ND = rows.weight / sums.sum
     # −p (log p + H) is −p (x − Σ p x): the normaliser cancels.
