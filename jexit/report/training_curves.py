@@ -109,10 +109,10 @@ class Line:
 
 
 def training_charts(runs: Sequence[Run]) -> dict[str, list[Chart]]:
-    """Returns charts of all metrics of the runs by SVG file name, with accuracy and depth first.
+    """Returns the charts of all metrics of the runs, by the name of their SVG file.
 
-    A thin line shows the logged values, and a thick line their running mean. Metrics without an
-    informative panel have a small chart under the name `other`.
+    A thin line shows the logged values, and a thick line their running mean. Accuracy and depth
+    come first. Metrics without an informative panel have a small chart under the name `other`.
     """
     trained = [run for run in runs if run.curves.names]
     charts: dict[str, list[Chart]] = {}
@@ -134,7 +134,7 @@ def training_charts(runs: Sequence[Run]) -> dict[str, list[Chart]]:
 
 
 def write_charts(run: Run) -> list[Path]:
-    """Draws every metric of a run to `WORKDIR/plots/*.svg`; returns the paths, accuracy first."""
+    """Writes charts of every metric of a run to `WORKDIR/plots/*.svg`, and returns the paths."""
     paths = []
     for name, charts in training_charts([run]).items():
         path = run.workdir / "plots" / f"{name}.svg"
