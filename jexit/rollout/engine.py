@@ -96,7 +96,11 @@ class Engine:
     def advance(
         self, jobs: Jobs, ready: Any, more: Any, steps: int | None, policy: Policy, draws: Draws
     ) -> Status:
-        """Runs `ticks.advance` until the host has to act or `steps` ticks have drawn tokens."""
+        """Runs ticks until the host has to act, or until `steps` of them have drawn tokens.
+
+        `ready` is the number of prefilled completions on each data shard, and `more` whether
+        further completions are to come. With `steps=None` there is no limit. See `ticks.advance`.
+        """
 
         def run(steps: np.int32) -> Status:
             self.pool, self.records, status = ticks.advance(
@@ -132,7 +136,7 @@ class Engine:
         )
 
     def _timed(self, program: Any, run: Callable[[], T]) -> T:
-        """Returns `run()`; if this compiled `program`, adds the call's time to `compiling`."""
+        """Returns `run()`; if the call compiles `program`, adds its time to `compiling`."""
         known, began = program._cache_size(), time.perf_counter()
         with waiting("the rollouts"):
             result = run()
@@ -144,8 +148,9 @@ class Engine:
 class Decoding:
     """Decodes one request: prefills prompts as cache slots become free, and runs the ticks.
 
-    Each data shard of the mesh decodes its own prompts in its own pool. Every host calls the same
-    programs for all shards at once, so several hosts stay synchronised.
+    A tick runs one segment of layers. Each data shard of the mesh decodes its own prompts in its
+    own pool. Every host calls the same programs for all shards at once, so several hosts stay
+    synchronised.
     """
 
     def __init__(

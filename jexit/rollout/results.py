@@ -13,7 +13,8 @@ from jexit.dist import HostRows
 class Grown:
     """The tokens that one call of `turn` added to a completion; lists have one entry per token.
 
-    `ticket` is the number that `Arrivals.join` returned or, under `Speculate`, the prompt's index.
+    `ticket` identifies the completion: it is the number that `Arrivals.join` returned or, under the
+    policy `Speculate`, the prompt's index.
     """
 
     ticket: int

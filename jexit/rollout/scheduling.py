@@ -96,9 +96,9 @@ class Layout:
     """The division of the prompts over data shards, and the order in which prompts begin.
 
     Each shard has n prompts, in the caller's order; the last shards may have fewer. Programs are
-    compiled for n rounded up to a bucket, so the last prompts of a program may be padding. The
-    prompts are prefilled in groups of similar length, the shortest first, into a ring buffer of
-    `prefixes` cache slots.
+    compiled for n rounded up to a bucket, so a shard's last prompts may be padding. The prompts are
+    prefilled in groups of similar length, the shortest first, into a ring buffer of `prefixes`
+    cache slots.
     """
 
     length_SP: np.ndarray  # 0 where a shard has fewer prompts
@@ -178,12 +178,13 @@ class Layout:
 
     @functools.cached_property
     def groups(self) -> dict[int, Group]:
-        """The prefill groups of least total cost, by each group's first position in `order_SP`.
+        """The division of the prompts into prefill groups that has the least total cost.
 
-        A group has the slots that its longest prompt needs, and the rows that fit a prefill,
-        divided by a member of `GROUP_PARTS`. Each bucket of lengths therefore has only one program
-        per divisor, for any batch. The cost is rows times slots, including padding, plus a fixed
-        cost for each call.
+        The keys are the position of each group's first prompt in `order_SP`. A group has the slots
+        that its longest prompt needs. Its number of rows is the most that fit a prefill, divided by
+        one of the numbers in `GROUP_PARTS`, so each bucket of lengths has few compiled programs,
+        for any batch. The cost is rows times slots, including padding, plus a fixed cost for each
+        call.
         """
         tokens, prompts = PREFILL_TOKENS[target().platform], self.most_prompts
         length_ST = np.take_along_axis(self.length_SP, self.order_SP[:, :prompts], axis=1)
@@ -210,7 +211,7 @@ class Layout:
 
     @functools.cached_property
     def prefixes(self) -> int:
-        """The number of slots of the prefix cache: for prompts that fill the pool and one group."""
+        """The number of slots of the prefix cache: for the prompts in the pool and one group."""
         largest = max(group.rows for group in self.groups.values())
         return min(self.prompts, -(-self.rows // self.samples) + largest)
 

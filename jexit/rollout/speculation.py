@@ -199,8 +199,9 @@ def _round(
 ) -> tuple[Rows, tuple[Array, Array, Array]]:
     """Drafts `DRAFT` tokens per row at exit `layer` and verifies them.
 
-    Returns the rows and (tokens [B, C], log-probabilities [B, C], count [B]): the first `count`
-    tokens of a row are new, the last of them drawn from all layers. Inactive rows do not change.
+    Returns the rows and (tokens [B, C], log-probabilities [B, C], count [B]). The first `count`
+    tokens of a row are new, and the last new one is drawn from all layers. Inactive rows do not
+    change.
     """
     model: Transformer = nnx.merge(graphdef, *states)
     stack = _Stack(model, layers, adapters)
@@ -258,8 +259,8 @@ def accepted(
     """Returns the number of drafted tokens that are accepted, and the weights of the next token.
 
     The G tokens `draft_BG` were drawn from `q_BGV`; `p_BCV` are the distributions of all layers at
-    the same positions and after the last draft (C = G + 1). Source: Leviathan et al.,
-    arXiv:2211.17192, algorithm 1.
+    the same positions and after the last draft (C = G + 1). (Leviathan et al., arXiv:2211.17192,
+    algorithm 1.)
     """
     drafted = draft_BG.shape[1]
     p_BG = jnp.take_along_axis(p_BCV[:, :-1], draft_BG[..., None], axis=-1)[..., 0]
@@ -296,7 +297,7 @@ class _Stack:
     def through(
         self, h_BCD: Array, slot_BC: Int[Array, "B C"], cache: Cache, first: int, end: int
     ) -> tuple[Array, Cache]:
-        """Runs layers `first` … `end` − 1; the tokens of a row are at the slots `slot_BC`."""
+        """Runs layers `first` … `end` − 1 on the tokens of each row, at the slots `slot_BC`."""
         batch, chunk, _ = h_BCD.shape
         rope = rope_table(self.model.arch, slot_BC)
         rows_B = jnp.arange(batch, dtype=jnp.int32)

@@ -100,7 +100,7 @@ def at_layer(
 def head_logits(h_BD: Float[Array, "B D"], head_VD: Float[Array, "V D"]) -> Float[Array, "B V"]:
     """Returns the logits [B, V] of a few rows; see `jexit.model.transformer.logits_of`.
 
-    On CPUs head · hᵀ takes half the time of h · headᵀ; a barrier keeps XLA from undoing this.
+    On CPUs head · hᵀ takes half the time of h · headᵀ. A barrier keeps XLA from changing the order.
     """
     if not on_cpu():
         return logits_of(h_BD, head_VD)
