@@ -35,7 +35,10 @@ SHOWN = 2  # completions of a run in NAME-completions.json
 
 
 def curves(cell: Cell) -> Iterator[dict[str, float]]:
-    """Yields means of a run's training metrics over intervals of steps, with the last `step`."""
+    """Yields the means of a run's training metrics over intervals of steps.
+
+    The value of `step` is the last step of the interval.
+    """
     records = read_metrics(cell.workdir)
     count = min(POINTS, len(records))
     for number in range(count):
