@@ -28,7 +28,7 @@ from jexit.tasks.user_code import guarded_judge
 
 @dataclasses.dataclass(frozen=True)
 class Examination:
-    """The problems of an evaluation, with the token ids of their prompts."""
+    """A task's problems for an evaluation, with their prompts as token ids."""
 
     task: Task
     tokenizer: Tokenizer
@@ -42,7 +42,7 @@ class Examination:
     def attempts(self, decoder: Decoder, policy: Policy, name: str) -> tuple[list[Attempt], float]:
         """Decodes and judges one attempt at each problem under `policy`.
 
-        Returns (attempts, tokens per second). Error messages call the policy `name`.
+        Returns (attempts, tokens per second). `name` is the policy's name in error messages.
         """
 
         def judge(numbers: Sequence[int], attempts: Sequence[Attempt]) -> list[Verdict]:
@@ -190,9 +190,10 @@ def _warn_of_fewer(name: str, split: str, asked: int, found: int) -> None:
 
 
 def check_room(prompts: list[list[int]], section: str, max_new_tokens: int, positions: int) -> None:
-    """Raises UserError if the longest prompt and `max_new_tokens` together exceed the `positions`.
+    """Raises UserError if the longest prompt plus `max_new_tokens` exceeds the model's positions.
 
-    `positions` is the model's limit, and `section` the part of the config with `max_new_tokens`.
+    `positions` is the number of positions. `section` is the section of the config with
+    `max_new_tokens`.
     """
     longest = max(map(len, prompts))
     if longest + max_new_tokens > positions:

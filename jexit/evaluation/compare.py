@@ -53,7 +53,7 @@ def write_problems(
 
 
 class Outcomes(NamedTuple):
-    """Whether each of N problems was solved under a policy, with its layers run and its tokens.
+    """The results on N problems under one policy: correctness, layers run and number of tokens.
 
     `name` is the evaluation and policy, DIR[@POLICY]. `layers` is the model's number of layers, and
     `problems` contains the hashes of the problems.

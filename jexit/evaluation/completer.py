@@ -44,7 +44,7 @@ class ModelCompleter:
     def complete(
         self, problems: Sequence[Problem], prefixes: Sequence[str], *, answer_only: bool
     ) -> list[Attempt | None]:
-        """Returns the model's continuation of each completion, which begins with the given prefix.
+        """Returns the model's continuation of each prefix, which follows the problem's prompt.
 
         With `answer_only`, at most `ANSWER_TOKENS` tokens are decoded. An entry is None if prompt
         and prefix leave room for fewer than `ANSWER_TOKENS` tokens (or than `max_new_tokens`, if
@@ -107,7 +107,7 @@ class ModelCompleter:
         return found
 
     def filler(self, text: str) -> str:
-        """Returns text without content, a repeated punctuation mark, with as many tokens as `text`.
+        """Returns a repeated punctuation mark with as many tokens as `text`.
 
         Raises UserError if the tokenizer merges repetitions of every mark in `FILLERS`.
         """

@@ -28,7 +28,7 @@ THRESHOLDS = (0.05, 0.2)
 def kl_and_agreement(
     final_BCD: HiddenBTD, other_EBCD: Float[Array, "E B C D"], head_VD: Array
 ) -> tuple[Float[Array, "B C E"], Bool[Array, "B C E"]]:
-    """Compares the next-token distribution of `final_BCD` with each of those of `other_EBCD`.
+    """Compares the next-token distribution of `final_BCD` with the E distributions of `other_EBCD`.
 
     Returns KL(final ‖ other) in nats, and whether both have the same most likely token. The output
     head `head_VD` turns the hidden states into logits.

@@ -1,4 +1,4 @@
-"""Tests with interventions, without a judge model, if the answer depends on the chain of thought.
+"""Tests by intervention, without a judge model, whether answers depend on the chain of thought.
 
 Each measure changes the text of a completion or of its prompt, and observes the answer that the
 model gives next. Random decoding or another disturbance could also change the answer. A measure
@@ -82,7 +82,8 @@ def _measured(
     """Builds the result of the measure called `name` from its scores and details.
 
     `replies` contains the replies after the intervention. `tried` is the number of problems on
-    which the intervention was tried, including problems without room for a reply.
+    which the intervention was tried, including problems without room for a reply. `curve` is for
+    `early_answering` only.
     """
     depths = [depth for reply in replies for depth in reply.depths]
     if replies:
@@ -244,8 +245,7 @@ def necessity(transcripts: Transcripts) -> Measured | None:
     likely. To compute the value, S and S' are limited to at most `LEAST`, so that two certain
     answers count as equally likely. `logprob` and `logprob_changed` are the means of S and S' in
     nats, without this limit. Returns None if no completion answers directly after the cue, the text
-    that requests the answer. (Liu et al. 2026, arXiv:2602.13904, without an upper limit on S and
-    S'.)
+    that requests the answer. (Liu et al. 2026, arXiv:2602.13904, without an upper limit.)
     """
     return _likelihood(transcripts, "necessity", transcripts.opening)
 
@@ -461,8 +461,7 @@ def _arms(
     """Pairs each reply after an intervention with the reply to the same problem in the null arm.
 
     `replies` contains the replies after the intervention, followed by those of the null arm.
-    Returns the indices of the pairs in which no reply is missing, and the replies of each arm in
-    these pairs.
+    Returns the indices of the complete pairs, and the replies of each arm in these pairs.
     """
     half = len(replies) // 2
     there = [i for i in range(half) if replies[i] is not None and replies[half + i] is not None]
@@ -495,7 +494,7 @@ LIKELIHOODS = ("necessity", "substantivity", "paraphrasability")  # decode nothi
 
 
 def measured(transcripts: Transcripts, names: Sequence[str]) -> list[Measured]:
-    """Returns the results of the measures called `names`, except measures without a problem."""
+    """Returns the results of the measures called `names` that apply to at least one problem."""
     if not transcripts.problems:
         return []
     made = [MEASURES[name](transcripts) for name in names]
@@ -507,8 +506,8 @@ def policies_paired(
 ) -> list[PairedMeasure]:
     """Compares the measures of a policy (`ours`) with the same measures at full depth (`theirs`).
 
-    A measure is compared on the problems that have a value under both, and left out if there are
-    none.
+    A measure is compared on the problems with a value under both, and left out without such a
+    problem.
     """
     full = {made.result.name: made.scores for made in theirs}
     names = [(made.result.name, made.scores) for made in ours if made.result.name in full]

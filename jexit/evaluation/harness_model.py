@@ -284,8 +284,7 @@ def _after_thought(text: str, end: str, *, opened: bool) -> str:
     """Returns the answer: the part of `text` after the last `end`, the text that ends thinking.
 
     If the text thinks but does not contain `end`, the answer is empty. If it does not think, the
-    answer is the whole text. `opened` is true if the context has already opened a block of
-    thinking.
+    answer is the whole text. `opened` is true if the context has already opened a think block.
     """
     if end not in text:
         return "" if opened or text.lstrip().startswith(THINK_START) else text
@@ -306,7 +305,7 @@ class _Truncating:
 
 
 def _refuse(settings: Mapping[str, Any]) -> None:
-    """Raises UserError if a generation setting has an effect that is not supported."""
+    """Raises UserError for a generation setting that has an effect but is not supported."""
     for name, value in settings.items():
         if value is None or (name in _NEUTRAL and value == _NEUTRAL[name]):
             continue

@@ -32,7 +32,7 @@ BINS = 10
 def _decisions(
     student: Transformer, rows: Completions, depth_BC: Int[Array, "B C"], sample: Sample
 ) -> tuple[Float[Array, "B C E"], Bool[Array, "B C E"], HiddenBTD]:
-    """Runs `rows` at the depths `depth_BC`.
+    """Runs `rows` through the student at the depths `depth_BC`.
 
     Returns the hazards, a mask of the exits that each token reached, and the final hidden states.
     `sample` gives the temperature and the lower bound of hazards.
@@ -65,7 +65,8 @@ def decisions(
     """Returns the hazard of each token at each exit, and whether the token reached the exit.
 
     The tokens run at the depths `depth_BC`. `sample` gives the temperature and the lower bound of
-    hazards. The first token of a completion reaches no exit, since no policy decides its depth.
+    hazards. A completion's first token counts as reaching no exit, since no policy decides its
+    depth.
     """
     return _decisions(nnx.merge(graphdef, *states), rows, depth_BC, sample)[:2]
 

@@ -127,14 +127,14 @@ def bootstrap_ratio_difference(
 
 
 def _resampled(values: Values, seed: int) -> np.ndarray:
-    """Returns [DRAWS] sums of `values`, each over problems drawn with replacement."""
+    """Returns `DRAWS` sums of `values`, each over problems drawn with replacement."""
     values_N, rng, count = np.asarray(values, float), np.random.default_rng(seed), len(values)
     drawn = [values_N[rng.integers(0, count, count)].sum() for _ in range(DRAWS)]
     return np.asarray(drawn)
 
 
 def _with_corners(first: Values, second: Values) -> tuple[np.ndarray, np.ndarray]:
-    """Appends the four possible outcomes to N pairs of values, each with the weight ½.
+    """Appends the outcomes (0, 0), (0, 1), (1, 0) and (1, 1) to N pairs, each with the weight ½.
 
     Returns the pairs [N + 4, 2] and their weights [N + 4], which are 1 for the given pairs.
     """

@@ -105,8 +105,7 @@ class Scorer:
     def batches(self, pairs: Sequence[Pair]) -> Iterator[dict[int, Score]]:
         """Yields the scores of one batch of pairs at a time, keyed by the indices in `pairs`.
 
-        A pair contains the token ids of a context and of its continuation. Raises the errors of
-        `fit`.
+        A pair contains the token ids of a context and its continuation. Raises the errors of `fit`.
         """
         fitted = [self.fit(*pair) for pair in pairs]
         self._policy.check_rows(len(fitted), max((len(pair[1]) for pair in fitted), default=0))
@@ -199,8 +198,7 @@ def token_scores(
 ) -> tuple[Float[Array, "B C"], Bool[Array, "B C"], Int[Array, "B C"]]:
     """Scores the continuation tokens of a batch under `policy`.
 
-    Returns each token's log-probability in nats, whether it is the most likely token, and its
-    depth.
+    Returns the log-probability in nats, whether the token is the most likely one, and the depth.
     """
     model: Transformer = nnx.merge(graphdef, *states)
     if policy.draws:

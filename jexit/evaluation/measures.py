@@ -127,7 +127,7 @@ class Measurer:
         return self.split.decodable(self.split.trainable)
 
     def _hazard_policy(self, policy: str) -> Sample:
-        """Returns the temperature and lower bound of hazards, which only `sample` may change."""
+        """Returns the settings of hazards: the decoder's under `sample`, otherwise the defaults."""
         return self.decoder.sample if policy == "sample" else Sample()
 
     def _attempts(self, policy: str) -> list[Attempt]:
@@ -136,7 +136,7 @@ class Measurer:
         return self.attempts[policy]
 
     def _recorded(self, attempts: Sequence[Attempt]) -> Recorded:
-        """Returns attempts at the first problems, with their prompts, to run the model again."""
+        """Returns attempts at the first problems, with their prompts, for another forward pass."""
         return Recorded(
             self.examination.prompts[: len(attempts)],
             [made.ids for made in attempts],

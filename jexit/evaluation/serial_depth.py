@@ -4,9 +4,9 @@ The *opaque* serial depth of a language model is the longest computation between
 people can read. It bounds what the model can work out without writing it down (Brown-Cohen et al.
 2026, arXiv:2603.09786). For a token that leaves at an exit, it is the serial depth of the pass up
 to this exit. The costs are those of that paper's program for JAX (google-deepmind/serial_depth).
-Moving data costs 0, an element-wise operation 1, a reduction or cumulative sum of n numbers ⌈log₂
-n⌉, a matrix product ⌈log₂ n⌉ + 1 with the contracted size n, and a scan its length times the depth
-of its body.
+Moving data costs 0, an element-wise operation 1, and a reduction or cumulative sum of n numbers
+⌈log₂ n⌉. A matrix product with the contracted size n costs ⌈log₂ n⌉ + 1, and a scan its length
+times the depth of its body.
 """
 
 from __future__ import annotations

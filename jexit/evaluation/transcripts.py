@@ -24,7 +24,8 @@ _OPENED = re.compile(rf"\s*{THINK_START}\s*")
 class Continuation:
     """The text that the model wrote after a forced prefix, and the answer in this text, if any.
 
-    If the answer was forced, `text` begins with the cue. `correct` is the task's verdict.
+    If the answer was forced, `text` begins with the cue, the text that requests the answer.
+    `correct` is the task's verdict.
     """
 
     text: str
@@ -92,17 +93,20 @@ class Transcripts:
         return Draw("faithfulness", name, self.seed, self.numbers[index])
 
     def canonical(self, answer: str) -> str | None:
-        """Returns `answer` in the normal form that `final_answer` gives equal answers, or None."""
+        """Returns the normal form of `answer`, which equal answers share, or None without one."""
         return self.task.final_answer(self.task.cue + answer)
 
     def forced(self, rows: Sequence[tuple[Problem, str]]) -> list[Continuation | None]:
-        """Returns the model's answer to each (problem, prefix), requested by appending the cue."""
+        """Returns the model's answer to each (problem, prefix) after the cue, which requests it."""
         asked = [(problem, chain + self.task.cue_after(chain)) for problem, chain in rows]
         return self.continued(asked, answer_only=True)
 
     @functools.cached_property
     def answer_texts(self) -> list[str | None]:
-        """The text of each completion's answer after the cue, or None if it answers elsewhere."""
+        """The text of each completion's answer after the cue, the text that requests the answer.
+
+        An entry is None if the answer does not follow the cue.
+        """
         texts: list[str | None] = []
         for reply, answer in zip(self.replies, self.answers, strict=True):
             _, cue, text = reply.text.rpartition(self.task.cue.strip())
@@ -133,8 +137,8 @@ class Transcripts:
     ) -> list[Continuation | None]:
         """Returns the model's continuation of each (problem, prefix); all are decoded together.
 
-        With `answer_only`, the prefixes end in the cue, and only answers are decoded. An entry is
-        None if prompt and prefix are too long to leave room for an answer.
+        With `answer_only`, the prefixes end in the cue, which requests the answer, and only answers
+        are decoded. An entry is None if prompt and prefix are too long to leave room for an answer.
         """
         replies = self.completer.complete(
             [problem for problem, _ in rows], [text for _, text in rows], answer_only=answer_only
