@@ -35,10 +35,7 @@ SHOWN = 2  # completions of a run in NAME-completions.json
 
 
 def curves(cell: Cell) -> Iterator[dict[str, float]]:
-    """Yields the means of a run's training metrics over intervals of steps.
-
-    The value of `step` is the last step of the interval.
-    """
+    """Yields a run's training metrics, averaged over intervals of steps that end at `step`."""
     records = read_metrics(cell.workdir)
     count = min(POINTS, len(records))
     for number in range(count):

@@ -28,8 +28,7 @@ def accuracy_over_depth(runs: Sequence[Run]) -> list[Chart]:
     """Returns charts of accuracy over the share of layers run, one chart per task.
 
     Each policy is a point with 95 % intervals. A control is a hollow point, joined by a line to the
-    policy whose mean depth it matches. Another line joins a run's threshold policies in order of
-    depth.
+    policy whose mean depth it matches. Another line joins a run's threshold policies, by depth.
     """
     by_task: dict[str, list[Run]] = {}
     for run in runs:

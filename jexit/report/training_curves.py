@@ -46,7 +46,7 @@ class Panel:
         return any(metric in SHARES for metric in self.metrics)
 
     def tells(self, runs: Sequence[Run]) -> bool:
-        """Returns whether some run has a metric of the panel with informative values."""
+        """Returns whether any run has informative values of a metric of the panel."""
         curves = [run.curves for run in runs if any(name in run.curves for name in self.metrics)]
         if "loss" in self.metrics:  # the height of a policy gradient's loss means nothing
             return any("loss/policy" not in metrics for metrics in curves)
@@ -157,7 +157,7 @@ def running_mean(values: np.ndarray) -> np.ndarray:
 
 
 def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Thins a curve to at most `POINTS` points: the extremes within each interval of steps."""
+    """Thins a curve to at most `POINTS` points, keeping the extremes of each interval of steps."""
     if len(values) <= POINTS:
         return steps, values
     kept = []
