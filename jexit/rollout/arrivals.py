@@ -161,10 +161,7 @@ class Arrivals:
                 self._release(job)
 
     def turn(self, steps: int = 1) -> list[Grown]:
-        """Prefills waiting prompts, then runs up to `steps` drawing ticks; returns new tokens.
-
-        A drawing tick is one that draws tokens.
-        """
+        """Prefills prompts, then runs ticks until `steps` have drawn tokens; returns new tokens."""
         while self._queue and self._free_slots and self._idle in self._jobs:
             self._admit()
         if all(completion is self._idle for completion in self._jobs):

@@ -84,7 +84,10 @@ class Engine:
     def prefill(
         self, jobs: Jobs, prompts: tuple, draws: Draws, forced: ForcedPrefix | None = None
     ) -> None:
-        """Prefills `prompts` (tokens_BT, length_B, job_BG); draws each completion's first token."""
+        """Prefills `prompts` and draws the first token of each completion (see `prefill.prefill`).
+
+        `prompts` is the triple (tokens_BT, length_B, job_BG).
+        """
         self.prefixes, self.records = self._timed(
             prefill.prefill,
             lambda: prefill.prefill(
@@ -98,8 +101,9 @@ class Engine:
     ) -> Status:
         """Runs ticks until the host has to act, or until `steps` of them have drawn tokens.
 
-        `ready` is the number of prefilled completions on each data shard, and `more` whether
-        further completions are to come. With `steps=None` there is no limit. See `ticks.advance`.
+        The host has to prefill prompts or enlarge the cache (see `ticks.advance`). `ready` is the
+        number of prefilled completions on each data shard, and `more` whether further completions
+        are to come. `steps=None` means no limit.
         """
 
         def run(steps: np.int32) -> Status:

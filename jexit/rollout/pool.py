@@ -40,7 +40,7 @@ class Jobs:
 
 @struct.dataclass
 class Records:
-    """The recorded tokens of every completion, in T columns (at least `max_new_tokens`)."""
+    """The tokens of every completion and their depths, in T columns (at least `max_new_tokens`)."""
 
     tokens_JT: Int[Array, "J T"]
     depths_JT: Int[Array, "J T"]
@@ -197,7 +197,7 @@ def grown(cache: Cache, *, slots: int) -> Cache:
 
 
 def _pinned(tree: Any) -> Any:
-    """Shards the rows of every array over the data axes; caches are left as they are."""
+    """Shards the rows of every array over the data axes; caches are already sharded."""
     return jax.tree.map(
         lambda part: (
             part if isinstance(part, Cache) else constrain(part, "B" + "." * (part.ndim - 1))

@@ -71,7 +71,7 @@ def _residuals(
 
 
 def checked_layers(layers: Any, most: int) -> tuple[int, ...]:
-    """Returns `layers` as a tuple; raises UserError unless they rise within 0 to `most`."""
+    """Returns `layers` as a tuple; raises UserError unless they rise and are in 0 … `most`."""
     known = isinstance(layers, Sequence) and all(
         isinstance(layer, int | np.integer) and not isinstance(layer, bool) and 0 <= layer <= most
         for layer in layers

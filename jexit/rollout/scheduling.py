@@ -118,7 +118,11 @@ class Layout:
         new: int,
         forced_B: np.ndarray | None = None,
     ) -> Layout:
-        """Lays out prompts of lengths `length_B` for up to `new` tokens per completion."""
+        """Divides prompts of lengths `length_B` over data shards, for `new` tokens per completion.
+
+        There are `samples` completions per prompt. `token_bytes` is the size of a token in the KV
+        cache, and `forced_B` contains the lengths of forced prefixes (None: no prefixes).
+        """
         shards = data_shards()
         most_prompts = -(-len(length_B) // shards)
         beyond = prompts_bucket(most_prompts, samples) - most_prompts
@@ -161,11 +165,11 @@ class Layout:
 
     @property
     def job_B(self) -> np.ndarray:
-        """The index of each of the caller's completions among the jobs of all shards."""
+        """The indices of the caller's completions among the jobs of all shards, without padding."""
         return np.flatnonzero(np.repeat(self.length_SP.reshape(-1) > 0, self.samples))
 
     def by_job(self, values_BX: np.ndarray) -> np.ndarray:
-        """Reorders the caller's values, one per completion, to one per job; padding jobs get 0."""
+        """Reorders the caller's values, one per completion, into job order; padding jobs get 0."""
         values_JX = np.zeros((self.shards * self.jobs, *values_BX.shape[1:]), values_BX.dtype)
         values_JX[self.job_B] = values_BX
         return values_JX
@@ -180,11 +184,10 @@ class Layout:
     def groups(self) -> dict[int, Group]:
         """The division of the prompts into prefill groups that has the least total cost.
 
-        The keys are the position of each group's first prompt in `order_SP`. A group has the slots
-        that its longest prompt needs. Its number of rows is the most that fit a prefill, divided by
-        one of the numbers in `GROUP_PARTS`, so each bucket of lengths has few compiled programs,
-        for any batch. The cost is rows times slots, including padding, plus a fixed cost for each
-        call.
+        The keys are the positions of the groups' first prompts in `order_SP`. A group has the slots
+        that its longest prompt needs, and either all rows that fit a prefill or a fraction of them
+        (`GROUP_PARTS`), so that few programs are compiled for any batch. The cost is rows times
+        slots, including padding, plus a fixed cost per call.
         """
         tokens, prompts = PREFILL_TOKENS[target().platform], self.most_prompts
         length_ST = np.take_along_axis(self.length_SP, self.order_SP[:, :prompts], axis=1)
@@ -333,7 +336,7 @@ def choose(
 def pick(
     here_P: Bool[Array, "P"], since_P: Int[Array, "P"], tick: Int[Array, ""], places: int
 ) -> tuple[Int[Array, "B"] | None, Bool[Array, "B"]]:
-    """Returns the rows that a tick runs, longest-waiting first, and a mask of rows to run.
+    """Returns the rows of a tick, longest-waiting first, and a mask of the rows that do work.
 
     `here_P` is True for rows that wait for the tick's segment. The mask is False for other rows,
     which only fill up the tick. If a tick holds every row of the pool, returns (None, `here_P`).

@@ -54,10 +54,9 @@ class Rows:
 class Speculation:
     """Decodes one request with the policy `Speculate`, in rounds of drafting and verification.
 
-    `drafted` and `accepted` count the drafted and the accepted tokens of completions that had not
-    ended. All prompts are decoded together, on one data shard. Raises UserError if the request is
-    invalid, if the policy's layer is not an exit of the model, or if the mesh has several data
-    shards.
+    `drafted` and `accepted` count tokens of completions that had not ended. All prompts are decoded
+    together, on one data shard. Raises UserError if the request is invalid, if the policy's layer
+    is not an exit of the model, or if the mesh has several data shards.
     """
 
     def __init__(self, model: Transformer | Decodable, request: Request) -> None:
@@ -200,8 +199,7 @@ def _round(
     """Drafts `DRAFT` tokens per row at exit `layer` and verifies them.
 
     Returns the rows and (tokens [B, C], log-probabilities [B, C], count [B]). The first `count`
-    tokens of a row are new, and the last new one is drawn from all layers. Inactive rows do not
-    change.
+    tokens of a row are new, the last of these drawn from all layers. Inactive rows do not change.
     """
     model: Transformer = nnx.merge(graphdef, *states)
     stack = _Stack(model, layers, adapters)
@@ -297,7 +295,7 @@ class _Stack:
     def through(
         self, h_BCD: Array, slot_BC: Int[Array, "B C"], cache: Cache, first: int, end: int
     ) -> tuple[Array, Cache]:
-        """Runs layers `first` … `end` − 1 on the tokens of each row, at the slots `slot_BC`."""
+        """Runs layers `first` … `end` − 1 on the tokens at each row's cache slots `slot_BC`."""
         batch, chunk, _ = h_BCD.shape
         rope = rope_table(self.model.arch, slot_BC)
         rows_B = jnp.arange(batch, dtype=jnp.int32)
