@@ -60,7 +60,7 @@ class PoolThread(threading.Thread):
         self._inbox.put((stream, choice))
 
     def close(self) -> None:
-        """Ends all open streams with RunEnded, then the thread, and waits for the thread to end."""
+        """Ends the thread and waits for its end; streams that are still open raise RunEnded."""
         self._closed = True
         self._inbox.put(None)
         self.join()
@@ -116,7 +116,7 @@ class PoolThread(threading.Thread):
             stream.deliver(choice, error)
 
     def _read(self) -> bool:
-        """Handles all messages, waits for one if the pool is empty; returns False after `close`."""
+        """Handles all messages, or waits for one if nothing is decoded; False means `close`."""
         while True:
             try:
                 idle = not self.arrivals.under_way and not self._drafted
@@ -218,7 +218,7 @@ class Opened:
         return asked
 
     async def answer(self, asked: Asked) -> AsyncGenerator[tuple[Choice, dict[str, Any]]]:
-        """Decodes a request; yields a choice with the fields of its new tokens at each update."""
+        """Decodes a request; yields (choice, response fields of its new tokens) at each update."""
         count = len(asked.request.prompts)
         choices = [Choice(asked, index, self.tokenizer) for index in range(count)]
         async with Stream(self.pool, asked.request) as stream:
