@@ -192,8 +192,7 @@ def _warn_of_fewer(name: str, split: str, asked: int, found: int) -> None:
 def check_room(prompts: list[list[int]], section: str, max_new_tokens: int, positions: int) -> None:
     """Raises UserError if the longest prompt plus `max_new_tokens` exceeds the model's positions.
 
-    `positions` is the number of positions. `section` is the section of the config with
-    `max_new_tokens`.
+    `positions` is this limit. The message names the setting `config.{section}.max_new_tokens`.
     """
     longest = max(map(len, prompts))
     if longest + max_new_tokens > positions:

@@ -227,7 +227,7 @@ class Decoding:
         return bool(np.all(begun & (self._status.under_way == 0)))
 
     def so_far(self) -> Records:
-        """Returns the records of this host's completions so far, in the order of the batch."""
+        """Returns what has been recorded of this host's completions so far, in batch order."""
         layout, columns = self._layout, self.request.max_new_tokens
         job_B = layout.job_B[host_rows(self._total * layout.samples).index_B]
         with waiting("the rollouts"):

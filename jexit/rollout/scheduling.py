@@ -214,7 +214,7 @@ class Layout:
 
     @functools.cached_property
     def prefixes(self) -> int:
-        """The number of slots of the prefix cache: for the prompts in the pool and one group."""
+        """The number of prompts in the prefix cache: enough for the pool and one more group."""
         largest = max(group.rows for group in self.groups.values())
         return min(self.prompts, -(-self.rows // self.samples) + largest)
 
@@ -228,7 +228,7 @@ class Layout:
         return cache_bucket(min(slots, most), most)
 
     def has_room(self, prefilled: int, started_S: np.ndarray) -> bool:
-        """Returns whether the prefix cache has free slots for the group at `prefilled` in `groups`.
+        """Returns whether the prefix cache has free slots for the prompts of `groups[prefilled]`.
 
         The slot of a prompt is free once all its completions have begun.
         """
@@ -236,7 +236,7 @@ class Layout:
         return prefilled + self.groups[prefilled].prompts - self.prefixes <= int(begun_S.min())
 
     def group(self, first: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the indices and lengths [S, B] of each shard's prompts in the group at `first`.
+        """Returns the indices and lengths [S, B] of each shard's prompts in `groups[first]`.
 
         Padding has the index `prompts` and the length 1.
         """

@@ -42,7 +42,7 @@ _ACCEPT, _REST = 1_000, 1_001
 
 @struct.dataclass
 class Rows:
-    """The state of a request's completions: the cache, the next input token and its position."""
+    """The state of a request's completions: KV cache, next input token and its cache slot."""
 
     cache: Cache
     token_B: Int[Array, "B"]
@@ -92,7 +92,7 @@ class Speculation:
         self._over[row] = True
 
     def turn(self) -> list[Grown]:
-        """Prefills prompts in the first call, and runs one round in others; returns new tokens."""
+        """Prefills prompts in the first call, runs a round in later calls; returns new tokens."""
         if self._rows is None:
             return self._began()
         engine, active_B = self._engine, ~np.asarray(self._over)
