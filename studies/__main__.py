@@ -68,7 +68,7 @@ def linked_charts(page: Path, directory: Path) -> set[str]:
 
 
 def _wanted(shown: set[str], studies: Mapping[str, Study]) -> dict[str, list[str]]:
-    """Returns each study's charts to draw; raises UserError if a page shows an unknown chart."""
+    """Returns the charts to draw for each study; raises UserError if a page shows any other."""
     known = {f"{name}-{chart}.svg": (name, chart) for name in studies for chart in CHARTS}
     if unknown := sorted(shown - known.keys()):
         raise UserError(

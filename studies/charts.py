@@ -117,7 +117,7 @@ def _told(
 
 
 def measures(study: Study) -> list[Chart]:
-    """Returns charts of capacity and faithfulness over settings: means and ranges of the seeds."""
+    """Returns charts of capacity and faithfulness per setting, as means and ranges over seeds."""
     charts = []
     for title, labels in MEASURED.items():
         lines = {label: _over_settings(study, label) for label in labels}
@@ -211,7 +211,8 @@ def _known(points: Iterable[OverSeeds]) -> bool:
 def _colours(study: Study) -> dict[Group, str]:
     """Returns the style class of each group.
 
-    The classes are levels if one setting varies or there are many groups, and series otherwise.
+    If only one setting varies, or for many groups, the classes are levels of one colour scale.
+    Otherwise they are the unrelated colours of series.
     """
     groups = study.groups
     varying = [values for values in zip(*groups, strict=True) if len(set(values)) > 1]

@@ -35,7 +35,7 @@ SHOWN = 2  # completions of a run in NAME-completions.json
 
 
 def curves(cell: Cell) -> Iterator[dict[str, float]]:
-    """Yields means of a run's training metrics over intervals of steps, with the last `step`."""
+    """Yields a run's training metrics, averaged over intervals of steps that end at `step`."""
     records = read_metrics(cell.workdir)
     count = min(POINTS, len(records))
     for number in range(count):

@@ -139,7 +139,7 @@ class Study:
         return {int(step): OverSeeds(*row) for step, *row in by_step.itertuples()}
 
     def label(self, group: Group) -> str:
-        """Returns a group's settings as text; a lone model path or task name is only its value."""
+        """Returns a group's settings as text, or only the value if that is a model path or task."""
         if len(group) == 1 and self.settings[0] in _SAYS_ITSELF:
             return group[0]
         return ", ".join(

@@ -65,7 +65,7 @@ def task_words() -> list[str]:
 
 
 def learn_merges(words: list[str], known: set[str], count: int) -> list[tuple[str, str]]:
-    """Returns the first byte-pair merges, learned from the words, that add `count` new tokens.
+    """Learns byte-pair merges from the words until they add `count` tokens to those in `known`.
 
     Ties go to the pair that sorts first. A merge whose result is a word already in the vocabulary
     adds no token.

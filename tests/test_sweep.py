@@ -119,7 +119,7 @@ def test_a_run_that_was_begun_with_other_settings_is_refused(tmp_path, capsys):
     begun.begun([cell])
     assert main([*given, "--config.steps=999"]) == 1
     error = capsys.readouterr().err
-    assert "which differs in --config.steps=10; choose another --into" in error
+    assert "other arguments: --config.steps=10 differs; choose another --into" in error
     cell.begin("run", [*reversed(begun.training(cell))])
     begun.begun([cell])  # the same settings in another order
     write_json(cell.workdir / "config.json", {"task": {}})
@@ -127,7 +127,7 @@ def test_a_run_that_was_begun_with_other_settings_is_refused(tmp_path, capsys):
     next(commands)
     (cell.workdir / "eval").mkdir()
     assert main([*given, "--config.steps=10", "--eval.eval.problems=1000"]) == 1
-    assert "which differs in --config.eval.problems=1000" in capsys.readouterr().err
+    assert "--config.eval.problems=1000 differs" in capsys.readouterr().err
     assert not (tmp_path / "table.csv").exists()
 
 
@@ -232,7 +232,7 @@ def test_other_values_of_the_same_keys_add_to_the_study(tmp_path, capsys, monkey
     assert values == [("2", "1"), ("2", "0"), ("10", "0")]  # its own, then the others by size
     for other in (["seed=1"], ["seed=1", "rl.depth_coef=2"], []):
         assert main([*given, *other]) == 1
-        assert "from another sweep, but this sweep varies" in capsys.readouterr().err
+        assert "belongs to another sweep: this one varies" in capsys.readouterr().err
     # What another command began meanwhile is in the table.
     arguments = [RL, f"--into={tmp_path / 'new'}"]
 

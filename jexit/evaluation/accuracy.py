@@ -28,7 +28,7 @@ from jexit.tasks.user_code import guarded_judge
 
 @dataclasses.dataclass(frozen=True)
 class Examination:
-    """The problems of an evaluation, with the token ids of their prompts."""
+    """A task's problems for an evaluation, with their prompts as token ids."""
 
     task: Task
     tokenizer: Tokenizer
@@ -40,7 +40,10 @@ class Examination:
         return cls(task, tokenizer, *held_out(task, tokenizer, config, config.eval.problems))
 
     def attempts(self, decoder: Decoder, policy: Policy, name: str) -> tuple[list[Attempt], float]:
-        """Returns a decoded and judged attempt at each problem, and the tokens per second."""
+        """Decodes and judges one attempt at each problem under `policy`.
+
+        Returns (attempts, tokens per second). `name` is the policy's name in error messages.
+        """
 
         def judge(numbers: Sequence[int], attempts: Sequence[Attempt]) -> list[Verdict]:
             return judged(self.task, [self.problems[number] for number in numbers], attempts)
@@ -49,10 +52,10 @@ class Examination:
 
 
 def judged(task: Task, problems: Sequence[Problem], attempts: Sequence[Attempt]) -> list[Verdict]:
-    """Returns the task's verdicts on this host's attempts at `problems`.
+    """Returns the task's verdict on each of this host's attempts at `problems`.
 
-    Raises SharedUserError on every host if, on any host, a user-defined task raises an exception,
-    takes too long, or returns a value that is not a reward.
+    A user-defined task fails if it raises an exception, takes too long, or returns a value that is
+    not a reward. If it fails on any host, every host raises SharedUserError.
     """
     verdicts, fault = [], ""
     try:
@@ -80,7 +83,7 @@ def policy_result(
     *,
     tokens_per_second: float = math.nan,
 ) -> PolicyResult:
-    """Computes a policy's accuracy, depth and other results from a judged attempt per problem."""
+    """Computes a policy's accuracy, depth and other results from one judged attempt per problem."""
     histogram = np.bincount(
         [depth for made in attempts for depth in made.depths], minlength=layers + 1
     )
@@ -118,7 +121,10 @@ def policy_result(
 
 
 def part_totals(attempts: Sequence[Attempt]) -> dict[str, tuple[float, int]]:
-    """Sums each named part of the reward: returns (sum, count) for each key `reward/NAME`."""
+    """Sums each named part of the reward (`Verdict.parts`) over the attempts.
+
+    Returns {`reward/NAME`: (sum, number of attempts with this part)}.
+    """
     verdicts = [attempt.verdict for attempt in attempts if attempt.verdict]
     names = dict.fromkeys(name for verdict in verdicts for name in verdict.parts)
     found = {name: [v.parts[name] for v in verdicts if name in v.parts] for name in names}
@@ -126,7 +132,10 @@ def part_totals(attempts: Sequence[Attempt]) -> dict[str, tuple[float, int]]:
 
 
 def text_means(hosts: list[dict[str, tuple[float, int]]]) -> dict[str, float]:
-    """Returns the means of the task's own metrics, from the sums and counts on each host."""
+    """Returns the means of the task's own metrics over all hosts.
+
+    Each entry of `hosts` maps the name of a metric to its (sum, count) on one host.
+    """
     means = {}
     for name in sorted({name for totals in hosts for name in totals}):
         pairs = [totals[name] for totals in hosts if name in totals]
@@ -140,9 +149,9 @@ def held_out(
 ) -> tuple[list[Problem], list[list[int]]]:
     """Returns the first `count` problems of the evaluation split, and their prompts as token ids.
 
-    If the split has fewer problems, all of them are returned and a warning is logged. Raises
-    UserError if no problem is left, or if a prompt has more than `config.task.max_prompt_tokens`
-    tokens and `config.task.skip_long` is off.
+    With `config.task.skip_long`, problems with more than `config.task.max_prompt_tokens` tokens in
+    the prompt are skipped; without it, they raise UserError. If fewer than `count` problems are
+    left, all of them are returned and a warning is logged. Raises UserError if none is left.
     """
     split, limit = config.eval.split, config.task.max_prompt_tokens
     size = task.size(split)
@@ -181,7 +190,10 @@ def _warn_of_fewer(name: str, split: str, asked: int, found: int) -> None:
 
 
 def check_room(prompts: list[list[int]], section: str, max_new_tokens: int, positions: int) -> None:
-    """Raises UserError if the longest prompt and its completion exceed the model's `positions`."""
+    """Raises UserError if the longest prompt plus `max_new_tokens` exceeds the model's positions.
+
+    `positions` is this limit. The message names the setting `config.{section}.max_new_tokens`.
+    """
     longest = max(map(len, prompts))
     if longest + max_new_tokens > positions:
         raise UserError(

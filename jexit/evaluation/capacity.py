@@ -1,7 +1,8 @@
 """Measures how much a model can compute in one step of its chain of thought.
 
-The size of a step is the number of operands that it combines. `prescribed` measures steps whose
-size the prompt prescribes, and `begun_steps` first steps whose size a forced prefix fixes.
+The size of a step is the number of operands that it combines. In `prescribed`, the prompt
+prescribes the size of all steps. In `begun_steps`, a forced prefix of the completion fixes the size
+of the first step.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ def prescribed(
     examination: Examination,
     by_policy: Mapping[str, tuple[PolicyResult, Sequence[Attempt]]],
 ) -> list[Capacity]:
-    """Returns each policy's accuracy on prompts that prescribe the step size `granularity`.
+    """Returns a record of each policy's accuracy on prompts that prescribe the size of the steps.
 
-    `by_policy` maps policies, which must include `full`, to their results and attempts. Each record
-    also contains the share of completions with steps of this size, the accuracy of these
-    completions, and the difference in accuracy from full depth.
+    `granularity` is the prescribed size, or its name. `by_policy` maps the names of policies to
+    their results and attempts, and must include `full`. A record also contains the share of
+    completions whose steps have this size, the accuracy of these completions, and the difference in
+    accuracy from full depth.
     """
     task = examination.task
     assert isinstance(task, ChainTask)
@@ -63,10 +65,10 @@ def begun_steps(
 ) -> list[tuple[Capacity, Scores]]:
     """Measures how often the first step is correct when a forced prefix fixes its size.
 
-    Returns the record and the scores per problem for each size in `task.begun_sizes` for which some
-    problem has enough operands, so different sizes cover different problems. As the prefix fixes
-    the size, the measured capacity does not depend on the size that the model would choose. The
-    prefix counts as the model's own text: the policy decides the depths of its tokens too.
+    Returns a pair (record, scores per problem) for each measured size in `task.begun_sizes`. A size
+    is measured on the problems that have enough operands, so the problems differ between sizes. As
+    the prefix fixes the size, the result does not depend on the size that the model would choose.
+    The policy decides the depths of the prefix's tokens too, as if the model had written them.
 
     A model that has not written steps of some size for a long time may have forgotten their format.
     Such a loss is not caused by depth; comparing with full depth (`less_full`) removes it.
@@ -112,7 +114,10 @@ def begun_steps(
 
 
 def less_full(entry: Capacity, ours: Scores, full: Scores) -> Capacity:
-    """Returns `entry` plus the difference in accuracy from full depth on the same problems."""
+    """Returns a copy of `entry` with the difference in accuracy from full depth on its problems.
+
+    `ours` and `full` are the scores under the policy of `entry` and at full depth.
+    """
     pair = paired(entry.policy, "accuracy", ours, full)
     assert pair is not None, "every policy has the same problems"
     return entry.model_copy(

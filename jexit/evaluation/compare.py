@@ -35,7 +35,12 @@ FIELDS = ("policy", "problem", "correct", "layers", "tokens")
 def write_problems(
     path: Path, problems: Sequence[Problem], attempts: Mapping[str, Sequence[Attempt]]
 ) -> None:
-    """Writes a CSV row per attempt: policy, problem hash, correctness, layers and tokens."""
+    """Writes the results of all attempts to the CSV file `path`, with one row per attempt.
+
+    A row contains the policy, a hash of the problem, whether the answer is correct (1 or 0), the
+    number of layers run and the number of tokens. `attempts` contains, for each policy, an attempt
+    per problem.
+    """
     names = [f"{stable_hash(problem.messages, problem.answer):016x}" for problem in problems]
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
@@ -48,7 +53,11 @@ def write_problems(
 
 
 class Outcomes(NamedTuple):
-    """A policy's correctness, layers run and tokens on N problems by a model of `layers` layers."""
+    """The results on N problems under one policy: correctness, layers run and number of tokens.
+
+    `name` is the evaluation and policy, DIR[@POLICY]. `layers` is the model's number of layers, and
+    `problems` contains the hashes of the problems.
+    """
 
     name: str
     layers: int
@@ -59,11 +68,11 @@ class Outcomes(NamedTuple):
 
 
 def differences(ours: Outcomes, theirs: Outcomes) -> dict[str, tuple[float, float, float]]:
-    """Returns the gains of `ours` over `theirs`, each with the ends of its 95 % interval.
+    """Returns the gains of `ours` over `theirs`, as {name: (gain, low end, high end)}.
 
-    `accuracy_difference` is a share of the problems, `saved_per_token` a share of the model's
-    layers, and `saved_per_problem` a share of the layers that `theirs` runs. The intervals are
-    paired by problem. Raises UserError if the problems differ.
+    The ends are those of a 95 % interval that is paired by problem. `accuracy_difference` is a
+    share of the problems, `saved_per_token` a share of the model's layers, and `saved_per_problem`
+    a share of the layers that `theirs` runs. Raises UserError if the problems differ.
     """
     if ours.problems != theirs.problems:
         raise UserError(
@@ -88,7 +97,7 @@ def differences(ours: Outcomes, theirs: Outcomes) -> dict[str, tuple[float, floa
 
 
 def comparison(ours: Outcomes, theirs: Outcomes) -> str:
-    """Formats the comparison of two evaluations; raises UserError if their problems differ."""
+    """Formats a comparison of two evaluations; raises UserError if their problems differ."""
     found = differences(ours, theirs)
     lines = [f"{'':34}  {'accuracy':>9}  {'layers/token':>13}  {'layers/problem':>14}"]
     for some in (ours, theirs):
@@ -115,7 +124,11 @@ def comparison(ours: Outcomes, theirs: Outcomes) -> str:
 
 
 def read(evaluation: str) -> Outcomes:
-    """Reads the results of DIR[@POLICY]; raises MissingFile or UserError if missing or invalid."""
+    """Reads the results of one policy from the evaluation DIR[@POLICY].
+
+    Without @POLICY, the policy is the first of the evaluation. Raises MissingFile if a file is
+    missing, and UserError if a file is damaged or contains no results of the policy.
+    """
     directory, policy = evaluation, ""
     if "@" in evaluation and not Path(evaluation).is_dir():
         directory, _, policy = evaluation.rpartition("@")

@@ -1,4 +1,4 @@
-"""Continues completions from forced prefixes, and scores given answers after such prefixes."""
+"""Continues completions whose beginning is given, and scores answers after such a forced prefix."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ModelCompleter:
 
     A prefix counts as part of the completion, so the policy decides after how many layers its
     tokens leave. `positions` is the maximum length of a prompt and its completion together. Tests
-    may replace this class with a script.
+    may replace this class with a script that plays the model.
     """
 
     decoder: Decoder
@@ -44,12 +44,12 @@ class ModelCompleter:
     def complete(
         self, problems: Sequence[Problem], prefixes: Sequence[str], *, answer_only: bool
     ) -> list[Attempt | None]:
-        """Returns the model's continuations of completions that begin with `prefixes`.
+        """Returns the model's continuation of each prefix, which follows the problem's prompt.
 
-        With `answer_only`, at most `ANSWER_TOKENS` tokens are decoded. An entry is None if the
-        prefix leaves less room than this. Prefixes with room for an answer, but not for a reply of
-        full length, are decoded in a second batch, in which the least room limits the length of all
-        replies.
+        With `answer_only`, at most `ANSWER_TOKENS` tokens are decoded. An entry is None if prompt
+        and prefix leave room for fewer than `ANSWER_TOKENS` tokens (or than `max_new_tokens`, if
+        that is less). Prefixes with more room, but not enough for a full reply, are decoded
+        together in a second batch. The smallest room in this batch is the limit for its replies.
         """
         decoder, tokenizer = self.decoder, self.decoder.tokenizer
         least = min(ANSWER_TOKENS, decoder.max_new_tokens)
@@ -78,7 +78,8 @@ class ModelCompleter:
     ) -> list[float | None]:
         """Returns the log-likelihood log π(answer | prompt, prefix) of each answer in nats.
 
-        An entry is None if the text is too long. The policy `sample` draws depths for prefixes too.
+        An entry is None if prompt, prefix and answer together exceed `positions` tokens. The policy
+        `sample` draws depths for the tokens of the prefix too.
         """
         decoder, tokenizer = self.decoder, self.decoder.tokenizer
         asked = encode_problems(tokenizer, problems)
@@ -106,9 +107,9 @@ class ModelCompleter:
         return found
 
     def filler(self, text: str) -> str:
-        """Returns a repeated punctuation mark with the same number of tokens as `text`.
+        """Returns a repeated punctuation mark with as many tokens as `text`.
 
-        Raises UserError if the tokenizer merges repetitions of every text in `FILLERS`.
+        Raises UserError if the tokenizer merges repetitions of every mark in `FILLERS`.
         """
         encode = self.decoder.tokenizer.encode
         apart = [mark for mark in FILLERS if len(encode(mark * 8)) == 8]

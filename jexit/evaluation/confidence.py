@@ -1,8 +1,8 @@
 """Early exits by the confidence of the exit's own prediction, a baseline for trained exit heads.
 
 The confidence of an exit is the largest probability of its next-token distribution (CALM's softmax
-rule; Schuster et al. 2022, arXiv:2207.07061, section 3.5). This needs no training, but computes the
-full logits at every exit that a token reaches.
+rule; Schuster et al. 2022, arXiv:2207.07061, section 3.5). The rule needs no training, but it
+computes the full logits at every exit that a token reaches.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class ConfidenceHeads(nnx.Module):
         self.shift = None if maps is None else ExitParam(maps[1])
 
     def __call__(self, h: Float[Array, "*A D"], exit_index: Int[Array, ""]) -> Float[Array, "*A"]:
-        """Returns float32 logits [...] of the confidence of exit `exit_index`, for h [..., D]."""
+        """Returns float32 logits [...] of the confidence at one exit, for residuals h [..., D]."""
         if self.map is not None and self.shift is not None:
             h = h + (h @ self.map[exit_index] + self.shift[exit_index]).astype(h.dtype)
         head_VD = (self.embed.embedding if self.head is None else self.head.kernel)[...]
@@ -52,8 +52,8 @@ def is_confidence(policy: str) -> bool:
 def logits_at_exits(result: PolicyResult, exit_layers: Sequence[int]) -> float:
     """Returns the mean number of exits per token at which the full logits were computed.
 
-    These are all exits up to a token's depth. The first token of a completion counts none, because
-    it comes from the prompt's last pass, which always runs every layer.
+    A token computes logits at every exit up to its depth. The first token of a completion computes
+    none, because it comes from the prompt's last pass, which always runs every layer.
     """
     asked = sum(
         count * sum(layer <= int(depth) for layer in exit_layers)

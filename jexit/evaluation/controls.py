@@ -1,10 +1,10 @@
 """Evaluates controls: runs at a policy's mean depth that do not choose which tokens stop early.
 
-They separate the gain from choosing tokens from the effect of running fewer layers. The control
-`fixed:matched` stops all tokens of a completion at one exit. It has the policy's mean depth
-whatever the lengths of its completions (see `mixed`). The control `shuffled` assigns the policy's
-own depths to tokens at random. It has the policy's mean depth only if its completions are as long
-as the policy's.
+Controls separate the gain from choosing tokens from the effect of running fewer layers. The control
+`fixed:matched` stops all tokens of a completion at one exit. Its mean depth is that of the policy
+even if its completions differ in length (see `mixed`). The control `shuffled` assigns the policy's
+own depths to tokens at random. Its mean depth is that of the policy only if its completions are as
+long as the policy's.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ from jexit.tasks import Attempt
 def evaluate_control(
     decoder: Decoder, examination: Examination, name: str, of: Sequence[Attempt]
 ) -> tuple[PolicyResult, list[Attempt]]:
-    """Evaluates the control `name` of a policy, given that policy's attempts `of`."""
+    """Returns the results and the attempts of the control `name`, such as `shuffled:POLICY`.
+
+    `of` contains the attempts under the policy whose mean depth the control matches.
+    """
     if name.startswith("shuffled"):
         depth_BT = shuffled_depths(
             of, decoder.layers, columns=decoder.max_new_tokens, seed=decoder.seed
@@ -46,12 +49,13 @@ def mean_depth(attempts: Sequence[Attempt]) -> float:
 def _matched(
     decoder: Decoder, examination: Examination, name: str, mean: float
 ) -> tuple[list[Attempt], float]:
-    """Decodes attempts with fixed exits and the mean depth `mean`; also returns tokens per second.
+    """Decodes attempts at fixed exits, such that the mean depth is near `mean`.
 
-    Every prompt is decoded at two neighbouring exits whose mean depths enclose `mean`, and each
-    attempt is taken from one of the two (see `mixed`). Completions differ in length between exits,
-    so a mean depth is known only after decoding, and further exits may be tried first. If the first
-    exit is deeper than `mean`, all attempts are those at the first exit.
+    Returns (attempts, tokens per second). Every prompt is decoded at two neighbouring exits whose
+    mean depths enclose `mean`, and each attempt is taken from one of the two (see `mixed`). The
+    mean depth at an exit depends on the length of the completions and is known only after decoding,
+    so further exits may be tried first. If the first exit is deeper than `mean`, all attempts are
+    those at the first exit.
     """
     stops = [*nnx.merge(*decoder.parts).exit_layers, decoder.layers]
     decoded: dict[int, list[Attempt]] = {}
@@ -81,13 +85,13 @@ def mixed(
 ) -> list[Attempt]:
     """Takes each problem's attempt from one of two exits, so that the mean depth is near `mean`.
 
-    In a random order, problems switch from their attempt in `shallow` to that in `deep`, until the
-    mean depth is as close as possible to `mean`.
+    All problems begin with their attempt in `shallow`. One after another, in a random order, they
+    switch to their attempt in `deep`, until the mean depth is as close as possible to `mean`.
     """
     order = np.random.default_rng(seed).permutation(len(shallow))
 
     def totals(of: Callable[[Attempt], int]) -> np.ndarray:
-        """Sums `of` over the chosen attempts after 0, 1, 2, … problems switched to `deep`."""
+        """Returns the sums of `of` over the chosen attempts when 0, 1, 2, … problems use `deep`."""
         gains = [of(deep[index]) - of(shallow[index]) for index in order]
         return np.cumsum([sum(map(of, shallow)), *gains])
 
@@ -100,11 +104,11 @@ def mixed(
 def shuffled_depths(
     attempts: Sequence[Attempt], layers: int, *, columns: int, seed: int
 ) -> np.ndarray:
-    """Permutes the depths of attempts at random, into an int32 array [problems, columns].
+    """Permutes the depths of attempts at random, and returns them as int32 [problems, columns].
 
     Column i is the depth of the pass that produces token i, as in `Prescribed`. The depths of all
-    passes that could leave early are permuted. Columns beyond an attempt's length are drawn from
-    all depths with replacement, because the new completion may be longer.
+    passes that could leave early are permuted across all attempts. Columns beyond an attempt's
+    length are drawn from these depths with replacement, because the new completion may be longer.
     """
     rng = np.random.default_rng(seed)
     depths = [depth for made in attempts for depth in made.depths[1:]]

@@ -60,12 +60,12 @@ class Decoder:
         judge: Callable[[Sequence[int], Sequence[Attempt]], Sequence[Verdict]] | None = None,
         what: str,
     ) -> tuple[list[Attempt], float]:
-        """Returns an attempt at each prompt, and the tokens per second, excluding compilation.
+        """Returns an attempt at each prompt, and the tokens per second without compilation.
 
         Every host passes all prompts and receives all attempts, but decodes and judges only its own
         share. `judge(numbers, attempts)` returns a verdict on each attempt, where `numbers` are
-        indices of `prompts`. `what` describes the work in error messages. See
-        `jexit.rollout.rollout` for the other arguments.
+        indices of `prompts`; without `judge`, verdicts are None. `what` describes the work in error
+        messages. See `jexit.rollout.rollout` for the other arguments.
         """
         here = host_rows(len(prompts))
         made = rollout(
@@ -130,7 +130,7 @@ def make_policy(text: str, layers: int, sample: Sample = Sample()) -> Policy:
     """Parses the name of a policy, such as `full`, `sample`, `fixed:6` or `confidence:0.9`.
 
     `sample` is the policy to return for the name `sample`. Raises UserError if the name is unknown,
-    or if `fixed:N` requests more layers than the `layers` of the model.
+    or if N in `fixed:N` is more than `layers`, the number of the model's layers.
     """
     kind, argument = parse_policy(text, "confidence")
     if kind == "fixed":

@@ -25,12 +25,12 @@ def token_class(token: str) -> str:
 def token_classes(
     ids: Sequence[int], tokens: Sequence[str], mark: Mark, end_ids: Collection[int]
 ) -> list[str]:
-    """Returns the class of each token of a completion; `tokens` are the texts of the token ids.
+    """Returns the class of each token of a completion, where `tokens[i]` is the text of `ids[i]`.
 
     A token whose id is in `end_ids` has the class `end`. `mark(text)` finds the marker before the
-    answer; its tokens have the class `marker`, and those after it `answer`. A token that contains
-    the end of the marker and part of the answer is an `answer`. All others have the classes of
-    `token_class`.
+    answer. The tokens of the marker have the class `marker`, and the tokens after it `answer`. A
+    token that contains both the end of the marker and part of the answer has the class `answer`.
+    All other tokens have the class that `token_class` returns.
     """
     text = "".join(tokens)
     start, stop = mark(text) or (-1, -1)

@@ -28,7 +28,11 @@ THRESHOLDS = (0.05, 0.2)
 def kl_and_agreement(
     final_BCD: HiddenBTD, other_EBCD: Float[Array, "E B C D"], head_VD: Array
 ) -> tuple[Float[Array, "B C E"], Bool[Array, "B C E"]]:
-    """Returns KL(final ‖ other) of next-token distributions in nats, and if the argmaxes agree."""
+    """Compares the next-token distribution of `final_BCD` with the E distributions of `other_EBCD`.
+
+    Returns KL(final ‖ other) in nats, and whether both have the same most likely token. The output
+    head `head_VD` turns the hidden states into logits.
+    """
     shape = other_EBCD.shape
     found = exit_kl(
         final_BCD.reshape(-1, shape[-1]), other_EBCD.reshape(shape[0], -1, shape[-1]), head_VD
@@ -42,12 +46,13 @@ def kl_and_agreement(
 def compare_exits(
     graphdef: nnx.GraphDef, states: tuple[nnx.State, ...], rows: Completions
 ) -> tuple[Array, ...]:
-    """Returns KL(π_L ‖ π_e) in nats, greedy agreement, and the results of leaving early.
+    """Compares the predictions at each exit with those after the last layer.
 
-    The first two outputs, [B, C, E], compare the next-token distribution π_e at exit e with π_L
-    after the last layer, when all earlier tokens ran every layer. The others, [B, C], are the
-    depth, the KL and the agreement for each threshold in `THRESHOLDS`, when every token leaves at
-    the first exit whose KL is below the threshold.
+    The first two outputs, [B, C, E], are KL(π_L ‖ π_e) in nats and whether π_L and π_e have the
+    same most likely token. Here π_e is the next-token distribution at exit e, and π_L the one after
+    the last layer, when all earlier tokens ran every layer. Three outputs [B, C] follow for each
+    threshold in `THRESHOLDS`: depth, KL and agreement when every token leaves at the first exit
+    whose KL is below the threshold.
     """
     model = nnx.merge(graphdef, *states)
     exit_layers, layers = model.exit_layers, model.arch.layers
@@ -75,10 +80,11 @@ def exit_quality(
 ) -> ExitQuality:
     """Measures how close each exit's predictions are to the last layer's, on given completions.
 
-    `policy` is the name of the policy that produced `recorded`. The field `exits` contains the
-    agreement of each exit alone. The field `leaving` contains, for each threshold in `THRESHOLDS`,
-    the agreement when every token leaves at the first exit whose KL is below the threshold: tokens
-    that run all layers then attend to the keys and values of tokens that have left.
+    `policy` is the name of the policy that produced `recorded`, and `student` the split model. The
+    field `exits` of the result contains the agreement of each exit alone. The field `leaving`
+    contains, for each threshold in `THRESHOLDS`, the agreement when every token leaves at the first
+    exit whose KL is below the threshold. Tokens that run all layers then attend to keys and values
+    of tokens that have left.
     """
     found = recorded.through(lambda rows, _: compare_exits(student[0], student[1:], rows))
     lengths = [len(ids) for ids in recorded.completions]

@@ -50,16 +50,18 @@ class JexitLM(TemplateLM):
 
     `pretrained` is a model directory, or a model object that is passed with its `tokenizer`.
     `policy` applies to the passes that score or generate tokens; prompts and contexts run every
-    layer. The policy `sample` draws depths with `seed`, from hazards with `hazard_temperature` and
-    the lower bound `min_hazard`, by default those of the rl run in `pretrained`, or 1 and 0.
+    layer. The policy `sample` draws depths with `seed` from the hazards. By default,
+    `hazard_temperature` and `min_hazard`, the lower bound of hazards, are those of the rl run in
+    `pretrained`, or else 1 and 0.
 
     A context that is too long for `max_length` positions (default: the model's) is cut on the left,
     so that the continuation, or `max_gen_toks` new tokens, fit. A continuation that is too long by
     itself is an error. A request without `do_sample` or a temperature is decoded greedily.
 
     `thinking` is on, off or auto, for chat templates with a thinking switch. `think_end_token`,
-    such as `</think>`, is the text that ends the model's thinking: the answer is the text after the
-    last one, or empty if the thinking does not end. Stop strings then apply only to the answer.
+    such as `</think>`, is the text that ends the model's thinking. The answer is then the text
+    after the last `think_end_token`, or empty if the thinking does not end, and stop strings apply
+    only to the answer.
     """
 
     def __init__(
@@ -139,7 +141,7 @@ class JexitLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The id of the token to put before a text without context: begin- or else end-of-text."""
+        """The id of the token before a text without context: begin-of-text, or else end-of-text."""
         begin = self.texts.backend.bos_token_id
         return self.eot_token_id if begin is None else begin
 
@@ -160,7 +162,7 @@ class JexitLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Formats messages with the model's chat template, up to where the next answer begins.
+        """Formats messages with the chat template, by default up to where the next answer begins.
 
         Raises UserError if the tokenizer does not have a chat template.
         """
@@ -198,8 +200,8 @@ class JexitLM(TemplateLM):
     ) -> list[float]:
         """Returns the log-likelihood of each request's whole text in nats, computed in windows.
 
-        Each token is scored once, as part of a continuation, so the policy decides where its pass
-        leaves. The tokens that a window repeats as its context run every layer.
+        A token is scored once, as part of the continuation of a window, so the policy decides where
+        its pass leaves. Earlier tokens that a window repeats as context run every layer.
         """
         windows, owners = [], []
         for owner, request in enumerate(requests):
@@ -223,7 +225,7 @@ class JexitLM(TemplateLM):
     # Generation
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Returns each request's continuation; decodes requests with equal settings together."""
+        """Returns each request's continuation, decoding requests with equal settings together."""
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             key = json.dumps(request.args[1], sort_keys=True, default=str)
@@ -281,8 +283,8 @@ class JexitLM(TemplateLM):
 def _after_thought(text: str, end: str, *, opened: bool) -> str:
     """Returns the answer: the part of `text` after the last `end`, the text that ends thinking.
 
-    The result is empty if the thinking does not end, and `text` if there is none. `opened` is true
-    if the context has already opened a block of thinking.
+    If the text thinks but does not contain `end`, the answer is empty. If it does not think, the
+    answer is the whole text. `opened` is true if the context has already opened a think block.
     """
     if end not in text:
         return "" if opened or text.lstrip().startswith(THINK_START) else text
@@ -303,7 +305,7 @@ class _Truncating:
 
 
 def _refuse(settings: Mapping[str, Any]) -> None:
-    """Raises UserError for a generation setting that would have an effect but is not supported."""
+    """Raises UserError for a generation setting that has an effect but is not supported."""
     for name, value in settings.items():
         if value is None or (name in _NEUTRAL and value == _NEUTRAL[name]):
             continue

@@ -32,7 +32,11 @@ BINS = 10
 def _decisions(
     student: Transformer, rows: Completions, depth_BC: Int[Array, "B C"], sample: Sample
 ) -> tuple[Float[Array, "B C E"], Bool[Array, "B C E"], HiddenBTD]:
-    """Returns hazards, the mask of exits reached, and final hidden states at given depths."""
+    """Runs `rows` through the student at the depths `depth_BC`.
+
+    Returns the hazards, a mask of the exits that each token reached, and the final hidden states.
+    `sample` gives the temperature and the lower bound of hazards.
+    """
     result = run(
         student,
         rows.tokens_BT,
@@ -58,7 +62,12 @@ def decisions(
     depth_BC: Int[Array, "B C"],
     sample: Sample,
 ) -> tuple[Float[Array, "B C E"], Bool[Array, "B C E"]]:
-    """Returns the hazard of each token at each exit, and whether the token reached the exit."""
+    """Returns the hazard of each token at each exit, and whether the token reached the exit.
+
+    The tokens run at the depths `depth_BC`. `sample` gives the temperature and the lower bound of
+    hazards. A completion's first token counts as reaching no exit, since no policy decides its
+    depth.
+    """
     return _decisions(nnx.merge(graphdef, *states), rows, depth_BC, sample)[:2]
 
 
@@ -79,8 +88,8 @@ def decisions_and_targets(
 
     The target at exit e is 1 − tanh(k·KL_e / 2), where k is `sharpness`. KL_e compares the
     teacher's last layer with exit e of the teacher or, with `target="student"`, of the student at
-    full depth. See `config.sft.target`. The last output, [B, C], compares the student's next-token
-    distribution at the depths `depth_BC` with the teacher's at full depth.
+    full depth. See `config.sft.target`. The last output, [B, C], compares the next-token
+    distribution of the student at the depths `depth_BC` with that of the teacher at full depth.
     """
     student = nnx.merge(student_def, *student_states)
     teacher = nnx.merge(teacher_def, *teacher_states)
@@ -111,8 +120,8 @@ def reliability(hazard_N: np.ndarray, target_N: np.ndarray) -> tuple[float, tupl
     """Returns the expected calibration error (ECE) of hazards against targets, and the bins.
 
     ECE = Σ_b n_b / N · |mean hazard − mean target|, where bin b contains n_b of the N hazards. The
-    bins have equal width. ECE is NaN if there are no hazards. (Guo et al. 2017, arXiv:1706.04599,
-    with a target probability instead of an outcome.)
+    bins have equal width, and empty ones are left out. ECE is NaN if there are no hazards. (Guo et
+    al. 2017, arXiv:1706.04599, with a target probability instead of an outcome.)
     """
     which_N = np.minimum((hazard_N * BINS).astype(int), BINS - 1)
     table = []
@@ -167,9 +176,9 @@ def hazard_calibration(
 ) -> HazardCalibration:
     """Measures how well the hazards of each exit match their targets, on one policy's completions.
 
-    The `ece` over all exits is the mean of the exits' own errors, weighted by the number of tokens
-    that reached each exit, so errors at different exits do not cancel. The record also contains the
-    mean KL(student ‖ teacher) in nats over the passes that could leave early. See
+    The field `ece` of the record is the mean of the errors of single exits, weighted by the number
+    of tokens that reached each exit, so errors at different exits do not cancel. The record also
+    contains the mean KL(student ‖ teacher) in nats over the passes that could leave early. See
     `decisions_and_targets` for `sharpness` and `target`.
     """
     hazard_BCE, there_BCE, target_BCE, kl_BC = recorded.through(

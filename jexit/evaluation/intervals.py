@@ -49,10 +49,10 @@ def paired_interval(ours: Values, theirs: Values) -> Interval:
 def lost_interval(kept: Values, before: Values) -> Interval:
     """Returns the 95 % interval of 1 − Σ kept / Σ before, for values from 0 to 1.
 
-    `kept` and `before` contain one value for each of the same problems. The interval contains 1 − r
-    for each r such that mean(kept) − r·mean(before) is within z standard errors of 0 (Fieller
-    1954), after half a problem has been added per outcome as in `paired_interval`. It is limited to
-    −1 … 1, because r has no upper end when mean(before) may be 0.
+    `kept` and `before` contain one value for each of the same problems. Half a problem is first
+    added for each outcome, as in `paired_interval`. The interval then contains 1 − r for each r
+    such that mean(kept) − r·mean(before) is within z standard errors of 0 (Fieller 1954). It is
+    limited to −1 … 1, because r has no upper end when mean(before) may be 0.
     """
     rows_NX, weights_N = _with_corners(kept, before)
     total = weights_N.sum()
@@ -86,7 +86,7 @@ def bootstrap_mean(values: Values, seed: int, bounds: Interval) -> Interval:
 def bootstrap_lost_difference(
     ours: tuple[Values, Values], theirs: tuple[Values, Values], seed: int = 0
 ) -> Interval:
-    """Returns the 95 % interval of the difference between two values 1 − Σ kept / Σ before.
+    """Returns the 95 % interval of ours − theirs, where each value is 1 − Σ kept / Σ before.
 
     `ours` and `theirs` are pairs (kept, before) with one value for each of the same problems. Each
     draw gives a problem the same weight in both pairs (see `bootstrap_mean`). Half a problem is
@@ -127,14 +127,14 @@ def bootstrap_ratio_difference(
 
 
 def _resampled(values: Values, seed: int) -> np.ndarray:
-    """Returns [DRAWS] sums of `values`, each over problems drawn with replacement."""
+    """Returns `DRAWS` sums of `values`, each over problems drawn with replacement."""
     values_N, rng, count = np.asarray(values, float), np.random.default_rng(seed), len(values)
     drawn = [values_N[rng.integers(0, count, count)].sum() for _ in range(DRAWS)]
     return np.asarray(drawn)
 
 
 def _with_corners(first: Values, second: Values) -> tuple[np.ndarray, np.ndarray]:
-    """Appends the four possible outcomes to N pairs of values, each with the weight ½.
+    """Appends the outcomes (0, 0), (0, 1), (1, 0) and (1, 1) to N pairs, each with the weight ½.
 
     Returns the pairs [N + 4, 2] and their weights [N + 4], which are 1 for the given pairs.
     """
@@ -146,7 +146,8 @@ def _with_corners(first: Values, second: Values) -> tuple[np.ndarray, np.ndarray
 def _drawn_weights(problems: int, pseudo: int, seed: int) -> np.ndarray:
     """Draws Bayesian bootstrap weights [DRAWS, problems + pseudo], which are not normalised.
 
-    A row divided by its sum is a Dirichlet draw. The last `pseudo` columns are for half problems.
+    A row divided by its sum is a Dirichlet draw. The last `pseudo` columns are the weights of
+    additional half problems.
     """
     shapes_N = np.append(np.ones(problems), np.full(pseudo, _PSEUDO))
     return np.random.default_rng(seed).gamma(shapes_N, size=(DRAWS, len(shapes_N)))

@@ -27,7 +27,10 @@ Pair = tuple[Sequence[int], Sequence[int]]  # ids of a context and of its contin
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Score:
-    """A continuation's log-probabilities (nats) and depths, and whether all tokens are greedy."""
+    """The log-probabilities (nats) and depths of a continuation's tokens.
+
+    `greedy` is whether each token is the most likely one.
+    """
 
     logprobs: list[float]
     depths: list[int]
@@ -81,7 +84,7 @@ class Scorer:
     def fit(
         self, context: Sequence[int], continuation: Sequence[int]
     ) -> tuple[list[int], list[int]]:
-        """Returns a pair whose context is truncated on the left, so that the pair fits the model.
+        """Returns (context, continuation), with the context cut on the left so that both fit.
 
         A pair may have `max_length` + 1 tokens, because the last one is only predicted. Raises
         UserError if a part is empty or if the continuation leaves no room for a context.
@@ -102,8 +105,7 @@ class Scorer:
     def batches(self, pairs: Sequence[Pair]) -> Iterator[dict[int, Score]]:
         """Yields the scores of one batch of pairs at a time, keyed by the indices in `pairs`.
 
-        A pair contains the token ids of a context and of its continuation. Raises the errors of
-        `fit`.
+        A pair contains the token ids of a context and its continuation. Raises the errors of `fit`.
         """
         fitted = [self.fit(*pair) for pair in pairs]
         self._policy.check_rows(len(fitted), max((len(pair[1]) for pair in fitted), default=0))
@@ -156,10 +158,10 @@ class Scorer:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class OwnDraws(Policy):
-    """A policy that draws depths under `policy`, independently of how rows are batched.
+    """A policy that draws depths as `policy` does, but independently of how rows are batched.
 
-    The draws of a row depend on the random key, the row's hash in `name_B` (uint32) and the
-    position. `of` computes the hashes from the rows' tokens.
+    The draws of a row depend only on the random key, the row's hash in `name_B` (uint32) and the
+    position. `OwnDraws.of` computes the hashes from the tokens of the rows.
     """
 
     reads_hazards: ClassVar[bool] = True
@@ -194,7 +196,10 @@ def token_scores(
     policy: Policy,
     key: PRNGKey,
 ) -> tuple[Float[Array, "B C"], Bool[Array, "B C"], Int[Array, "B C"]]:
-    """Returns each continuation token's log-probability (nats), if it is greedy, and its depth."""
+    """Scores the continuation tokens of a batch under `policy`.
+
+    Returns the log-probability in nats, whether the token is the most likely one, and the depth.
+    """
     model: Transformer = nnx.merge(graphdef, *states)
     if policy.draws:
         policy = OwnDraws.of(policy, batch)
@@ -219,7 +224,10 @@ def token_scores(
 
 
 def most_likely(h_ND: Float[Array, "N D"], head_VD: Float[Array, "V D"]) -> Int[Array, "N"]:
-    """Returns argmax_v h · head_v, computed in tiles of the vocabulary; ties give the lowest id."""
+    """Returns the token argmax_v h · head_v of each row, found in tiles of the vocabulary.
+
+    If several tokens have the same logit, the result is the one with the lowest id.
+    """
     vocab = head_VD.shape[0]
     tile = min(_TILE, vocab)
 

@@ -52,8 +52,9 @@ class Measurer:
     """Measures one model under the policy `config.eval.measured`, and at full depth.
 
     `attempts` caches the decoded attempts of each policy. `with_steps(granularity)` returns the
-    problems with prompts for which the task's option `steps` is `granularity`. `split` contains
-    student and teacher. `exits` contains the number of layers before each exit.
+    problems with prompts that prescribe the size of steps, by the task's option `steps`. `split`
+    contains student and teacher. `exits` contains the number of layers before each exit, and
+    `positions` is the longest sequence that the model takes.
     """
 
     config: Config
@@ -126,7 +127,7 @@ class Measurer:
         return self.split.decodable(self.split.trainable)
 
     def _hazard_policy(self, policy: str) -> Sample:
-        """Returns the hazard settings for `policy`: the decoder's if `sample`, else defaults."""
+        """Returns the settings of hazards: the decoder's under `sample`, otherwise the defaults."""
         return self.decoder.sample if policy == "sample" else Sample()
 
     def _attempts(self, policy: str) -> list[Attempt]:
@@ -135,7 +136,7 @@ class Measurer:
         return self.attempts[policy]
 
     def _recorded(self, attempts: Sequence[Attempt]) -> Recorded:
-        """Combines attempts at the first problems with the prompts, to run the model again."""
+        """Returns attempts at the first problems, with their prompts, for another forward pass."""
         return Recorded(
             self.examination.prompts[: len(attempts)],
             [made.ids for made in attempts],

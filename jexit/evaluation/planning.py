@@ -1,9 +1,9 @@
 """Tests with linear probes whether residuals predict later tokens of the completion.
 
 A probe reads, at an exit, the residual of the pass that produces token t, and predicts token t + k.
-If depth serves to plan ahead, shallow residuals predict later tokens less well. A probe can also
-succeed because of the token that the pass reads, so the control is the same probe on the embedding
-of this token. (After Pal et al. 2023, arXiv:2311.04897, with ridge regression.)
+If the model uses depth to plan ahead, shallow residuals predict later tokens less well. A probe can
+also succeed because of the token that the pass reads, so the control is the same probe on the
+embedding of this token. (After Pal et al. 2023, arXiv:2311.04897, with ridge regression.)
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def residuals_at(
     *,
     layers: tuple[int, ...],
 ) -> tuple[Float[Array, "B C R D"]]:
-    """Returns the residuals that enter `layers`, in the passes that produce the completions.
+    """Returns the residuals that enter the R `layers`, in the passes that produce completions.
 
     Each pass runs `depth_BC` layers. In the layers that it skips, its residual follows the model's
     continuation.
@@ -55,8 +55,8 @@ def planning(
 ) -> list[Planning]:
     """Measures how well probes at each exit, and after the last layer, predict later tokens.
 
-    `policy` is the name of the policy that produced `recorded`. Probes are fitted on every second
-    completion and measured on the others.
+    `policy` is the name of the policy that produced `recorded`, and `student` the split model.
+    Probes are fitted on every second completion and measured on the others.
     """
     recorded = _first(recorded)
     below = (0, *exit_layers, layers)
@@ -98,10 +98,10 @@ def planning(
 def probe(
     x_ND: np.ndarray, token_N: np.ndarray, fits_N: Bool[np.ndarray, "N"]
 ) -> Bool[np.ndarray, "M"]:
-    """Fits a linear probe, and returns whether it predicts each token outside the mask `fits_N`.
+    """Fits a linear probe, and returns whether it predicts each of the tokens left out of the fit.
 
-    The probe is the ridge regression of one-hot tokens on standardised features and a bias, fitted
-    on the passes in `fits_N`. A token that does not occur among these is never predicted.
+    The probe is the ridge regression of one-hot tokens on standardised features and a bias. It is
+    fitted on the rows in the mask `fits_N`, and never predicts a token that does not occur there.
     """
     known_V, class_N = np.unique(token_N[fits_N], return_inverse=True)
     x_ND = x_ND.astype(np.float64)
@@ -114,7 +114,7 @@ def probe(
 
 
 def _first(recorded: Recorded) -> Recorded:
-    """Returns as many first completions as fit in `MOST_POSITIONS` padded tokens, at least two."""
+    """Returns the first completions that fit in `MOST_POSITIONS` padded tokens, at least two."""
     longest = np.maximum.accumulate([len(ids) for ids in recorded.completions])
     padded = longest * np.arange(1, len(longest) + 1)
     count = max(2, int(np.searchsorted(padded, MOST_POSITIONS, side="right")))

@@ -16,7 +16,7 @@ _POSITIONS = 8192  # in one batch, from which the number of rows follows
 
 
 def batch_rows(count: int, length: int) -> int:
-    """Returns how many of `count` sequences of `length` tokens go through the model at once.
+    """Returns the batch size for running `count` sequences of `length` tokens through a model.
 
     The result is a multiple of the number of data shards, and may exceed `count`.
     """
@@ -37,8 +37,8 @@ class Recorded:
         """Calls `program(rows, depth_BC)` on batches of all completions, and returns the outputs.
 
         `depth_BC` contains the depth of each completion token. Each output has the shape [B, C, …],
-        with one row per completion in order; entries beyond its end are zeros or outputs for
-        padding.
+        with one row per completion in order. Entries beyond the end of a completion are zeros or
+        outputs for padding.
         """
         length_B = np.asarray(
             [len(p) + len(c) for p, c in zip(self.prompts, self.completions, strict=True)]

@@ -1,4 +1,4 @@
-"""The scores of a measure per problem, for comparing two policies on the same problems."""
+"""A measure's scores on single problems, for comparing two policies on the same problems."""
 
 from __future__ import annotations
 
@@ -76,7 +76,10 @@ class Scores:
 def paired(
     policy: str, measure: str, ours: Scores, theirs: Scores, seed: int = 0
 ) -> PairedMeasure | None:
-    """Compares a policy with full depth (`theirs`) on common problems; None if there are none."""
+    """Compares a policy's scores (`ours`) with full depth (`theirs`) on their common problems.
+
+    Returns None if no problem is common to both.
+    """
     common = sorted(set(ours.numbers) & set(theirs.numbers))
     if not common:
         return None

@@ -1,11 +1,12 @@
 """Computes the serial depth of a forward pass: the cost of the longest path in its jaxpr.
 
 The *opaque* serial depth of a language model is the longest computation between two tokens that
-people can read, which bounds what the model can work out without writing it down (Brown-Cohen et
-al. 2026, arXiv:2603.09786). For a token that leaves at an exit, it is the serial depth of the pass
-up to this exit. As in that paper's program for JAX (google-deepmind/serial_depth), moving data
-costs 0, an element-wise operation 1, a reduction or cumulative sum of n numbers ⌈log₂ n⌉, a matrix
-product ⌈log₂ n⌉ + 1 with the contracted size n, and a scan the length times the depth of its body.
+people can read. It bounds what the model can work out without writing it down (Brown-Cohen et al.
+2026, arXiv:2603.09786). For a token that leaves at an exit, it is the serial depth of the pass up
+to this exit. The costs are those of that paper's program for JAX (google-deepmind/serial_depth).
+Moving data costs 0, an element-wise operation 1, and a reduction or cumulative sum of n numbers
+⌈log₂ n⌉. A matrix product with the contracted size n costs ⌈log₂ n⌉ + 1, and a scan its length
+times the depth of its body.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ _CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "remat2": "jaxpr", "checkpoint": "jax
 def serial_depth(jaxpr: core.Jaxpr, inputs: Sequence[int] | None = None) -> list[int]:
     """Returns the serial depth of each output of `jaxpr`, given that of each input (default: 0).
 
-    Raises NotImplementedError for a loop of unknown length, and for an operation that contains
-    another program in an unknown way.
+    Raises NotImplementedError for a loop of unknown length, and for an operation that contains a
+    jaxpr but is neither a known call nor a known loop.
     """
     inputs = [0] * len(jaxpr.invars) if inputs is None else inputs
     depths: dict[Any, int] = dict(zip(jaxpr.invars, inputs, strict=True))
@@ -105,11 +106,11 @@ def _open(jaxpr: Any) -> core.Jaxpr:
 
 
 def depth_of_passes(model: Transformer, length: int) -> dict[int, int]:
-    """Returns the serial depth of a pass over `length` tokens, by the number of layers it runs.
+    """Returns {layers: serial depth} of a pass over `length` tokens, for each depth of the model.
 
     The pass goes from embedding to logits. A token that leaves early waits for the head of its
-    exit, while its residual goes through the linear continuation, if the model has one, as a single
-    map.
+    exit. Meanwhile its residual goes through the linear continuation, if the model has one, as a
+    single map.
     """
     return {
         layers: _depth_of_pass(model, layers, length)

@@ -77,7 +77,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
 
 
 def print_change(before: PolicyResult, after: PolicyResult, title: str) -> None:
-    """Prints the table at the end of a training run: the results before and after training."""
+    """Prints a table of the results before and after training, at the end of a training run."""
     names = {
         "accuracy": "accuracy",
         "depth/fraction": "depth_fraction",
@@ -94,7 +94,7 @@ def print_change(before: PolicyResult, after: PolicyResult, title: str) -> None:
 def _print_table(head: str, row: str, records: Sequence[Record]) -> None:
     """Prints a table with one line per record: the template `row`, formatted with the record.
 
-    In `head` and `row`, ` | ` separates the columns. Text is on the left and numbers on the right.
+    In `head` and `row`, ` | ` separates the columns. Text is aligned left and numbers right.
     """
     if not records:
         return

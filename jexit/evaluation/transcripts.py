@@ -1,9 +1,8 @@
 """Problems answered with a chain of thought, for interventions on the text of the chain.
 
-An intervention forces a prefix of a completion, which does not count as the model's own words. The
-answer is therefore read only from the text that the model wrote after the prefix and, if the answer
-was forced, from the cue, which is the text that requests the answer. If this text contains no
-answer, the reply has none.
+An intervention forces a prefix of a completion. The model did not write this prefix, so the answer
+is read only from the text after it. If the answer was forced, this text begins with the cue, which
+requests the answer. If the text contains no answer, the reply has none.
 """
 
 from __future__ import annotations
@@ -25,7 +24,8 @@ _OPENED = re.compile(rf"\s*{THINK_START}\s*")
 class Continuation:
     """The text that the model wrote after a forced prefix, and the answer in this text, if any.
 
-    If the answer was forced, `text` begins with the cue. `correct` is the task's verdict.
+    If the answer was forced, `text` begins with the cue, the text that requests the answer.
+    `correct` is the task's verdict.
     """
 
     text: str
@@ -39,8 +39,8 @@ class Transcripts:
     """Problems that the model answered with a chain of thought, and the model's replies.
 
     `completer` writes the text after forced prefixes. `numbers` contains the index of each problem
-    in the evaluation. A random draw depends only on this index, `seed` and the measure, so it is
-    the same under every policy.
+    in the evaluation. A random draw depends only on this index, on `seed` and on the measure, so
+    draws are the same under every policy.
     """
 
     task: ChainTask
@@ -80,8 +80,8 @@ class Transcripts:
     def opening(self, index: int) -> str:
         """Returns the text before a completion's first step: the tag that opens the think block.
 
-        The tag comes from the completion with the index `index` or from its prompt; without one,
-        the result is empty. An answer that is forced directly after the tag first closes the block.
+        The tag comes from the completion `index` or from its prompt; without a tag, the result is
+        empty. An answer that is forced directly after the tag first closes the block.
         """
         opened = _OPENED.match("".join(self.chains[index]))
         return opened.group() if opened else self.completer.opening
@@ -93,17 +93,20 @@ class Transcripts:
         return Draw("faithfulness", name, self.seed, self.numbers[index])
 
     def canonical(self, answer: str) -> str | None:
-        """Returns `answer` in the normal form of the task's `final_answer`, or None without one."""
+        """Returns the normal form of `answer`, which equal answers share, or None without one."""
         return self.task.final_answer(self.task.cue + answer)
 
     def forced(self, rows: Sequence[tuple[Problem, str]]) -> list[Continuation | None]:
-        """Returns the model's reply to each (problem, prefix) after the cue is appended."""
+        """Returns the model's answer to each (problem, prefix) after the cue, which requests it."""
         asked = [(problem, chain + self.task.cue_after(chain)) for problem, chain in rows]
         return self.continued(asked, answer_only=True)
 
     @functools.cached_property
     def answer_texts(self) -> list[str | None]:
-        """The text of each completion's answer after the cue, or None if it answers elsewhere."""
+        """The text of each completion's answer after the cue, the text that requests the answer.
+
+        An entry is None if the answer does not follow the cue.
+        """
         texts: list[str | None] = []
         for reply, answer in zip(self.replies, self.answers, strict=True):
             _, cue, text = reply.text.rpartition(self.task.cue.strip())
@@ -117,7 +120,7 @@ class Transcripts:
         """Returns the log-likelihood in nats of each completion's own answer after another chain.
 
         A row contains the index of a completion and the chain of thought that replaces its chain.
-        An entry is None if the text is too long, or if `answer_texts` has None for the completion.
+        An entry is None if the text is too long, or if `answer_texts` is None for the completion.
         """
         there = [(index, chain) for index, chain in rows if self.answer_texts[index] is not None]
         found = iter(
@@ -134,8 +137,8 @@ class Transcripts:
     ) -> list[Continuation | None]:
         """Returns the model's continuation of each (problem, prefix); all are decoded together.
 
-        With `answer_only`, the prefixes end in the cue, and only answers are decoded. An entry is
-        None if prompt and prefix leave no room in the model's positions.
+        With `answer_only`, the prefixes end in the cue, which requests the answer, and only answers
+        are decoded. An entry is None if prompt and prefix are too long to leave room for an answer.
         """
         replies = self.completer.complete(
             [problem for problem, _ in rows], [text for _, text in rows], answer_only=answer_only

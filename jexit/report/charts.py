@@ -1,8 +1,8 @@
 """Builds charts from axes, curves, points and labels, as shapes for pages and SVG files.
 
-Shapes have a style class instead of a colour, so that they work on light and dark pages: `s0` to
-`s7` name a series, `v0` to `v8` a level, and `c0` to `c32` a depth. Lengths are in CSS pixels at a
-chart's full size.
+Shapes have a style class instead of a colour, so that they work on light and dark pages. The
+classes `s0` to `s7` are for series, `v0` to `v8` for the levels of a quantity from low to high, and
+`c0` to `c32` for depths. Lengths are in CSS pixels at a chart's full size.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Axis:
 
     @classmethod
     def around_shares(cls, label: str, values: Sequence[float]) -> Axis:
-        """Returns an axis that fits all finite shares in `values` with a margin, in 0 to 100 %."""
+        """Returns an axis that contains all finite shares and a margin, within 0 to 100 %."""
         known = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
         low, high = min(known), max(known)
         reach = max(0.05 * (high - low), (0.2 - (high - low)) / 2, 0.0)
@@ -185,7 +185,7 @@ class Chart:
         self.path(d, classes, title)
 
     def across(self, x: tuple[float, float], y: float, classes: str) -> None:
-        """Draws a horizontal error bar between the two ends `x`, at the height `y`."""
+        """Draws a horizontal error bar at the height `y`, between the two ends `x`."""
         if all(map(math.isfinite, x)):
             self.keep_clear((x[0], y), (x[1], y))
             (low, high), at = map(self.x, x), self.y(y)
@@ -193,7 +193,7 @@ class Chart:
             self.path(d, f"error {classes}")
 
     def upright(self, x: float, y: tuple[float, float], classes: str) -> None:
-        """Draws a vertical error bar between the two ends `y`, at the position `x`."""
+        """Draws a vertical error bar at the position `x`, between the two ends `y`."""
         if all(map(math.isfinite, y)):
             self.keep_clear((x, y[0]), (x, y[1]))
             (low, high), at = map(self.y, y), self.x(x)
@@ -230,7 +230,7 @@ class Chart:
             self._taken.append((x - 3, y - 3, x + 3, y + 3))
 
     def label_points(self, labels: Sequence[tuple[float, float, str, str]]) -> None:
-        """Writes each label (x, y, text, class) beside its point, where it overlaps others least.
+        """Writes each label (x, y, text, class) beside its point, where it overlaps little else.
 
         Labels of one class whose points almost coincide form one block with a line per text. A thin
         line connects a block to its point if the two are far apart.
@@ -271,7 +271,7 @@ class Chart:
         return 10 * outside + sum(_overlap(box, other) for other in self._taken)
 
     def label_ends(self, ends: Sequence[tuple[float, str, str]]) -> None:
-        """Writes each label (y, text, class) to the right of the chart, apart from other labels."""
+        """Writes labels (y, text, class) to the right of the chart, moved apart if they overlap."""
         low, high = self.y_span
         placed: list[tuple[float, str, str]] = []
         for value, text, classes in sorted(ends, key=lambda end: end[0]):
@@ -283,7 +283,7 @@ class Chart:
             self.shapes.append(Text(self.right + 5, at + down, text, f"end {classes}"))
 
     def explain(self, text: str, classes: str, shape: str = "line") -> None:
-        """Adds an entry to the legend: a text, and a line, an area or a marker as its key."""
+        """Adds a text to the legend, with a key: a line, an area, or the marker called `shape`."""
         if shape == "line":
             key = Path("M1 7H23", classes)
         elif shape == "area":
@@ -379,7 +379,7 @@ def round_ticks(
 
 
 def tick_texts(values: Sequence[float]) -> list[Tick]:
-    """Formats each tick value with only the decimals that distinguish the ticks."""
+    """Pairs each tick value with a text that has just enough decimals to distinguish the ticks."""
     step = values[1] - values[0] if len(values) > 1 else 1.0
     size = max(map(abs, values), default=0.0)
     if size >= 1e5 or 0 < size < 1e-3:

@@ -1,4 +1,8 @@
-"""The colours of text, series, levels and depths in pages and charts, for light and dark pages."""
+"""The colours of pages and charts, for light and dark pages.
+
+Charts use colours for unordered series, for the levels of one quantity from low to high, and for
+depths from no layers to all layers.
+"""
 
 from __future__ import annotations
 

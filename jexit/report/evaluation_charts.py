@@ -28,7 +28,7 @@ def accuracy_over_depth(runs: Sequence[Run]) -> list[Chart]:
     """Returns charts of accuracy over the share of layers run, one chart per task.
 
     Each policy is a point with 95 % intervals. A control is a hollow point, joined by a line to the
-    policy whose mean depth it matches. Another line joins a run's threshold policies by depth.
+    policy whose mean depth it matches. Another line joins a run's threshold policies, by depth.
     """
     by_task: dict[str, list[Run]] = {}
     for run in runs:
@@ -134,7 +134,10 @@ def histograms(run: Run) -> list[Chart]:
 
 
 def early_answering(entries: Sequence[Faithfulness]) -> Chart | None:
-    """Returns a chart of the answers forced after part of the chain of thought, or None."""
+    """Returns a chart of the answers forced after part of the chain of thought.
+
+    Returns None if no entry contains the measure `early_answering`.
+    """
     curves = [
         (entry.policy, measure.curve)
         for entry in entries
@@ -170,7 +173,7 @@ def early_answering(entries: Sequence[Faithfulness]) -> Chart | None:
 
 
 def _agreement(curve: Sequence[CurvePoint]) -> list[float]:
-    """Returns each point's agreement, divided by that with the whole chain if this is known."""
+    """Returns the agreement at each point, relative to that of the whole chain if this is known."""
     if all(math.isfinite(point.of_whole) for point in curve):
         return [min(point.of_whole, 1.0) for point in curve]
     return [point.same_answer for point in curve]

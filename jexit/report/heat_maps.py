@@ -24,10 +24,10 @@ VERDICTS = {
 
 
 def heat_maps(run: Run) -> Markup | None:
-    """Renders a run's completions as heat maps, grouped by prompt, or None if there are none.
+    """Renders a run's completions as heat maps, grouped by prompt.
 
     The first prompts are unfolded. Prompts that would make the page too large for a browser are
-    left out, and the page states their number.
+    left out, and the page states their number. Returns None if the run has no completions.
     """
     completions, steps = _completions(run)
     if not completions or run.layers is None:
@@ -58,7 +58,7 @@ def heat_maps(run: Run) -> Markup | None:
 
 
 def _completions(run: Run) -> tuple[Sequence[Completion], list[int]]:
-    """Returns the completions that a run's heat maps show, and the training steps that wrote them.
+    """Returns the completions for a run's heat maps, and the training steps that they come from.
 
     An evaluation has no steps. A training run shows the completions of its last and its first step.
     """
@@ -73,7 +73,7 @@ def _completions(run: Run) -> tuple[Sequence[Completion], list[int]]:
 def heat_map(
     completion: Completion, layers: int, exits: Sequence[int]
 ) -> Iterator[tuple[str, int, str, str, bool]]:
-    """Yields each token's text, depth, class and tooltip, and whether a line ends after it."""
+    """Yields (text, depth, CSS class, tooltip, whether a line ends after it) for each token."""
     for place, (token, depth) in enumerate(zip(completion.tokens, completion.depths, strict=True)):
         hazards = None if completion.hazards is None else completion.hazards[place]
         following = completion.tokens[place + 1] if place + 1 < len(completion.tokens) else ""

@@ -46,7 +46,7 @@ def write_page(runs: Sequence[Run], output: str | os.PathLike[str] | None = None
 
 
 def page(runs: Sequence[Run]) -> Markup:
-    """Renders the whole report from the template `templates/page.html`, which has its texts."""
+    """Renders the whole report from `templates/page.html`, the template that contains its text."""
     return render(
         "page.html",
         runs=runs,

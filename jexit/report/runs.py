@@ -30,14 +30,14 @@ Kind = TypeVar("Kind")
 
 
 class CommandName(Record):
-    """The fields of `config.json` that the report interprets; it only displays the others."""
+    """The fields of `config.json` that the report interprets; other fields are only displayed."""
 
     command: str = ""
     preset: str = ""
 
 
 class Curves:
-    """The steps and values of each metric of a training run, by the metric's name.
+    """The logged steps and values of each metric of a training run, keyed by the metric's name.
 
     A metric is left out unless it has a finite value whose absolute value is at most `LARGEST`.
     """
@@ -62,7 +62,7 @@ class Curves:
         return name in self._points
 
     def __getitem__(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the steps and values of a metric; infinite or too large values become NaN."""
+        """Returns the steps and values of a metric, with NaN for values beyond ±`LARGEST`."""
         steps, values = self._points[name].T
         return steps, np.where(np.abs(values) <= LARGEST, values, np.nan)
 
@@ -126,7 +126,7 @@ class Run:
 
     @property
     def exits(self) -> tuple[int, ...]:
-        """The number of layers before each exit, or an empty tuple if the run does not state it."""
+        """The number of layers before each exit, or an empty tuple if the files do not state it."""
         if self.evaluation is not None and self.evaluation.model.exits:
             return self.evaluation.model.exits
         exits = self.config.get("exits")

@@ -102,7 +102,7 @@ def _of(part: Callable[[Any], Any], *columns: Column) -> Columns:
 
 
 def _estimate(head: str, name: str, value: Callable[..., str] = per_cent, **digits: int) -> Columns:
-    """Returns two columns: the field `name` of an entry, and the field's 95 % interval."""
+    """Returns two columns: the field `name` formatted by `value`, and its 95 % interval."""
     return (
         (head, lambda entry: value(getattr(entry, name), **digits)),
         ("95 % interval", lambda entry: _ends(getattr(entry, f"{name}_ci95"), value, **digits)),
@@ -172,7 +172,10 @@ def duration(seconds: float | None) -> str:
 
 
 def main_results(runs: Sequence[Run]) -> Markup | None:
-    """Renders a table of key figures, with the results that `headline` selects from every run."""
+    """Renders a table of key figures for the results of every run that `headline` selects.
+
+    Returns None if there are no results.
+    """
     named = [
         (run.label, name, result)
         for run in runs
@@ -196,7 +199,7 @@ def main_results(runs: Sequence[Run]) -> Markup | None:
 
 
 def headline(run: Run) -> list[tuple[str, PolicyResult]]:
-    """Returns the main results of a run with short names, the most important result first."""
+    """Returns (short name, result) for the main results of a run, the most important first."""
     if run.evaluation is not None:
         by_name = {result.policy: result for result in run.evaluation.runs}
         others = [result for result in by_name.values() if not result.is_control]
@@ -309,7 +312,7 @@ def begun_steps(entries: Sequence[Capacity]) -> Markup:
 
 
 def measures(entries: Sequence[Faithfulness]) -> list[tuple[str, str]]:
-    """Returns the names of the measures of faithfulness in `entries`, each with its explanation."""
+    """Returns (name, explanation) for each measure of faithfulness that occurs in `entries`."""
     there = {measure.name for entry in entries for measure in entry.measures}
     return [(name.replace("_", " "), told) for name, told in MEASURES.items() if name in there]
 
@@ -396,7 +399,7 @@ def planning(entries: Sequence[Planning]) -> Markup:
 def setting_differences(runs: Sequence[Run]) -> Markup | None:
     """Renders a table of the settings that differ between the runs, or None if no run has a config.
 
-    For a single run, these are the settings that differ from the defaults of its command.
+    For a single run, the table contains the settings that differ from the defaults of its command.
     """
     known = [run for run in runs if run.config]
     if not known:

@@ -46,7 +46,7 @@ class Panel:
         return any(metric in SHARES for metric in self.metrics)
 
     def tells(self, runs: Sequence[Run]) -> bool:
-        """Returns whether some run has a metric of the panel with informative values."""
+        """Returns whether any run has informative values of a metric of the panel."""
         curves = [run.curves for run in runs if any(name in run.curves for name in self.metrics)]
         if "loss" in self.metrics:  # the height of a policy gradient's loss means nothing
             return any("loss/policy" not in metrics for metrics in curves)
@@ -109,10 +109,10 @@ class Line:
 
 
 def training_charts(runs: Sequence[Run]) -> dict[str, list[Chart]]:
-    """Returns charts of all metrics of the runs by SVG file name, with accuracy and depth first.
+    """Returns the charts of all metrics of the runs, by the name of their SVG file.
 
-    A thin line shows the logged values, and a thick line their running mean. Metrics without an
-    informative panel have a small chart under the name `other`.
+    A thin line shows the logged values, and a thick line their running mean. Accuracy and depth
+    come first. Metrics without an informative panel have a small chart under the name `other`.
     """
     trained = [run for run in runs if run.curves.names]
     charts: dict[str, list[Chart]] = {}
@@ -134,7 +134,7 @@ def training_charts(runs: Sequence[Run]) -> dict[str, list[Chart]]:
 
 
 def write_charts(run: Run) -> list[Path]:
-    """Draws every metric of a run to `WORKDIR/plots/*.svg`; returns the paths, accuracy first."""
+    """Writes charts of every metric of a run to `WORKDIR/plots/*.svg`, and returns the paths."""
     paths = []
     for name, charts in training_charts([run]).items():
         path = run.workdir / "plots" / f"{name}.svg"
@@ -157,7 +157,7 @@ def running_mean(values: np.ndarray) -> np.ndarray:
 
 
 def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Thins a curve to at most `POINTS` points: the extremes within each interval of steps."""
+    """Thins a curve to at most `POINTS` points, keeping the extremes of each interval of steps."""
     if len(values) <= POINTS:
         return steps, values
     kept = []

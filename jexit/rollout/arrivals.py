@@ -131,7 +131,7 @@ class Arrivals:
                     self.turn()
 
     def join(self, request: Request) -> list[int]:
-        """Adds a request (see `check`) and returns one ticket number per prompt."""
+        """Adds a request and returns one ticket number per prompt; raises the errors of `check`."""
         self.check(request)
         key = np.asarray(jax.random.key_data(request.prng_key))
         tickets = range(self._tickets, self._tickets + len(request.prompts))
@@ -161,7 +161,7 @@ class Arrivals:
                 self._release(job)
 
     def turn(self, steps: int = 1) -> list[Grown]:
-        """Prefills waiting prompts, then runs up to `steps` drawing ticks; returns new tokens."""
+        """Prefills prompts, then runs ticks until `steps` have drawn tokens; returns new tokens."""
         while self._queue and self._free_slots and self._idle in self._jobs:
             self._admit()
         if all(completion is self._idle for completion in self._jobs):
@@ -210,8 +210,8 @@ class Arrivals:
     def _admit(self) -> None:
         """Prefills the next prompts and draws the first tokens of their completions.
 
-        It prefills one prompt, with the completions that share it, or several prompts with one
-        completion each. The completions then wait for a row.
+        One call prefills either one prompt, from which one or several completions start, or several
+        prompts with one completion each. The completions then wait for a row of the pool.
         """
         free = sorted(self._free_slots)
         waiting = list(itertools.islice(self._queue, self._jobs.count(self._idle)))

@@ -84,7 +84,10 @@ class Engine:
     def prefill(
         self, jobs: Jobs, prompts: tuple, draws: Draws, forced: ForcedPrefix | None = None
     ) -> None:
-        """Prefills `prompts` (tokens_BT, length_B, job_BG); draws each completion's first token."""
+        """Prefills `prompts` and draws the first token of each completion (see `prefill.prefill`).
+
+        `prompts` is the triple (tokens_BT, length_B, job_BG).
+        """
         self.prefixes, self.records = self._timed(
             prefill.prefill,
             lambda: prefill.prefill(
@@ -96,7 +99,12 @@ class Engine:
     def advance(
         self, jobs: Jobs, ready: Any, more: Any, steps: int | None, policy: Policy, draws: Draws
     ) -> Status:
-        """Runs `ticks.advance` until the host has to act or `steps` ticks have drawn tokens."""
+        """Runs ticks until the host has to act, or until `steps` of them have drawn tokens.
+
+        The host has to prefill prompts or enlarge the cache (see `ticks.advance`). `ready` is the
+        number of prefilled completions on each data shard, and `more` whether further completions
+        are to come. `steps=None` means no limit.
+        """
 
         def run(steps: np.int32) -> Status:
             self.pool, self.records, status = ticks.advance(
@@ -132,7 +140,7 @@ class Engine:
         )
 
     def _timed(self, program: Any, run: Callable[[], T]) -> T:
-        """Returns `run()`; if this compiled `program`, adds the call's time to `compiling`."""
+        """Returns `run()`; if the call compiles `program`, adds its time to `compiling`."""
         known, began = program._cache_size(), time.perf_counter()
         with waiting("the rollouts"):
             result = run()
@@ -144,8 +152,9 @@ class Engine:
 class Decoding:
     """Decodes one request: prefills prompts as cache slots become free, and runs the ticks.
 
-    Each data shard of the mesh decodes its own prompts in its own pool. Every host calls the same
-    programs for all shards at once, so several hosts stay synchronised.
+    A tick runs one segment of layers. Each data shard of the mesh decodes its own prompts in its
+    own pool. Every host calls the same programs for all shards at once, so several hosts stay
+    synchronised.
     """
 
     def __init__(
@@ -218,7 +227,7 @@ class Decoding:
         return bool(np.all(begun & (self._status.under_way == 0)))
 
     def so_far(self) -> Records:
-        """Returns the records of this host's completions so far, in the order of the batch."""
+        """Returns what has been recorded of this host's completions so far, in batch order."""
         layout, columns = self._layout, self.request.max_new_tokens
         job_B = layout.job_B[host_rows(self._total * layout.samples).index_B]
         with waiting("the rollouts"):

@@ -40,7 +40,7 @@ class Jobs:
 
 @struct.dataclass
 class Records:
-    """The recorded tokens of every completion, in T columns (at least `max_new_tokens`)."""
+    """The tokens of every completion and their depths, in T columns (at least `max_new_tokens`)."""
 
     tokens_JT: Int[Array, "J T"]
     depths_JT: Int[Array, "J T"]
@@ -70,7 +70,7 @@ class Records:
         hazard_logits_BE: Float[Array, "B E"] | None,
         ends_B: Bool[Array, "B"],
     ) -> Records:
-        """Stores token number `index` of each job in `job_B`, unless the job is out of range."""
+        """Stores token number `index` of each job in `job_B`; jobs out of range are ignored."""
 
         def kept(record: Array, new: Array) -> Array:
             return record.at[job_B, index].set(new, mode="drop")
@@ -155,7 +155,8 @@ def empty(
 ) -> tuple[Pool, Records, Cache]:
     """Returns an empty (pool, records, prefix cache) for all data shards together.
 
-    The sizes are `rows` × `slots`, `jobs` × `columns` and `prefixes` × `prompt_slots`.
+    The caches have `slots` slots in each of `rows` rows of the pool, and `prompt_slots` in each of
+    `prefixes` prefixes. The records have `columns` tokens for each of `jobs` completions.
     """
     model: Transformer = nnx.merge(graphdef, *states)
     arch, exits = model.arch, len(model.exit_layers)
@@ -196,7 +197,7 @@ def grown(cache: Cache, *, slots: int) -> Cache:
 
 
 def _pinned(tree: Any) -> Any:
-    """Shards the rows of every array over the data axes, except for caches, which already are."""
+    """Shards the rows of every array over the data axes; caches are already sharded."""
     return jax.tree.map(
         lambda part: (
             part if isinstance(part, Cache) else constrain(part, "B" + "." * (part.ndim - 1))

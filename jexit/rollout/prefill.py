@@ -37,7 +37,7 @@ class ForcedPrefix:
     def exits(
         self, jobs: Jobs, draws: Draws, length_B: Int[Array, "B"], length: int
     ) -> dict[str, Any]:
-        """Returns the arguments of `jexit.model.transformer.run` that let forced tokens leave."""
+        """Returns arguments of `jexit.model.transformer.run` with which forced tokens may leave."""
         index_BT = jnp.arange(length) - (length_B - self.tokens_B)[:, None]
         # Column i of `Prescribed` is for the pass that produces token i of the completion.
         policy = self.policy.at(self.job_B[:, None], jnp.maximum(index_BT + 1, 0))
@@ -47,7 +47,7 @@ class ForcedPrefix:
 
 @struct.dataclass
 class _Prefilled:
-    """The keys and values of prefilled prompts, and the results at each prompt's last position."""
+    """The keys and values of prompts, and the logits and depths at each prompt's last position."""
 
     keys_values: KeysValues
     job_BG: Int[Array, "B G"]

@@ -125,8 +125,8 @@ def _check_prompt(index: int, prompt: Sequence[int], new: int, arch: Architectur
 def _check_forced(prompts: Sequence[Sequence[int]], forced: list[int]) -> None:
     if len(forced) != len(prompts):
         raise UserError(
-            f"forced has length {len(forced)}, but prompts has length {len(prompts)}; give one "
-            "number per prompt"
+            f"forced has {len(forced)} entries, but prompts has {len(prompts)}; give one "
+            "forced-prefix length per prompt"
         )
     for index, (prompt, tokens) in enumerate(zip(prompts, forced, strict=True)):
         if not 0 <= tokens < len(prompt):

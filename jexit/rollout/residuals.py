@@ -28,8 +28,8 @@ def residuals_of(
 ) -> list[np.ndarray]:
     """Returns, for each completion, the residuals [tokens, R, D] that enter the R layers `layers`.
 
-    Entry i belongs to the pass that produced token i of the completion. Prompts run all layers, and
-    completions run at `depths`, which has one entry per token.
+    Entry i along the first axis is for the pass that produced token i of the completion. Prompts
+    run all layers, and completions run at `depths`, which has one entry per token.
     """
     whole = model.arch.layers
     found: list[np.ndarray] = []
@@ -71,7 +71,7 @@ def _residuals(
 
 
 def checked_layers(layers: Any, most: int) -> tuple[int, ...]:
-    """Returns `layers`; raises UserError unless they are ascending numbers from 0 to `most`."""
+    """Returns `layers` as a tuple; raises UserError unless they rise and are in 0 … `most`."""
     known = isinstance(layers, Sequence) and all(
         isinstance(layer, int | np.integer) and not isinstance(layer, bool) and 0 <= layer <= most
         for layer in layers

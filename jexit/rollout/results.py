@@ -11,9 +11,10 @@ from jexit.dist import HostRows
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Grown:
-    """The tokens that one call of `turn` added to a completion; lists have one entry per token.
+    """The tokens that one call of `Arrivals.turn` or `Speculation.turn` added to a completion.
 
-    `ticket` is the number that `Arrivals.join` returned or, under `Speculate`, the prompt's index.
+    Lists have one entry per token. `ticket` identifies the completion: it is the number that
+    `Arrivals.join` returned or, under `Speculate`, the prompt's index.
     """
 
     ticket: int

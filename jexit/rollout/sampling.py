@@ -220,7 +220,7 @@ def _first(true_BC: Array) -> Array:
 
 
 def truncate_top_k(logits: Float[Array, "*A V"], top_k: Int[Array, ""] | int) -> Array:
-    """Returns the logits with −inf outside the `top_k` most likely tokens and ties with them.
+    """Returns the logits with −inf outside the `top_k` most likely tokens and tokens that tie.
 
     Tokens whose probability rounds to 0 may also be kept, but they are never drawn.
     """

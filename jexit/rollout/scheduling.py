@@ -96,9 +96,9 @@ class Layout:
     """The division of the prompts over data shards, and the order in which prompts begin.
 
     Each shard has n prompts, in the caller's order; the last shards may have fewer. Programs are
-    compiled for n rounded up to a bucket, so the last prompts of a program may be padding. The
-    prompts are prefilled in groups of similar length, the shortest first, into a ring buffer of
-    `prefixes` cache slots.
+    compiled for n rounded up to a bucket, so a shard's last prompts may be padding. The prompts are
+    prefilled in groups of similar length, the shortest first, into a ring buffer of `prefixes`
+    cache slots.
     """
 
     length_SP: np.ndarray  # 0 where a shard has fewer prompts
@@ -118,7 +118,11 @@ class Layout:
         new: int,
         forced_B: np.ndarray | None = None,
     ) -> Layout:
-        """Lays out prompts of lengths `length_B` for up to `new` tokens per completion."""
+        """Divides prompts of lengths `length_B` over data shards, for `new` tokens per completion.
+
+        There are `samples` completions per prompt. `token_bytes` is the size of a token in the KV
+        cache, and `forced_B` contains the lengths of forced prefixes (None: no prefixes).
+        """
         shards = data_shards()
         most_prompts = -(-len(length_B) // shards)
         beyond = prompts_bucket(most_prompts, samples) - most_prompts
@@ -161,11 +165,11 @@ class Layout:
 
     @property
     def job_B(self) -> np.ndarray:
-        """The index of each of the caller's completions among the jobs of all shards."""
+        """The indices of the caller's completions among the jobs of all shards, without padding."""
         return np.flatnonzero(np.repeat(self.length_SP.reshape(-1) > 0, self.samples))
 
     def by_job(self, values_BX: np.ndarray) -> np.ndarray:
-        """Reorders the caller's values, one per completion, to one per job; padding jobs get 0."""
+        """Reorders the caller's values, one per completion, into job order; padding jobs get 0."""
         values_JX = np.zeros((self.shards * self.jobs, *values_BX.shape[1:]), values_BX.dtype)
         values_JX[self.job_B] = values_BX
         return values_JX
@@ -178,12 +182,12 @@ class Layout:
 
     @functools.cached_property
     def groups(self) -> dict[int, Group]:
-        """The prefill groups of least total cost, by each group's first position in `order_SP`.
+        """The division of the prompts into prefill groups that has the least total cost.
 
-        A group has the slots that its longest prompt needs, and the rows that fit a prefill,
-        divided by a member of `GROUP_PARTS`. Each bucket of lengths therefore has only one program
-        per divisor, for any batch. The cost is rows times slots, including padding, plus a fixed
-        cost for each call.
+        The keys are the positions of the groups' first prompts in `order_SP`. A group has the slots
+        that its longest prompt needs, and either all rows that fit a prefill or a fraction of them
+        (`GROUP_PARTS`), so that few programs are compiled for any batch. The cost is rows times
+        slots, including padding, plus a fixed cost per call.
         """
         tokens, prompts = PREFILL_TOKENS[target().platform], self.most_prompts
         length_ST = np.take_along_axis(self.length_SP, self.order_SP[:, :prompts], axis=1)
@@ -210,7 +214,7 @@ class Layout:
 
     @functools.cached_property
     def prefixes(self) -> int:
-        """The number of slots of the prefix cache: for prompts that fill the pool and one group."""
+        """The number of prompts in the prefix cache: enough for the pool and one more group."""
         largest = max(group.rows for group in self.groups.values())
         return min(self.prompts, -(-self.rows // self.samples) + largest)
 
@@ -224,7 +228,7 @@ class Layout:
         return cache_bucket(min(slots, most), most)
 
     def has_room(self, prefilled: int, started_S: np.ndarray) -> bool:
-        """Returns whether the prefix cache has free slots for the group at `prefilled` in `groups`.
+        """Returns whether the prefix cache has free slots for the prompts of `groups[prefilled]`.
 
         The slot of a prompt is free once all its completions have begun.
         """
@@ -232,7 +236,7 @@ class Layout:
         return prefilled + self.groups[prefilled].prompts - self.prefixes <= int(begun_S.min())
 
     def group(self, first: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the indices and lengths [S, B] of each shard's prompts in the group at `first`.
+        """Returns the indices and lengths [S, B] of each shard's prompts in `groups[first]`.
 
         Padding has the index `prompts` and the length 1.
         """
@@ -332,7 +336,7 @@ def choose(
 def pick(
     here_P: Bool[Array, "P"], since_P: Int[Array, "P"], tick: Int[Array, ""], places: int
 ) -> tuple[Int[Array, "B"] | None, Bool[Array, "B"]]:
-    """Returns the rows that a tick runs, longest-waiting first, and a mask of rows to run.
+    """Returns the rows of a tick, longest-waiting first, and a mask of the rows that do work.
 
     `here_P` is True for rows that wait for the tick's segment. The mask is False for other rows,
     which only fill up the tick. If a tick holds every row of the pool, returns (None, `here_P`).

@@ -42,7 +42,7 @@ _ACCEPT, _REST = 1_000, 1_001
 
 @struct.dataclass
 class Rows:
-    """The state of a request's completions: the cache, the next input token and its position."""
+    """The state of a request's completions: KV cache, next input token and its cache slot."""
 
     cache: Cache
     token_B: Int[Array, "B"]
@@ -54,10 +54,9 @@ class Rows:
 class Speculation:
     """Decodes one request with the policy `Speculate`, in rounds of drafting and verification.
 
-    `drafted` and `accepted` count the drafted and the accepted tokens of completions that had not
-    ended. All prompts are decoded together, on one data shard. Raises UserError if the request is
-    invalid, if the policy's layer is not an exit of the model, or if the mesh has several data
-    shards.
+    `drafted` and `accepted` count tokens of completions that had not ended. All prompts are decoded
+    together, on one data shard. Raises UserError if the request is invalid, if the policy's layer
+    is not an exit of the model, or if the mesh has several data shards.
     """
 
     def __init__(self, model: Transformer | Decodable, request: Request) -> None:
@@ -93,7 +92,7 @@ class Speculation:
         self._over[row] = True
 
     def turn(self) -> list[Grown]:
-        """Prefills prompts in the first call, and runs one round in others; returns new tokens."""
+        """Prefills prompts in the first call, runs a round in later calls; returns new tokens."""
         if self._rows is None:
             return self._began()
         engine, active_B = self._engine, ~np.asarray(self._over)
@@ -199,8 +198,8 @@ def _round(
 ) -> tuple[Rows, tuple[Array, Array, Array]]:
     """Drafts `DRAFT` tokens per row at exit `layer` and verifies them.
 
-    Returns the rows and (tokens [B, C], log-probabilities [B, C], count [B]): the first `count`
-    tokens of a row are new, the last of them drawn from all layers. Inactive rows do not change.
+    Returns the rows and (tokens [B, C], log-probabilities [B, C], count [B]). The first `count`
+    tokens of a row are new, the last of these drawn from all layers. Inactive rows do not change.
     """
     model: Transformer = nnx.merge(graphdef, *states)
     stack = _Stack(model, layers, adapters)
@@ -258,8 +257,8 @@ def accepted(
     """Returns the number of drafted tokens that are accepted, and the weights of the next token.
 
     The G tokens `draft_BG` were drawn from `q_BGV`; `p_BCV` are the distributions of all layers at
-    the same positions and after the last draft (C = G + 1). Source: Leviathan et al.,
-    arXiv:2211.17192, algorithm 1.
+    the same positions and after the last draft (C = G + 1). (Leviathan et al., arXiv:2211.17192,
+    algorithm 1.)
     """
     drafted = draft_BG.shape[1]
     p_BG = jnp.take_along_axis(p_BCV[:, :-1], draft_BG[..., None], axis=-1)[..., 0]
@@ -296,7 +295,7 @@ class _Stack:
     def through(
         self, h_BCD: Array, slot_BC: Int[Array, "B C"], cache: Cache, first: int, end: int
     ) -> tuple[Array, Cache]:
-        """Runs layers `first` … `end` − 1; the tokens of a row are at the slots `slot_BC`."""
+        """Runs layers `first` … `end` − 1 on the tokens at each row's cache slots `slot_BC`."""
         batch, chunk, _ = h_BCD.shape
         rope = rope_table(self.model.arch, slot_BC)
         rows_B = jnp.arange(batch, dtype=jnp.int32)

@@ -322,9 +322,9 @@ class GrowingText:
         return len(self._ids)
 
     def grow(self, ids: Sequence[int], over: bool) -> bool:
-        """Appends tokens, the last ones if `over`; returns whether a stop string ended the text.
+        """Appends tokens (`over`: the last ones); returns whether a stop string ended the text.
 
-        If so, the tokens after the one that completed the stop string are dropped.
+        Tokens after the one that completed the stop string are dropped.
         """
         known = len(self._ids)
         self._ids += ids

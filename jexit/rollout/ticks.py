@@ -1,9 +1,10 @@
 """A tick of the decoding engine, which runs one segment of layers for rows that wait for it.
 
-The index of the segment is data: the bounds of the loops over layers are dynamic, so one loop body
-serves all segments and the drawing of tokens (`jexit.rollout.scheduling`). The weights of a layer
-are taken inside these loops (`jexit.rollout.weights`), so weights that no row needs are not read.
-The caches are carried through the loops, never through `lax.cond`, which copies its results.
+A compiled program reads the segment's index at run time. The bounds of its loops over layers are
+dynamic, so one loop body serves all segments and the drawing of tokens
+(`jexit.rollout.scheduling`). The weights of a layer are taken inside these loops
+(`jexit.rollout.weights`), so weights that no row needs are not read. The caches are carried through
+the loops, never through `lax.cond`, which copies its results.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def apart(graphdef: nnx.GraphDef, states: tuple[nnx.State, ...]) -> LayerWeights
 
 
 class Copy:
-    """Caches the result of `apart` for the newest model, as long as all its arrays exist."""
+    """Caches the result of `apart` for the newest model, while all arrays of the model exist."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -85,7 +85,7 @@ def at_layer(
     function: Callable[..., Any],
     *operands: Any,
 ) -> Any:
-    """Calls `function(block, *operands)` with block `layer` of `layers`, or else of `blocks`."""
+    """Calls `function(block, *operands)` with block `layer` of `layers` (None: of `blocks`)."""
     if layers is None:
         graphdef, stacked = nnx.split(blocks)
         one = jax.tree.map(
@@ -100,7 +100,7 @@ def at_layer(
 def head_logits(h_BD: Float[Array, "B D"], head_VD: Float[Array, "V D"]) -> Float[Array, "B V"]:
     """Returns the logits [B, V] of a few rows; see `jexit.model.transformer.logits_of`.
 
-    On CPUs head · hᵀ takes half the time of h · headᵀ; a barrier keeps XLA from undoing this.
+    On CPUs head · hᵀ takes half the time of h · headᵀ. A barrier keeps XLA from changing the order.
     """
     if not on_cpu():
         return logits_of(h_BD, head_VD)

@@ -187,7 +187,7 @@ class Server:
 
     @contextlib.contextmanager
     def _admitted(self, count: int) -> Iterator[None]:
-        """Counts `count` completions as in progress; raises Refused if there are too many."""
+        """Counts `count` completions as in progress; raises Refused if they exceed the limit."""
         if self.opened.pool.failure is not None:
             raise Refused(503, "the decoding pool has failed; restart the server")
         if self.completions + count > self.most_waiting:
@@ -226,7 +226,7 @@ class Server:
     async def _answer(
         self, asked: Asked, began: float
     ) -> AsyncIterator[tuple[Choice, dict[str, Any]]]:
-        """Yields choices with the fields of their new tokens, and updates the metrics."""
+        """Decodes a request; yields (choice, fields of its new tokens) and updates the metrics."""
         first = True
         try:
             async with contextlib.aclosing(self.opened.answer(asked)) as parts:
@@ -277,7 +277,7 @@ class Server:
 
 
 class _Events(StreamingResponse):
-    """A stream of server-sent events, which closes `admitted` when it ends for any reason."""
+    """A response of server-sent events that closes `admitted` when it ends for any reason."""
 
     def __init__(self, events: AsyncGenerator[bytes], admitted: contextlib.ExitStack) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}

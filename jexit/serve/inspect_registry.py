@@ -53,8 +53,9 @@ def problems(
 ) -> Task:
     """Returns an Inspect task with the first `problems` problems of one split of a jexit task.
 
-    `task` is one of jexit's tasks or a user's own (FILE.py:NAME), with the given `options`. Reports
-    the accuracy by the task's verdicts, and the layers run per token (as a share) and per problem.
+    `task` is one of jexit's tasks or a user's own (FILE.py:NAME), with the given `options`. The
+    evaluation reports the accuracy by the task's verdicts, the share of layers run per token, and
+    the layers run per problem.
     """
     made = tasks.make_task(task, **options)
     size = made.size(split)

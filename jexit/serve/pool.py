@@ -34,8 +34,8 @@ class PoolThread(threading.Thread):
     """A thread that owns a running decoding pool and takes requests from all other threads.
 
     If the pool fails, `failure` is the exception, and every stream raises RunEnded. Completions
-    with `Speculate` are decoded outside the pool, one at a time, and their failures end only their
-    own request. `close` ends the thread.
+    under `Speculate` are decoded outside the pool, one at a time. A failure of such a completion
+    ends only its own request. `close` ends the thread.
     """
 
     def __init__(self, arrivals: Arrivals) -> None:
@@ -60,7 +60,7 @@ class PoolThread(threading.Thread):
         self._inbox.put((stream, choice))
 
     def close(self) -> None:
-        """Ends all open streams with RunEnded, then the thread, and waits for the thread to end."""
+        """Ends the thread and waits for its end; streams that are still open raise RunEnded."""
         self._closed = True
         self._inbox.put(None)
         self.join()
@@ -116,7 +116,7 @@ class PoolThread(threading.Thread):
             stream.deliver(choice, error)
 
     def _read(self) -> bool:
-        """Handles all messages; waits for one if the pool is empty; returns False after `close`."""
+        """Handles all messages, or waits for one if nothing is decoded; False means `close`."""
         while True:
             try:
                 idle = not self.arrivals.under_way and not self._drafted
@@ -194,7 +194,7 @@ class Stream:
             self.pool.leave_pool(self, choice)
 
     def deliver(self, choice: int, news: Grown | Exception) -> None:
-        """Passes news to the stream's event loop; called by the pool's thread."""
+        """Passes new tokens or an error to the stream's event loop; called by the pool's thread."""
         with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits
             self._loop.call_soon_threadsafe(self._news.put_nowait, (choice, news))
 
@@ -218,7 +218,7 @@ class Opened:
         return asked
 
     async def answer(self, asked: Asked) -> AsyncGenerator[tuple[Choice, dict[str, Any]]]:
-        """Decodes a request; yields a choice with the fields of its new tokens at each update."""
+        """Decodes a request; yields (choice, response fields of its new tokens) at each update."""
         count = len(asked.request.prompts)
         choices = [Choice(asked, index, self.tokenizer) for index in range(count)]
         async with Stream(self.pool, asked.request) as stream:
@@ -243,8 +243,9 @@ def open_pool(
 
     `name` is the model's name for clients, by default that of the directory or, for WORKDIR/model,
     of the run. `policy` applies to requests without one. By default, prompts and completions may
-    have up to 1,024 tokens each, or half of the model's positions if that is less. Raises UserError
-    if a value or the directory is not valid.
+    have up to 1,024 tokens each, or half of the model's positions if that is less. `rows` is the
+    number of completions decoded at a time (0: automatic). Raises UserError if a value or the
+    directory is not valid.
     """
     for what, value in (("prompt", max_prompt_tokens), ("new", max_new_tokens)):
         if value is not None and value < 1:

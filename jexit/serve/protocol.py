@@ -362,7 +362,10 @@ def _hazards(z_E: Sequence[float]) -> list[float | None]:
 
 
 def choice_body(choice: Choice, fields: Mapping[str, Any], *, part: bool) -> dict[str, Any]:
-    """Returns the JSON of one choice of a response or, with `part`, of a chunk of a stream."""
+    """Returns the JSON of one choice of a response or, with `part`, of a chunk of a stream.
+
+    `fields` contains what `Choice.grow` returned.
+    """
     body: dict[str, Any] = {
         "index": choice.index,
         "finish_reason": choice.finish_reason or None,

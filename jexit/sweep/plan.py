@@ -37,7 +37,7 @@ class Asked(Record):
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One combination of a sweep's settings, by config key, and the directory of its run."""
+    """One combination of a sweep's settings (config key to value), and the directory of its run."""
 
     settings: Mapping[str, str]
     workdir: pathlib.Path
@@ -71,7 +71,7 @@ class Cell:
 
     @property
     def evaluation(self) -> pathlib.Path | None:
-        """The path of the complete `eval.json` of the run's evaluation or the run, or None."""
+        """The path of the complete `eval.json` of the run or its evaluation; None without one."""
         paths = (self.workdir / "eval" / EVALUATED, self.workdir / EVALUATED)
         return next(filter(_whole, paths), None)
 
@@ -92,12 +92,12 @@ class Cell:
         asked.model_copy(update={part: tuple(arguments)}).write(self.asked)
 
     def check(self, part: str, arguments: Sequence[str]) -> None:
-        """Raises UserError if `arguments` differ from those recorded for `part`, if any."""
+        """Raises UserError if `part` has been recorded with arguments other than `arguments`."""
         asked = getattr(_asked(self.asked), part, None)
         if differing := sorted(set(asked or arguments) ^ set(arguments)):
             raise UserError(
-                f"{self.name} was started by another command, which differs in {differing[0]}; "
-                f"choose another --into, or delete {self.workdir} and {self.asked}"
+                f"{self.name} was started with other arguments: {differing[0]} differs; choose "
+                f"another --into or, to start it anew, delete {self.workdir} and {self.asked}"
             )
 
 
@@ -206,7 +206,7 @@ class Sweep:
         for cell in others:
             if tuple(cell.settings) != tuple(self.grid):
                 raise UserError(
-                    f"{self.into} already contains {cell.name} from another sweep, but this sweep "
+                    f"{self.into} contains {cell.name}, which belongs to another sweep: this one "
                     f"varies {', '.join(self.grid) or 'no keys'}, in this order; choose another "
                     "--into"
                 )

@@ -309,7 +309,7 @@ def test_wrong_requests_get_one_sentence(model, prompts):
         ([[1]], {"policy": Prescribed(np.ones((1, 11)))}, r"\(1, 11\), but .* be \(1, 12 or"),
         ([[1]], {"policy": Prescribed(np.ones(12))}, r"\(12,\), but .* or use Fixed\(depth\)"),
         ([[1]], {"policy": Prescribed(np.full((1, 12), 3))}, r"depth 3, .* exits \(1, 2, 4\)"),
-        ([[1]], {"forced": [0, 1]}, "forced has length 2, but prompts has length 1"),
+        ([[1]], {"forced": [0, 1]}, "forced has 2 entries, but prompts has 1"),
         ([[1, 2]], {"forced": [2]}, r"forced\[0\] is 2, but prompt 0 has 2 tokens"),
         ([[1, 2]], {"forced": [-1]}, "a number from 0 to 1"),
         ([[1, 2]], {"forced": [1], "policy": Prescribed(np.ones((1, 12)))}, "13 or more"),
