@@ -61,7 +61,10 @@ class Question:
         return self.kind in OF_PLACES
 
     def answer(self, world: World) -> str:
-        """Returns the answer in the given state of the world; UNKNOWN if no place is known."""
+        """Returns the answer in the state `world`; without a known place or belief, UNKNOWN or NO.
+
+        NO is the answer about a topic, and UNKNOWN the answer about a place.
+        """
         if self.kind == "reality":
             return world.place_of.get(self.thing, UNKNOWN)
         if self.kind == "memory":
@@ -75,7 +78,10 @@ class Question:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Story:
-    """A story: the first room of each person and of each container, and the events that follow."""
+    """A story, which consists of people and containers in rooms and of the events that follow.
+
+    `room_of` maps each person, and `homes` each container, to the room at the beginning.
+    """
 
     room_of: Mapping[str, str]
     homes: Mapping[str, str]
@@ -106,7 +112,7 @@ def _opening(people: Sequence[str], room: str) -> str:
 
 
 def sentence(event: Event) -> str:
-    """Returns the text of `event`: one sentence, and one for a secret or distracted person."""
+    """Returns one sentence for `event`, and one more for each secret or distracted person."""
     text = SENTENCES[event.kind].format_map(dataclasses.asdict(event))
     if event.hearer:
         text = text.replace("tells everybody", f"whispers to {event.hearer}")
