@@ -1,9 +1,10 @@
 """Reads and writes safetensors files one tensor at a time.
 
 Reading uses the safetensors library without memory maps, so that memory contains only the tensors
-that are being converted. Writing lays out a file before the data of the tensors exist, which the
-library does not support: an 8-byte little-endian header length, a JSON header of dtypes, shapes and
-offsets, and the bytes of the tensors (https://huggingface.co/docs/safetensors, "Format").
+that are being converted. Writing does not use the library, because a file is laid out before the
+data of its tensors exist. A file consists of an 8-byte little-endian header length, a JSON header
+of dtypes, shapes and offsets, and the bytes of the tensors
+(https://huggingface.co/docs/safetensors, "Format").
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def verify(self, problem: Problem, completion: str) -> Verdict:
-        """Returns the verdict on a completion without special tokens. Must not raise for any text."""
+        """Returns the verdict on a completion without special tokens; must accept any text."""
 
     def judge(self, problems: Sequence[Problem], attempts: Sequence[Attempt]) -> list[Verdict]:
         """Returns a verdict for each attempt; attempt i is a completion of problem i."""

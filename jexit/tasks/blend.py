@@ -18,7 +18,7 @@ PARTS = ("sums", "word_problems", "tom")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlendedProblem(Problem):
-    """A problem of a blend: `part` is the name of the task it comes from, `own` the task's problem."""
+    """A problem of a blend: `part` is the name of its task, and `own` the problem of that task."""
 
     part: str
     own: Problem

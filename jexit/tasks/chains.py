@@ -75,10 +75,10 @@ class ChainTask(Task):
 
     @abc.abstractmethod
     def final_answer(self, completion: str) -> str | None:
-        """Returns the answer in `completion`, or None; equal answers are returned as equal strings."""
+        """Returns the answer in `completion`, or None; equal answers give the same string."""
 
     def begun_step(self, problem: Problem, size: int) -> str | None:
-        """Returns how a first step with `size` operands begins, up to its result; None if impossible."""
+        """Returns how a first step of `size` operands begins, up to its result; None if it cannot."""
         return None
 
     def first_result(self, problem: Problem, completion: str) -> tuple[int, bool]:

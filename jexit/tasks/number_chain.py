@@ -91,7 +91,7 @@ class NumberChain(ChainTask):
         return True, None
 
     def reworded(self, completion: str) -> str | None:
-        """Returns the chain with the operands of each sum and product exchanged; None if unchanged."""
+        """Returns the chain with the operands of sums and products exchanged; None if unchanged."""
         chain = "".join(self.steps(completion))
         changed = _COMMUTES.sub(r"\3\2\1", chain)
         return changed if changed != chain else None

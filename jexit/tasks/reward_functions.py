@@ -37,7 +37,10 @@ class RewardFunction:
 
     @property
     def columns(self) -> list[str]:
-        """The columns that the function requires: parameters without default that are not in `GIVEN`."""
+        """The columns that the function requires: its parameters that have no default.
+
+        The arguments in `GIVEN` are not columns.
+        """
         return [
             parameter.name
             for parameter in self._parameters
