@@ -138,7 +138,7 @@ def _without_task_options(argv: Sequence[str]) -> tuple[list[str], dict[str, Any
 
 
 def _own_config(value: str) -> str:
-    """Returns `value`, which is FILE or FILE:PRESET, with the path at which FILE exists.
+    """Returns `value`, which is FILE or FILE:PRESET, with FILE replaced by the path where it exists.
 
     FILE is looked up in the working directory, in the installed package and in the checkout. If it
     is in none of them, `value` is returned unchanged.

@@ -369,7 +369,7 @@ class Evaluation(Record):
         return self
 
     def numbers(self) -> dict[str, float]:
-        """Returns all finite results except those in `exits`, by path, such as `sample/accuracy`."""
+        """Returns all finite results, except in `exits`, by path, such as `sample/accuracy`."""
         placed: list[tuple[str, Record]] = [(run.policy, run) for run in self.runs]
         placed += [(f"{pair.policy} less {pair.control}", pair) for pair in self.controls]
         placed += [

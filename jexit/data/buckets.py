@@ -35,7 +35,7 @@ class LengthBuckets:
         self.shapes = [(int(total), width) for total, width in zip(borders, widths, strict=True)]
 
     def batch(self, *, seed: int, step: int, batch_size: int) -> tuple[np.ndarray, tuple[int, int]]:
-        """Returns (row indices [B], entry of `shapes` to which to pad the rows) for a step's batch.
+        """Returns (row indices [B], entry of `shapes` to pad the rows to) for a step's batch.
 
         If the number of rows is a multiple of `batch_size`, an epoch uses every row once. Otherwise
         an epoch leaves out a few rows, drawn at random. If the pool has fewer rows than a batch,

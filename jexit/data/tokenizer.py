@@ -254,7 +254,7 @@ class Tokenizer:
 
     @functools.cached_property
     def begin_id(self) -> int | None:
-        """The id of the begin token that some tokenizers (Llama's) put before texts, or None."""
+        """The id of the begin token that the tokenizer puts before texts, or None if it has none."""
         begin = self.backend.bos_token_id
         return begin if begin is not None and self.backend.encode("")[:1] == [begin] else None
 

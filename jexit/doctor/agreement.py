@@ -131,7 +131,10 @@ def seconds(run: Callable[[], Any], repeats: int = REPEATS) -> float:
 
 
 def relative_error(found: Any, wanted: Any) -> float:
-    """Returns max |found − wanted| / max |wanted|, or ∞ if their finite entries are not the same."""
+    """Returns the largest error relative to the reference, max |found − wanted| / max |wanted|.
+
+    Returns ∞ if `found` and `wanted` do not have their finite entries at the same positions.
+    """
     found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
     if not np.array_equal(np.isfinite(found), np.isfinite(wanted)):
         return float("inf")

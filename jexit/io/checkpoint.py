@@ -100,9 +100,10 @@ class Checkpoints:
 
         The result has the structure, shapes, dtypes and shardings of the pytree `like`. With
         `step`, only the checkpoint of that step is tried. Otherwise, checkpoints are tried from the
-        newest to the oldest, and those that cannot be read are deleted when an older one can. If
-        one host cannot read a checkpoint, no host uses it. Raises UserError if a checkpoint
-        contains other parameters than `like`, or if checkpoints exist but none can be read.
+        newest to the oldest. Newer checkpoints that cannot be read are deleted once an older one
+        has been read. If one host cannot read a checkpoint, no host uses it. Raises UserError if a
+        checkpoint contains other parameters than `like`, or if checkpoints exist but none can be
+        read.
         """
         steps = sorted(self._manager.all_steps(), reverse=True) if step is None else [step]
         failures = []

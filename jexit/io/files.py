@@ -62,7 +62,7 @@ def flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turns an OSError in the `with` block into a UserError: `path` cannot be written."""
+    """Turns an OSError in the `with` block into a UserError with the text of `disk_message`."""
     try:
         yield
     except OSError as error:

@@ -200,7 +200,7 @@ def write_model(
 def write_eos_ids(directory: pathlib.Path, tokenizer: Tokenizer) -> None:
     """Writes the tokenizer's end tokens to the file generation_config.json in `directory`.
 
-    In an existing file, only `eos_token_id` can change. If it lacks an end token other than
+    In an existing file, only `eos_token_id` can change. If this entry lacks an end token other than
     `tokenizer.eos_id`, it is replaced by the list of all end tokens.
     """
     file = directory / "generation_config.json"

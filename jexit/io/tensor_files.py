@@ -85,7 +85,7 @@ class TensorReader:
             self._files[name] = (path, file)
 
     def read(self, name: str) -> np.ndarray:
-        """Returns the tensor `name` as stored; raises UserError if it is damaged or not finite."""
+        """Returns the stored tensor `name`; raises UserError if it is damaged, or has NaN or infinity."""
         path, file = self._files[name]
         try:
             tensor = file.get_tensor(name)

@@ -44,7 +44,7 @@ class Part:
     sizes: Mapping[str, int]
 
     def rules(self) -> Iterator[tuple[Rule, list[str]]]:
-        """Yields (conversion rule, names of the tensors that form it) for each parameter."""
+        """Yields (conversion rule, tensor names) for each parameter that the part contains."""
         for rules, numbers in self.stacks:
             for rule in rules:
                 stacked = numbers if rule.stacked else (None,)

@@ -74,7 +74,7 @@ class Blend(Task):
         return self.tasks[problem.part].verify(problem.own, completion)
 
     def judge(self, problems: Sequence[Problem], attempts: Sequence[Attempt]) -> list[Verdict]:
-        """Returns a verdict for each attempt; each task judges all attempts at its problems."""
+        """Returns a verdict for each attempt; each task judges all its attempts in one call."""
         verdicts: dict[int, Verdict] = {}
         for name, task in self.tasks.items():
             place, own, made = _of_part(name, problems, attempts)

@@ -38,8 +38,8 @@ class ChainTask(Task):
     `cue` is the text that requests the answer after any number of steps. `granularities` contains
     the values of the option `steps` that prescribe the size of steps, from small to large.
     `begun_sizes` contains the operand counts that `begun_step` accepts as `size`. `prose` is True
-    if chains are free text, in which a model may quote hints in the prompt. In a completion with a
-    think block, the chain is the text inside the block. Every method accepts any text as a
+    if chains are free text, in which a model may mention a hint in its prompt. In a completion with
+    a think block, the chain is the text inside the block. Every method accepts any text as a
     completion.
     """
 
@@ -78,7 +78,10 @@ class ChainTask(Task):
         """Returns the answer in `completion`, or None; equal answers give the same string."""
 
     def begun_step(self, problem: Problem, size: int) -> str | None:
-        """Returns how a first step of `size` operands begins, up to its result; None if it cannot."""
+        """Returns the beginning of a first step with `size` operands, up to the step's result.
+
+        Returns None if the task cannot begin such a step.
+        """
         return None
 
     def first_result(self, problem: Problem, completion: str) -> tuple[int, bool]:

@@ -22,10 +22,9 @@ def check_steps(task: str, steps: object, known: Sequence[object]) -> None:
 def check_range(
     task: str, name: str, smallest: int, largest: int, least: int, most: int
 ) -> tuple[int, int]:
-    """Returns (smallest, largest).
+    """Returns the pair (`smallest`, `largest`), the values of the options `name`_min and `name`_max.
 
-    Raises UserError unless `least` <= `smallest` <= `largest` <= `most`. The error message contains
-    the names of the task and of the option.
+    Raises UserError unless `least` <= `smallest` <= `largest` <= `most`.
     """
     if not least <= smallest <= largest <= most:
         raise UserError(

@@ -124,7 +124,7 @@ def _spelled(candidates: Candidates) -> _Spelled:
 
 
 def _places(words: tuple[str, ...], spelled: _Spelled) -> Iterator[slice]:
-    """Yields the slices of `words` that match a candidate; from each start, the longest match."""
+    """Yields the slices of `words` that match a candidate, with the longest match at each start."""
     lengths: dict[str, list[int]] = {}
     for length in sorted({len(phrase) for phrase in spelled}, reverse=True):
         for first in {phrase[0] for phrase in spelled if len(phrase) == length}:

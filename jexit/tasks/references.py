@@ -39,7 +39,7 @@ def make_task(
     rewards: Rewards | None = None,
     **options: Any,
 ) -> Task:
-    """Makes the task called `name`, in the form of the setting `config.task.name`.
+    """Makes the task called `name`, which is a value of the setting `config.task.name`.
 
     `name` is a short name in `ALIASES`, or FILE.py:NAME or MODULE:NAME for a user's own task. NAME
     (by default `task`) refers to a `Task`, or to a callable that returns one when it is called with
@@ -93,7 +93,7 @@ def make_task(
 def _named(task: Task, name: str) -> Task:
     """Returns `task`, which is called `name` if it had no name.
 
-    In a user's task, the methods that `guard_methods` names raise UserErrors from now on.
+    In a user's task, exceptions become UserErrors (see `guard_methods`).
     """
     task.name = task.name or name
     guard_methods(task)
@@ -101,7 +101,7 @@ def _named(task: Task, name: str) -> Task:
 
 
 def known_options(name: str) -> set[str]:
-    """Returns the keywords that the callable `name` accepts; none if `name` refers to a `Task`."""
+    """Returns the keywords that the callable `name` accepts; empty if `name` refers to a `Task`."""
     found = _found(name)
     return set() if isinstance(found, Task) else set(_keywords(found)[0])
 

@@ -46,7 +46,10 @@ class Stream(Generic[T]):
         return listed[index]
 
     def _draw(self, split: Split, index: int) -> T:
-        """Returns the first item drawn for `index` that is in `split` and, except in train, new."""
+        """Returns the first item drawn for `index` that is in `split` and, except in train, new.
+
+        Raises NoMoreProblems if none of `ATTEMPTS` draws gives such an item.
+        """
         draw = Draw(self.name, self.seed, split, index)
         seen = self._keys.get(split, set())  # in train, an item may occur again
         for _ in range(ATTEMPTS):

@@ -41,8 +41,8 @@ class Sums(ChainTask):
     step), `at_once` (the answer without steps), or `mixed` (each problem draws free, prescribed or
     no steps, with the probabilities in `MIXTURE`). The reference completion of a free problem draws
     a largest size g from 2 to 5, and then the size of each step from 2 to g. A problem has
-    `operands_min` to `operands_max` operands. These alone decide the split of the problem, whatever
-    the `seed`.
+    `operands_min` to `operands_max` operands. The operands alone decide its split, whatever the
+    `seed`.
     """
 
     name = "sums"

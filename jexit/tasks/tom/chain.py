@@ -151,9 +151,9 @@ def corruptions(
 ) -> list[Corruption]:
     """Returns a corruption for each line that can be changed so that another answer follows.
 
-    `answer` is the present answer. If the question asks for a place, the changed line names another
-    of `places`. If the question is about a topic, other people hear about the topic in the changed
-    line, so that the answer (yes or no) changes.
+    `lines` is a chain that leads to `answer`. If the question asks for a place, the changed line
+    names another of `places`. If the question is about a topic, other people hear about the topic
+    in the changed line, so that the answer (yes or no) changes.
     """
     read = [read_line(line) for line in lines]
     deciding = [i for i, line in enumerate(read) if line is not None and line.decides(question)]

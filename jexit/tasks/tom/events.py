@@ -61,7 +61,7 @@ VERBS = {
 
 @dataclasses.dataclass(frozen=True)
 class Mention:
-    """The thing and the place that an event must name, and `how` the event may name them."""
+    """The thing and the place that an event must name; `how` restricts the kind of event."""
 
     thing: str
     place: str

@@ -1,7 +1,7 @@
 """Heuristics that answer a question from a story's sentences, without tracking who knows what.
 
-Stories are drawn so that these heuristics are rarely right more often than a guess. The argument
-`world` is always the state of the world at the end of the story.
+Stories are drawn so that these heuristics are hardly ever better than a guess. The argument `world`
+is always the state of the world at the end of the story.
 """
 
 from __future__ import annotations

@@ -104,9 +104,9 @@ def draw_problem(
 
 
 def draw_pattern(draw: Draw, length: int) -> tuple[int, ...]:
-    """Draws the place that each of `length` mentions names, so that all three places occur.
+    """Draws the numbers of the places that `length` events name, so that all three places occur.
 
-    Places are numbered in the order of their first mention.
+    Places are numbered in the order in which they are first named.
 
     >>> draw_pattern(Draw("any"), 3)
     (0, 1, 2)

@@ -61,9 +61,10 @@ class Question:
         return self.kind in OF_PLACES
 
     def answer(self, world: World) -> str:
-        """Returns the answer in the state `world`; without a known place or belief, UNKNOWN or NO.
+        """Returns the answer if the world is in the state `world`.
 
-        NO is the answer about a topic, and UNKNOWN the answer about a place.
+        If nobody has put the thing anywhere, or the person asked about has no belief, the answer is
+        UNKNOWN for a place and NO for a topic.
         """
         if self.kind == "reality":
             return world.place_of.get(self.thing, UNKNOWN)
@@ -78,7 +79,7 @@ class Question:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Story:
-    """A story, which consists of people and containers in rooms and of the events that follow.
+    """A story: people and containers in rooms, and the events that follow.
 
     `room_of` maps each person, and `homes` each container, to the room at the beginning.
     """
@@ -112,7 +113,7 @@ def _opening(people: Sequence[str], room: str) -> str:
 
 
 def sentence(event: Event) -> str:
-    """Returns one sentence for `event`, and one more for each secret or distracted person."""
+    """Returns the text of `event`, with a second sentence about a secret or distracted person."""
     text = SENTENCES[event.kind].format_map(dataclasses.asdict(event))
     if event.hearer:
         text = text.replace("tells everybody", f"whispers to {event.hearer}")
