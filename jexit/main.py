@@ -138,7 +138,7 @@ def _without_task_options(argv: Sequence[str]) -> tuple[list[str], dict[str, Any
 
 
 def _own_config(value: str) -> str:
-    """Returns `value`, which is FILE or FILE:PRESET, with FILE replaced by the path where it exists.
+    """Returns `value`, which is FILE or FILE:PRESET, with FILE replaced by the path of the file.
 
     FILE is looked up in the working directory, in the installed package and in the checkout. If it
     is in none of them, `value` is returned unchanged.
@@ -151,7 +151,7 @@ def _own_config(value: str) -> str:
 
 
 def _flags(argv: Sequence[str]) -> flags.FlagValues:
-    """Defines the flags of jexit for the command line `argv`, and returns them not yet parsed."""
+    """Returns jexit's flags, defined but not yet parsed; `argv` names the config file."""
     known = flags.FlagValues()
     config_flags.DEFINE_config_file(
         "config",
@@ -183,7 +183,7 @@ def _unknown(error: flags.UnrecognizedFlagError) -> str:
 
 
 def _refusal(error: flags.IllegalFlagValueError) -> str:
-    """Returns the error message for an invalid value; for a setting, it names the required type."""
+    """Returns the error message for an invalid value, with the required type if it is a setting's."""
     name, _, rest = str(error).removeprefix("flag --").partition("=")
     if not name.startswith("config."):
         return _one_line(error)

@@ -149,9 +149,10 @@ class PolicyResult(Record):
 
 
 class ControlDifference(Record):
-    """The accuracy and the depth fraction of a policy, minus those of its control.
+    """The accuracy and the depth fraction of a policy, minus those of the policy's control.
 
-    A positive difference of the accuracies is the gain from choosing which tokens stop early.
+    The control has the same mean depth, so a positive difference of the accuracies is the gain from
+    choosing which tokens stop early.
     """
 
     policy: str
@@ -284,7 +285,10 @@ class Measure(Record):
 
 
 class Faithfulness(Record):
-    """How faithful a policy's chains of thought are, and its results without interventions."""
+    """The measures of a policy's faithfulness, and the policy's results without interventions.
+
+    A chain of thought is faithful if the answer depends on it.
+    """
 
     policy: str
     problems: Count

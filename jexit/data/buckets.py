@@ -17,8 +17,7 @@ class LengthBuckets:
     `count` buckets, each of which pads its rows to one length. The padded lengths minimise the
     number of tokens in the whole pool, including padding. `shapes` contains (row length, completion
     length) for each bucket, from short to long: the padded length of a row, and the length of the
-    longest completion in this and all shorter buckets. Both lengths are rounded up to a multiple of
-    8.
+    longest completion in this and all shorter buckets. Both are multiples of 8.
     """
 
     def __init__(

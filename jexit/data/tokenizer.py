@@ -254,7 +254,7 @@ class Tokenizer:
 
     @functools.cached_property
     def begin_id(self) -> int | None:
-        """The id of the begin token that the tokenizer puts before texts, or None if it has none."""
+        """The id of the begin token that the tokenizer puts before texts, or None without one."""
         begin = self.backend.bos_token_id
         return begin if begin is not None and self.backend.encode("")[:1] == [begin] else None
 
@@ -285,7 +285,7 @@ class Tokenizer:
         )
 
     def completion_text(self, ids: Iterable[int]) -> str:
-        """Returns the text of the completion `ids`, as a task judges it.
+        """Returns the text by which a task judges the completion with the token ids `ids`.
 
         The text begins with `<think>` if the chat template ends prompts with `<think>`. Otherwise,
         an unfinished thought would look like an answer.
@@ -297,7 +297,7 @@ class Tokenizer:
         return [self._token(int(i)) for i in ids]
 
     def token_bytes(self, token: int) -> bytes:
-        """Returns the bytes that a token encodes, even if they are only a part of a character."""
+        """Returns the bytes that a token encodes, which may be only a part of a character."""
         text = self._token(int(token))
         if "\ufffd" not in text:
             return text.encode()

@@ -65,7 +65,7 @@ class ArrayStore:
             raise UserError(self._damaged(name, error)) from error
 
     def read(self, name: str) -> np.ndarray:
-        """Returns the stored array `name`; raises UserError if it is damaged, or has NaN or infinity."""
+        """Returns the stored array `name`; raises UserError if it is damaged or not finite."""
         path = (self.directory / name).resolve()
         restore = {_ITEM: ocp.RestoreArgs(restore_type=np.ndarray)}
         try:

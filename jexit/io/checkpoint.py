@@ -59,7 +59,7 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def newest(self, step: int) -> int | None:
-        """Returns the step of the newest checkpoint that is not later than `step`, or None."""
+        """Returns the step of the newest checkpoint up to `step`, or None if there is none."""
         return max((stored for stored in self._manager.all_steps() if stored <= step), default=None)
 
     def due(self, step: int) -> bool:

@@ -18,8 +18,7 @@ _CODE = re.compile(r"os_error_code='(\d+)'")  # TensorStore's
 def system_reason(error: BaseException | None) -> str | None:
     """Returns the operating system's message for `error`, such as "File too large", or None.
 
-    The message belongs to the first error code in the chain of causes and contexts. Without an
-    error code in the chain, the result is None.
+    The message belongs to the first error code in the chain of causes and contexts, if any.
     """
     while error is not None:
         code = error.errno if isinstance(error, OSError) else None

@@ -45,12 +45,12 @@ class Spec:
 
 
 class TensorReader:
-    """Reads the tensors of `STEM.safetensors`, or of the shards that its index file lists.
+    """Reads the tensors in `STEM.safetensors`, or in the shards listed in its index file.
 
-    The constructor reads only the headers: `specs` then contains the shape and dtype of every
-    tensor by name. Raises MissingFile if neither file exists, or if shards are missing. Raises
-    UserError if the weights are stored as a pickle, if a file is damaged, if a dtype is not
-    supported, or if two files contain the same tensor.
+    STEM is `stem`. The constructor reads only the headers: `specs` then contains the shape and
+    dtype of every tensor by name. Raises MissingFile if neither file exists, or if shards are
+    missing. Raises UserError if the weights are stored as a pickle, if a file is damaged, if a
+    dtype is not supported, or if two files contain the same tensor.
     """
 
     def __init__(self, directory: pathlib.Path, stem: str = "model"):
@@ -85,7 +85,7 @@ class TensorReader:
             self._files[name] = (path, file)
 
     def read(self, name: str) -> np.ndarray:
-        """Returns the stored tensor `name`; raises UserError if it is damaged, or has NaN or infinity."""
+        """Returns the stored tensor `name`; raises UserError if it is damaged or not finite."""
         path, file = self._files[name]
         try:
             tensor = file.get_tensor(name)

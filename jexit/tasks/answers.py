@@ -210,7 +210,7 @@ def _marked(text: str, place: int) -> str | None:
 
 
 def _announced(text: str) -> str | None:
-    """Returns the clause after the last "the answer is" with a number or an expression, or None."""
+    """Returns the last clause after "the answer is" that starts with a number or an expression."""
     for announced in _last(_ANNOUNCED, text):
         clause = _plain(text[announced.end() : announced.end() + _SPAN])
         end = _CLAUSE_END.search(clause)

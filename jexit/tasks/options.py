@@ -22,7 +22,7 @@ def check_steps(task: str, steps: object, known: Sequence[object]) -> None:
 def check_range(
     task: str, name: str, smallest: int, largest: int, least: int, most: int
 ) -> tuple[int, int]:
-    """Returns the pair (`smallest`, `largest`), the values of the options `name`_min and `name`_max.
+    """Returns (smallest, largest), the values of an option's settings `name`_min and `name`_max.
 
     Raises UserError unless `least` <= `smallest` <= `largest` <= `most`.
     """

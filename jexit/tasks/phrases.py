@@ -143,7 +143,7 @@ def _places(words: tuple[str, ...], spelled: _Spelled) -> Iterator[slice]:
 def _meaning(
     words: tuple[str, ...], starts: set[int], place: slice, spelled: _Spelled
 ) -> str | None:
-    """Returns the answer of the candidate at `place` (of its opposite, if negated), or None."""
+    """Returns the answer of the candidate at `place` or, if it is negated, of its opposite."""
     phrase = words[place]
     answer = spelled[phrase]
     if answer is None or not _denied(words, starts, place.start):
@@ -237,7 +237,7 @@ def _last_word(line: str) -> int:
 
 
 def _opening(text: str, candidates: Candidates) -> str | None:
-    """Returns "yes" or "no" if the last line of `text` starts with this answer, or None."""
+    """Returns "yes" or "no" if the last line of `text` starts with this answer, else None."""
     line = words_of(text.rstrip().rpartition("\n")[2][:_SPAN])
     if line[:1] not in (("yes",), ("no",)):
         return None
@@ -246,7 +246,7 @@ def _opening(text: str, candidates: Candidates) -> str | None:
 
 
 def final_phrase(text: str, candidates: Candidates) -> str | None:
-    """Returns the answer in the last line if it is `#### ...`, or else that of `lenient_phrase`."""
+    """Returns the answer in a last line `#### ...` or, without one, that of `lenient_phrase`."""
     strict = strict_phrase(text)
     return lenient_phrase(text, candidates) if strict is None else stated(strict, candidates)
 

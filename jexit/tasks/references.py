@@ -1,4 +1,4 @@
-"""Makes a task, given its short name or the file or module that defines it."""
+"""Makes tasks from short names, or from the files or modules that define them."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def make_task(
 
 
 def _named(task: Task, name: str) -> Task:
-    """Returns `task`, which is called `name` if it had no name.
+    """Returns `task`, whose name becomes `name` if it was empty.
 
     In a user's task, exceptions become UserErrors (see `guard_methods`).
     """

@@ -37,10 +37,7 @@ class RewardFunction:
 
     @property
     def columns(self) -> list[str]:
-        """The columns that the function requires: its parameters that have no default.
-
-        The arguments in `GIVEN` are not columns.
-        """
+        """The names of the columns of the rows that the function requires."""
         return [
             parameter.name
             for parameter in self._parameters

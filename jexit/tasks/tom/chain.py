@@ -108,7 +108,7 @@ class ChainLine:
         return groups
 
     def decides(self, question: Question) -> bool:
-        """Returns whether the line alone, without earlier lines, determines the answer after it."""
+        """Returns whether this line alone, without earlier lines, determines the answer."""
         if not self.what:
             return True
         if question.kind == "memory":

@@ -69,10 +69,11 @@ class Mention:
 
 
 def plan(draw: Draw, cast: Cast, thing: str, other: str, how: Sequence[How]) -> list[Mention]:
-    """Returns mentions of `thing` with each place, interspersed with mentions of the thing `other`.
+    """Plans the mentions of a story: which thing and which place each of its events names.
 
-    The first PLACES (3) entries of `how` are for the mentions of `thing`. The remaining entries are
-    for the mentions of `other`, which keep their order and are inserted at random positions.
+    `thing` is mentioned once with each place of `cast`, by the first PLACES (3) entries of `how`.
+    The remaining entries are for the mentions of `other`, which keep their order and are inserted
+    at random positions.
     """
     count = len(how)
     places = [*cast.places, *(draw.choice(cast.places) for _ in range(count - PLACES))]

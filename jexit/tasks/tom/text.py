@@ -1,4 +1,4 @@
-"""The text of theory-of-mind stories and of their questions; see `task` for an example."""
+"""The text of theory-of-mind stories and questions; see `jexit.tasks.tom.task` for an example."""
 
 from __future__ import annotations
 

@@ -164,7 +164,7 @@ class World:
         return person != actor and self.room_of.get(person) == self.room_of[actor]
 
     def happen(self, event: Event) -> Event:
-        """Applies `event`, which must be possible, to the state and the beliefs; returns `event`."""
+        """Updates the state and the beliefs by `event`, which must be possible; returns `event`."""
         seen = self.witnesses(event)
         value = KNOWN if event.kind == "tells" else event.place
         for a, b in seen.pairs():
