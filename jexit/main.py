@@ -183,7 +183,7 @@ def _unknown(error: flags.UnrecognizedFlagError) -> str:
 
 
 def _refusal(error: flags.IllegalFlagValueError) -> str:
-    """Returns the error message for an invalid value, with the required type if it is a setting's."""
+    """Returns the error message for an invalid flag value; for a setting, with the valid type."""
     name, _, rest = str(error).removeprefix("flag --").partition("=")
     if not name.startswith("config."):
         return _one_line(error)

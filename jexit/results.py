@@ -218,9 +218,10 @@ class ExitCalibration(Record):
 
 
 class HazardCalibration(Record):
-    """How closely the exits' hazards match target hazards, over a policy's completions.
+    """How closely the hazards of exits match target hazards, over a policy's completions.
 
-    A hazard is the probability of leaving at an exit that has been reached.
+    A hazard is the probability of leaving at an exit that has been reached. The target hazard is a
+    function of the KL between the exit and the last layer (see `sharpness`).
     """
 
     policy: str

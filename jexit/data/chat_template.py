@@ -148,7 +148,7 @@ def _environment() -> Any:
             return jinja2.nodes.Scope(body, lineno=line)
 
     class Namespace(jinja2.utils.Namespace):
-        """A Jinja namespace that hides Python's internals: names cannot start with an underscore."""
+        """A Jinja namespace that hides Python's internals: no name may start with an underscore."""
 
         def __init__(*args: Any, **kwargs: Any) -> None:
             self, *rest = args

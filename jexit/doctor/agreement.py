@@ -50,8 +50,8 @@ ACCELERATOR = Sizes(531, 1_024, 50_257, 4, 1_024)
 class Check:
     """The result of checking one implementation of an operation in one dtype.
 
-    `failure` is empty if the implementation is correct. `error` and `seconds` (the median time of a
-    call) are None if the implementation does not run.
+    `failure` is empty if the implementation is correct. `error` (the largest relative error of an
+    output) and `seconds` (the median time of a call) are None if the implementation does not run.
     """
 
     operation: str
@@ -65,10 +65,11 @@ class Check:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One operation, with the implementations to compare with the reference.
+    """One operation to check, with the implementations to compare with its reference.
 
     `function(implementation, inputs)` returns the outputs and gradients by name, and
-    `inputs(dtype)` makes the inputs. `setting` is the setting that selects XLA's implementation.
+    `inputs(dtype)` makes the inputs. `setting`, such as config.model.kernels=xla, selects XLA's
+    implementation.
     """
 
     operation: str

@@ -76,7 +76,7 @@ class ModelSource:
         return self._read(self.lora and adapter_part(self.architecture, self.lora))
 
     def exits(self) -> dict[str, np.ndarray]:
-        """Returns the parameters of exit heads and continuation by dotted path; {} if none exist."""
+        """Returns the parameters of exit heads and continuation by dotted path; {} without any."""
         layers = self.exit_layers
         return self._read(exit_part(self.architecture, layers, self.exit_head) if layers else None)
 

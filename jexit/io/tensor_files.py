@@ -47,9 +47,9 @@ class Spec:
 class TensorReader:
     """Reads the tensors in `STEM.safetensors`, or in the shards listed in its index file.
 
-    STEM is `stem`. The constructor reads only the headers: `specs` then contains the shape and
-    dtype of every tensor by name. Raises MissingFile if neither file exists, or if shards are
-    missing. Raises UserError if the weights are stored as a pickle, if a file is damaged, if a
+    STEM is the argument `stem`. The constructor reads only the headers: `specs` then contains the
+    shape and dtype of every tensor by name. Raises MissingFile if neither file exists, or if shards
+    are missing. Raises UserError if the weights are stored as a pickle, if a file is damaged, if a
     dtype is not supported, or if two files contain the same tensor.
     """
 

@@ -75,7 +75,7 @@ class ChainTask(Task):
 
     @abc.abstractmethod
     def final_answer(self, completion: str) -> str | None:
-        """Returns the answer in `completion`, or None; equal answers give the same string."""
+        """Returns the answer in `completion`, or None. Equal answers give equal strings."""
 
     def begun_step(self, problem: Problem, size: int) -> str | None:
         """Returns the beginning of a first step with `size` operands, up to the step's result.

@@ -63,8 +63,8 @@ class ExploreToM(FileTask):
     If the last line of a completion is `#### answer`, this answer is compared without regard to
     case, articles and punctuation. Other answers are found by candidate phrases: the places of the
     story, yes and no, or phrases about knowing (see `phrases.lenient_phrase`). If the question asks
-    for a container, rooms count only if the completion names no container, and vice versa, so that
-    "the bag in the hall" gives the bag.
+    for a container, rooms count only if the completion names no container, so that "the bag in the
+    hall" gives the bag. Questions that ask for a room are treated likewise.
     """
 
     name = "exploretom"

@@ -155,7 +155,7 @@ class FileTask(Task):
 
 
 def source_of(file: pathlib.Path) -> Source:
-    """Returns "test" if the name of `file` starts with `test`, and "whole" otherwise."""
+    """Returns "test" if the name of `file` starts with `test`, and else "whole" (no splits)."""
     return "test" if file.name.startswith("test") else "whole"
 
 

@@ -152,7 +152,7 @@ task = WordProblems
 def worked(
     program: Sequence[str], numbers: Mapping[str, int], given: Mapping[int, int] | None = None
 ) -> tuple[list[str], list[int]]:
-    """Returns (lines, results) of the steps of a solution; a line is a text such as "3+4=7".
+    """Returns (lines, results): each step of a solution as a line such as "3+4=7", and its result.
 
     `program` contains the steps, such as "a+b", and `numbers` the value of each name in them.
     `given` maps indices of steps to results that replace the computed ones.

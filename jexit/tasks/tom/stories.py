@@ -75,7 +75,7 @@ _MORE_SENTENCES = 2  # at most beyond the largest number of moves, to bound the 
 def draw_problem(
     draw: Draw, kind: Kind, *, people: Sequence[int], moves: Sequence[int]
 ) -> tuple[Story, Question]:
-    """Returns a random story and a question of the given kind about the story.
+    """Draws a story and a question of the given kind about the story, and returns both.
 
     `people` contains the smallest and the largest number of people. `moves` contains the smallest
     and the largest number of sentences that name a place or, if the answer is yes or no, a topic.
@@ -121,7 +121,7 @@ def draw_pattern(draw: Draw, length: int) -> tuple[int, ...]:
 def _about_places(
     draw: Draw, kind: Kind, cast: Cast, count: int, *, rank: int, surface: Surface | None
 ) -> tuple[Story, Question] | None:
-    """Returns (story, question), where the answer to the question is `cast.places[rank]`.
+    """Draws a story and a question whose answer is `cast.places[rank]`, and returns both.
 
     The story has `count` events that name a place. For a question about a belief, the story has the
     features in `surface`, if given. Stories are drawn until one fits. Returns None after `_STORIES`
@@ -208,11 +208,11 @@ def _about_topics(draw: Draw, kind: Kind, cast: Cast, count: int) -> tuple[Story
 
 
 def _twins(draw: Draw, story: Story, asked: Sequence[Question]) -> tuple[Story, Question] | None:
-    """Returns (twin of `story`, question in `asked` that the twin answers differently), or None.
+    """Returns a twin of `story`, and a question in `asked` to which the twin has another answer.
 
-    A twin is the story after two events, or one part of both (such as the two actors), are
-    exchanged. `told_by_name` and, if possible, `who_knows` are equal for both stories. Returns None
-    if there is no such twin.
+    A twin is the story after an exchange of two events, or of one part of two events, such as their
+    actors. `told_by_name` and, if possible, `who_knows` give the same result for both stories.
+    Returns None if there is no such twin.
     """
     before = story.end()
     assert before is not None
