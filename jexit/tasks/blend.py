@@ -115,7 +115,7 @@ def task(
     """Makes a blend of the tasks whose names are in `parts`.
 
     `rewards` is passed to every task, and each of the other options to the tasks that accept it.
-    Raises UserError if no task accepts one of `options`.
+    Raises UserError for an option in `options` that no task accepts.
     """
     names = (parts,) if isinstance(parts, str) else parts
     if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):

@@ -46,7 +46,7 @@ class Stream(Generic[T]):
         return listed[index]
 
     def _draw(self, split: Split, index: int) -> T:
-        """Returns the first item drawn for `index` that is in `split` and, except in train, new.
+        """Returns the first item drawn for `index` that is in `split` and, outside train, is new.
 
         Raises NoMoreProblems if none of `ATTEMPTS` draws gives such an item.
         """

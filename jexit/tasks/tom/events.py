@@ -128,12 +128,11 @@ def story_of_topics(draw: Draw, cast: Cast, count: int) -> Story | None:
 def _story(
     draw: Draw, cast: Cast, count: int, mention: Callable[[int, World, list[Event]], Event | None]
 ) -> tuple[Story, World] | None:
-    """Draws a story, and returns it with the state of the world after it.
+    """Draws a story, and returns the story and the state of the world at its end.
 
-    The story consists of `count` events that `mention` returns, and of people who come and go at
-    random in between. Each person and each container starts in the first of the two rooms with
-    probability 3/4. Returns None if `mention` returns None, or if the story exceeds `cast.longest`
-    sentences.
+    The story consists of `count` events that `mention` returns, with random arrivals and departures
+    in between. Each person and each container starts in the first of the two rooms with probability
+    3/4. Returns None if `mention` returns None, or if the story exceeds `cast.longest` sentences.
     """
     main, other = cast.rooms
     room_of = {person: other if draw.integer(0, 3) == 0 else main for person in cast.people}

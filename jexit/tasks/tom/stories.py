@@ -158,9 +158,10 @@ def _how_of_reality(count: int, rank: int) -> list[How]:
     """Returns the allowed kinds of event for each of `count` mentions of a place.
 
     `rank` is the number of the place that is the answer to a question of the kind `reality`. The
-    thing is put down in its first place. It is then moved once and talked about once, or talked
-    about twice if the answer is the first place. The second mention of the other thing, if any,
-    makes up for this difference, so that the number of moves is the same for every answer.
+    thing asked about is put down in its first place. It is then moved once and talked about once,
+    or talked about twice if the answer is the first place. The second mention of the story's other
+    thing, if any, makes up for this difference, so that the number of moves is the same for every
+    answer.
     """
     how = [ANYHOW] * count
     for at, turn in enumerate((PLACES + 1, 1, 2)):

@@ -113,7 +113,7 @@ def _opening(people: Sequence[str], room: str) -> str:
 
 
 def sentence(event: Event) -> str:
-    """Returns the text of `event`, with a second sentence about a secret or distracted person."""
+    """Returns the text of `event`, with a second sentence for a secret or distracted person."""
     text = SENTENCES[event.kind].format_map(dataclasses.asdict(event))
     if event.hearer:
         text = text.replace("tells everybody", f"whispers to {event.hearer}")
