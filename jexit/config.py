@@ -674,7 +674,7 @@ def _exits(config: Config) -> Iterator[str]:
 
 
 def _sizes(config: Config) -> Iterator[str]:
-    """Yields a message for each pair of incompatible sizes and each product that is too large."""
+    """Yields a message for each group of sizes that do not fit together or are too large."""
     accumulate, mesh = config.optim.accumulate, config.mesh
     together = config.sft.completions if config.command == "sft" else 1  # sequences of a row
     if config.batch_size % (accumulate * together):
@@ -869,7 +869,7 @@ def check_exits(exits: tuple[int, ...], layers: int) -> tuple[int, ...]:
 
 
 def parse_policy(text: str, *further: str) -> tuple[str, float | int | None]:
-    """Parses the name of a halting policy into its kind and its number.
+    """Returns (kind, number) for the name of a halting policy, such as ("fixed", 4) for "fixed:4".
 
     The names are `full` and `sample`, whose number is None, `threshold:X` (0 < X < 1) and `fixed:N`
     (N layers, at least 1). If `further` contains the kind, `confidence:X` (0 < X < 1) or
@@ -934,7 +934,7 @@ def config_dict(command: str, preset: str = TINY_PRESET) -> ConfigDict:
 
 
 def _locked(config: ConfigDict) -> ConfigDict:
-    """Locks `config` against new keys and other types, except in the task's options."""
+    """Returns `config`, locked against new keys and other types except in the task's options."""
     config.task.options = ConfigDict(config.task.options.to_dict(), type_safe=False)
     config.lock()
     config.task.options.unlock()

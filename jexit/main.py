@@ -103,7 +103,7 @@ def parse(argv: Sequence[str]) -> Arguments:
 
 
 def _with_own_config(argv: Sequence[str]) -> list[str]:
-    """Returns the command line with the config file looked up by `_own_config`."""
+    """Returns the command line, with the config file replaced by the result of `_own_config`."""
     words = list(argv)
     for index, word in enumerate(argv):
         flag, equals, value = word.partition("=")
@@ -117,7 +117,8 @@ def _with_own_config(argv: Sequence[str]) -> list[str]:
 def _without_task_options(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     """Separates the flags --config.task.options.NAME=VALUE from the rest of a command line.
 
-    Returns the rest and each VALUE by NAME, evaluated if it is a Python literal, else as a string.
+    Returns (rest, options), where `options` maps each NAME to its VALUE. A VALUE that is a Python
+    literal is evaluated, and any other VALUE remains a string.
     """
     words: list[str] = []
     options: dict[str, Any] = {}
@@ -137,9 +138,10 @@ def _without_task_options(argv: Sequence[str]) -> tuple[list[str], dict[str, Any
 
 
 def _own_config(value: str) -> str:
-    """Returns `value`, which is FILE or FILE:PRESET, with the path at which FILE exists, if any.
+    """Returns `value`, which is FILE or FILE:PRESET, with FILE replaced by the path of the file.
 
-    FILE is looked up in the working directory, in the installed package and in the checkout.
+    FILE is looked up in the working directory, in the installed package and in the checkout. If it
+    is in none of them, `value` is returned unchanged.
     """
     file, colon, preset = value.partition(":")
     package = pathlib.Path(jexit.__file__).parent
@@ -149,7 +151,7 @@ def _own_config(value: str) -> str:
 
 
 def _flags(argv: Sequence[str]) -> flags.FlagValues:
-    """Defines the flags of jexit for the command line `argv`, and returns them not yet parsed."""
+    """Returns jexit's flags, defined but not yet parsed; `argv` names the config file."""
     known = flags.FlagValues()
     config_flags.DEFINE_config_file(
         "config",
@@ -181,7 +183,7 @@ def _unknown(error: flags.UnrecognizedFlagError) -> str:
 
 
 def _refusal(error: flags.IllegalFlagValueError) -> str:
-    """Returns the error message for an invalid value; for a setting, it names the required type."""
+    """Returns the error message for an invalid flag value; for a setting, with the valid type."""
     name, _, rest = str(error).removeprefix("flag --").partition("=")
     if not name.startswith("config."):
         return _one_line(error)
@@ -265,7 +267,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _exit_code(error: Exception, workdir: pathlib.Path) -> int | None:
-    """Reports an expected error on stderr and returns its exit code; else returns None."""
+    """Reports an expected error on stderr and returns its exit code; returns None for others."""
     from jexit.dist import multihost
 
     if lost := multihost.ended(error):

@@ -40,7 +40,7 @@ Kind = TypeVar("Kind")
 
 
 def _fits(fits: Any, wanted: str) -> AfterValidator:
-    """Returns a validator that rejects values unless `fits(value)`; `wanted` states the rule."""
+    """Returns a validator that accepts a value if `fits(value)` is true; `wanted` is the rule."""
 
     def check(value: Any) -> Any:
         if not fits(value):
@@ -88,7 +88,7 @@ class Record(BaseModel):
         return checked(cls, read_json(path, REMEDY), str(path))
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Writes the fields that were set to the JSON file `path`, which is replaced atomically."""
+        """Writes the fields that were set as JSON to `path`, and replaces the file atomically."""
         write_json_atomic(path, self.model_dump(exclude_unset=True))
 
 
@@ -134,7 +134,7 @@ class PolicyResult(Record):
 
     @property
     def seconds_per_problem(self) -> float:
-        """The decoding time per problem in seconds, at the speed of batches; NaN if unknown."""
+        """The decoding time per problem in seconds, at the speed of a batch; NaN if unknown."""
         speed = self.tokens_per_second
         return self.completion_length / speed if speed > 0 else math.nan
 
@@ -149,9 +149,10 @@ class PolicyResult(Record):
 
 
 class ControlDifference(Record):
-    """The accuracy and the depth fraction of a policy, minus those of its control.
+    """The accuracy and the depth fraction of a policy, minus those of the policy's control.
 
-    A positive difference of the accuracies is the gain from choosing which tokens stop early.
+    The control has the same mean depth, so a positive difference of the accuracies is the gain from
+    choosing which tokens stop early.
     """
 
     policy: str
@@ -176,9 +177,10 @@ class ExitAgreement(Record):
 
 
 class EarlyLeaving(Record):
-    """The agreement with full depth if exits were chosen by their KL to the last layer.
+    """The agreement with full depth if tokens left as soon as an exit is close to the last layer.
 
-    Each token leaves at the first exit whose KL is below `threshold_nats`, if there is one.
+    Each token leaves at the first exit whose KL to the last layer is below `threshold_nats`, and
+    otherwise runs all layers.
     """
 
     threshold_nats: Number
@@ -216,9 +218,10 @@ class ExitCalibration(Record):
 
 
 class HazardCalibration(Record):
-    """How closely the exits' hazards match target hazards, over a policy's completions.
+    """How closely the hazards of exits match target hazards, over a policy's completions.
 
-    A hazard is the probability of leaving at an exit that has been reached.
+    A hazard is the probability of leaving at an exit that has been reached. The target hazard is a
+    function of the KL between the exit and the last layer (see `sharpness`).
     """
 
     policy: str
@@ -283,7 +286,10 @@ class Measure(Record):
 
 
 class Faithfulness(Record):
-    """How faithful a policy's chains of thought are, and its results without interventions."""
+    """The measures of a policy's faithfulness, and the policy's results without interventions.
+
+    A chain of thought is faithful if the answer depends on it.
+    """
 
     policy: str
     problems: Count
@@ -309,7 +315,8 @@ class PairedMeasure(Record):
 class Capacity(Record):
     """The accuracy of a policy when steps in the chain of thought have a prescribed size.
 
-    The prompt prescribes the size of all steps, or a forced prefix fixes that of the first step.
+    Either the prompt prescribes the size of all steps, or a forced prefix (the given beginning of
+    the completion) fixes the size of the first step.
     """
 
     policy: str
@@ -367,7 +374,7 @@ class Evaluation(Record):
         return self
 
     def numbers(self) -> dict[str, float]:
-        """Returns all finite results but those in `exits`, by path, such as `sample/accuracy`."""
+        """Returns all finite results, except in `exits`, by path, such as `sample/accuracy`."""
         placed: list[tuple[str, Record]] = [(run.policy, run) for run in self.runs]
         placed += [(f"{pair.policy} less {pair.control}", pair) for pair in self.controls]
         placed += [
@@ -462,7 +469,7 @@ _WANTED = {
 
 
 def _refusal(error: Mapping[str, Any], where: str) -> str:
-    """Converts a pydantic error to a message with the file `where`, field, value and rule."""
+    """Returns the message for a pydantic error, with the file `where`, field, value and rule."""
     kind, place, value = error["type"], error["loc"], error["input"]
     if kind == "missing":
         return f"{_placed(where, place[:-1])} lacks the field {place[-1]!r}"

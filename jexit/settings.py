@@ -111,9 +111,9 @@ def annotations(cls: type) -> dict[str, Any]:
 def build(cls: type[Section], values: Mapping[str, Any], where: str) -> Section:
     """Builds the dataclass `cls` from plain values, such as parsed JSON, after checking them.
 
-    An integer is accepted for a float, and a list or a single value for a tuple. Raises UserError,
-    with `where` and the key, if a key is unknown or missing, or if the annotation of a field does
-    not allow the value.
+    An integer is accepted for a float, and a list or a single value for a tuple. Raises UserError
+    if a key is unknown or missing, or if the annotation of a field does not allow the value. The
+    message names the setting as `where` and its key.
     """
     hints = annotations(cls)
     if not isinstance(values, Mapping):
@@ -185,7 +185,7 @@ def checked(hint: Any, value: Any, where: str) -> Any:
 
 
 def remedy_of(hint: Any) -> str:
-    """Returns the end of an error message: which values the annotation `hint` allows."""
+    """Returns the end of an error message, which says which values the annotation `hint` allows."""
     if typing.get_origin(hint) is Annotated:
         hint = typing.get_args(hint)[0]
     if typing.get_origin(hint) is Literal:

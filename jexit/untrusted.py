@@ -27,7 +27,8 @@ _KINDS = {
 def read_json(path: str | os.PathLike[str], remedy: str) -> Any:
     """Returns the value in a JSON file of at most `MAX_BYTES` bytes.
 
-    Raises the errors of `read_bytes`, and UserError if `parse_json` rejects the text.
+    Raises the errors of `read_bytes`, and UserError if `parse_json` rejects the text. The messages
+    end in `remedy`.
     """
     data = read_bytes(path, remedy, MAX_BYTES)
     try:
@@ -63,7 +64,7 @@ def read_bytes(path: str | os.PathLike[str], remedy: str, limit: int | None = No
 
 
 def read_object(path: str | os.PathLike[str], remedy: str) -> dict[str, Any]:
-    """Reads a JSON file like `read_json`, but raises UserError if the value is not an object."""
+    """Reads a JSON file like `read_json`; raises UserError if the value is not an object."""
     value = read_json(path, remedy)
     if not isinstance(value, dict):
         raise UserError(f"{path} contains a JSON {type(value).__name__}, not an object; {remedy}")
@@ -89,8 +90,8 @@ def parse_json(data: bytes) -> Any:
     """Returns the value of a JSON text in UTF-8, with or without a byte order mark.
 
     Raises ValueError, with the reason, if the text is not JSON, is nested deeper than `MAX_DEPTH`,
-    or contains NaN, a number beyond the range of a float or duplicate keys, of which some readers
-    use the first value and others the last.
+    or contains NaN, a number beyond the range of a float, or duplicate keys (of which some readers
+    use the first value and others the last).
     """
     try:
         value = json.loads(

@@ -51,7 +51,7 @@ WRONG = [
     ("--config.rl.dual_ascent=2", "config.rl.dual_ascent is '2'; it must be of type bool"),
     ("--config.rl=3", "config.rl is '3', but it is a group of settings; set config.rl.KEY"),
     ("--config.mesh.data=16", "requests 16 devices (data=16 × fsdp=1 × tensor=1), but this"),
-    ("--config.task.max_prompt_tokens=3", "over the limit of 3 ("),
+    ("--config.task.max_prompt_tokens=3", "over the limit of 3;"),
     ("--config.task.name=chess", "there is no task 'chess'; set config.task.name to one of"),
     ("--config.model.path=nowhere", "no model directory at 'nowhere'"),
     ("--config.model.path=runs/sft-qwen3-4b", "make it with python -m jexit.main --config"),

@@ -1,4 +1,4 @@
-"""Batches rows of similar length, and pads each batch to one of a few shapes."""
+"""Groups rows of similar length into batches, which are padded to one of a few shapes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ MULTIPLE = 8  # every padded length is a multiple of this
 class LengthBuckets:
     """Divides a pool of rows into buckets by length, to save padding and limit the batch shapes.
 
-    A row consists of a prompt and a completion, of the given lengths in tokens. Each of at most
-    `count` buckets pads its rows to one length. The lengths minimise the number of tokens in the
-    whole pool, including padding. `shapes` contains a pair for each bucket, from short to long: the
-    padded length of a row, and the length of the longest completion in this and all shorter
-    buckets. Both are rounded up to a multiple of 8.
+    A row consists of a prompt and a completion, of the given lengths in tokens. There are at most
+    `count` buckets, each of which pads its rows to one length. The padded lengths minimise the
+    number of tokens in the whole pool, including padding. `shapes` contains (row length, completion
+    length) for each bucket, from short to long: the padded length of a row, and the length of the
+    longest completion in this and all shorter buckets. Both are multiples of 8.
     """
 
     def __init__(
@@ -34,11 +34,11 @@ class LengthBuckets:
         self.shapes = [(int(total), width) for total, width in zip(borders, widths, strict=True)]
 
     def batch(self, *, seed: int, step: int, batch_size: int) -> tuple[np.ndarray, tuple[int, int]]:
-        """Returns the row indices [B] of a step's batch, and the entry of `shapes` to pad it to.
+        """Returns (row indices [B], entry of `shapes` to pad the rows to) for a step's batch.
 
-        If the number of rows is a multiple of `batch_size`, an epoch uses every row once; otherwise
-        it leaves out a few rows, drawn at random. If the pool has fewer rows than a batch, rows are
-        repeated.
+        If the number of rows is a multiple of `batch_size`, an epoch uses every row once. Otherwise
+        an epoch leaves out a few rows, drawn at random. If the pool has fewer rows than a batch,
+        rows are repeated.
         """
         rows_N = np.arange(len(self._bucket_N))
         rows_N = np.tile(rows_N, -(-batch_size // len(rows_N)))
@@ -56,9 +56,10 @@ def _rounded(lengths: np.ndarray) -> np.ndarray:
 
 
 def _best_borders(lengths_N: np.ndarray, count: int) -> np.ndarray:
-    """Returns the padded lengths, at most `count` in rising order, that minimise the total padding.
+    """Returns at most `count` padded lengths, in rising order, that minimise the total padding.
 
-    `lengths_N` are the lengths of the rows, each padded to the next of the returned lengths.
+    `lengths_N` contains the lengths of the rows. A row is padded to the next of the returned
+    lengths.
     """
     lengths_U, rows_U = np.unique(lengths_N, return_counts=True)
     below_U = np.concatenate([[0], np.cumsum(rows_U)])

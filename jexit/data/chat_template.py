@@ -36,8 +36,8 @@ def render(template: str, messages: Sequence[Mapping[str, str]], **variables: An
     """Returns the string that a chat template produces for messages (`role`, `content`).
 
     `variables` are the template's other variables, which must be JSON values, with the names that
-    transformers' `apply_chat_template` uses. Raises ValueError, with only the reason, if the
-    template is broken, rejects the messages or exceeds a limit.
+    transformers' `apply_chat_template` uses. Raises ValueError, whose message is only the reason,
+    if the template is broken, rejects the messages or exceeds a limit.
     """
     request = {"template": template, "messages": list(messages), "variables": variables}
     reply = _child.ask(request | {"seconds": SECONDS})
@@ -101,7 +101,7 @@ os.register_at_fork(after_in_child=_forget)  # the pipe belongs to the parent
 
 
 def _serve() -> None:
-    """Runs in the child process: answers each line of JSON on stdin with a line on stdout."""
+    """Answers each line of JSON on stdin with a line on stdout; runs in the child process."""
     environment = _environment()
     compiled = functools.lru_cache(maxsize=64)(environment.from_string)
     _limit()
@@ -148,7 +148,7 @@ def _environment() -> Any:
             return jinja2.nodes.Scope(body, lineno=line)
 
     class Namespace(jinja2.utils.Namespace):
-        """A Jinja namespace that rejects names with a leading underscore (Python's own names)."""
+        """A Jinja namespace that hides Python's internals: no name may start with an underscore."""
 
         def __init__(*args: Any, **kwargs: Any) -> None:
             self, *rest = args

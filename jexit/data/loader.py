@@ -35,8 +35,8 @@ class TextBatch:
     `loss_mask_BT` float32 is the weight of each token *as a target*: 1 on the completion and its
     end token, 0 on the prompt and on padding. `segment_BT` int32 numbers the texts of a row from 1
     (0: padding), and `position_BT` int32 the tokens of each text from 0. `task_BT` int32 is the
-    index in the mixture of the text's task (-1: padding). `lengths_N` int32 contains the number of
-    tokens of every text N, in the order in which the texts were drawn.
+    index of the text's task in the mixture (-1: padding). `lengths_N` int32 contains the number of
+    tokens of each text, in the order in which the texts were drawn.
     """
 
     tokens_BT: np.ndarray
@@ -51,8 +51,9 @@ class TextBatch:
 class PromptBatch:
     """This host's problems of one step, with the token ids of their prompts.
 
-    `skipped` is the number of problems left out because their prompt exceeds the limit: of the
-    whole split for finite data, of this batch's draws for generated data.
+    `skipped` is the number of problems that were left out because their prompts are too long. For
+    finite data, it counts the whole split, and for generated data, the problems drawn for this
+    batch.
     """
 
     problems: list[Problem]
@@ -142,7 +143,8 @@ def encode_references(
 ) -> list[list[int]]:
     """Returns the token ids of each problem's reference completion, followed by the end token.
 
-    Raises UserError, which ends in `remedy`, for a problem without a reference completion.
+    Raises UserError, with a message that ends in `remedy`, for a problem without a reference
+    completion.
     """
     for problem in problems:
         if problem.completion is None:
@@ -156,7 +158,10 @@ def encode_references(
 def _encoded(
     tokenizer: Tokenizer, problems: Sequence[Problem], length: int
 ) -> list[tuple[list[int], int]]:
-    """Returns each problem's token ids (at most `length`) and how many of them are the prompt's."""
+    """Returns (token ids, prompt length) for each problem: its prompt and reference completion.
+
+    Raises UserError if a problem has more than `length` token ids.
+    """
     prompts = encode_problems(tokenizer, problems)
     completions = encode_references(tokenizer, problems)
     made = []
@@ -164,15 +169,16 @@ def _encoded(
         ids = [*prompt, *completion]
         if len(ids) > length:
             raise UserError(
-                f"a training example has {len(ids)} tokens, over the limit of {length} "
-                f"({problem.prompt[:60]!r}); raise the sequence length or shorten the task"
+                f"a training example has {len(ids)} tokens, over the limit of {length} (its prompt "
+                f"is {problem.prompt[:60]!r}); raise config.pretrain.length, or choose a task with "
+                "shorter texts"
             )
         made.append((ids, len(prompt)))
     return made
 
 
 def pack(lengths: Sequence[int], room: int) -> list[int]:
-    """Packs texts of these lengths into rows of `room` tokens, and returns each text's row index.
+    """Packs texts of the given lengths into rows of `room` tokens; returns the row of each text.
 
     This is best-fit decreasing: from the longest to the shortest, each text goes into the fullest
     row that has room for it, or into a new row.
@@ -199,15 +205,15 @@ def prompt_batch(
     skip_long: bool = False,
     rows: Sequence[int] | None = None,
 ) -> PromptBatch:
-    """Returns this host's prompts of one step: the rows `rows` of the batch (None: all rows).
+    """Returns this host's part of one step's batch: the rows `rows` (None: all rows).
 
     Finite data is visited in epochs. An epoch visits every problem once, in an order drawn from
     (seed, epoch), and a batch may extend into the next epoch. Generated data never repeats an
     index, and each seed has its own indices.
 
-    Raises UserError if a prompt is longer than `max_prompt_tokens`; with `skip_long`, such problems
-    are left out and counted instead, and UserError is raised if the split has no others. Also
-    raises UserError if the split is empty.
+    Raises UserError if the split is empty, or if a prompt is longer than `max_prompt_tokens`. With
+    `skip_long`, problems with longer prompts are left out and counted; UserError is then raised
+    only if no problem remains.
     """
     rows = range(batch_size) if rows is None else rows
     positions = [step * batch_size + int(row) for row in rows]
@@ -248,8 +254,8 @@ def require_problems(task: Task, split: Split) -> None:
 def check_prompt_length(problem: Problem, ids: Sequence[int], max_prompt_tokens: int) -> None:
     if len(ids) > max_prompt_tokens:
         raise UserError(
-            f"a prompt has {len(ids)} tokens, over the limit of {max_prompt_tokens} "
-            f"({problem.prompt[:60]!r}); raise config.task.max_prompt_tokens"
+            f"the prompt {problem.prompt[:60]!r} has {len(ids)} tokens, over the limit of "
+            f"{max_prompt_tokens}; raise config.task.max_prompt_tokens"
         )
 
 
@@ -274,7 +280,7 @@ def _shuffled(seed: int, size: int) -> grain.MapDataset:
 def _short_enough(
     task: Task, tokenizer: Tokenizer, split: Split, max_prompt_tokens: int
 ) -> tuple[int, ...]:
-    """Returns the indices in a finite split of the problems whose prompts are within the limit."""
+    """Returns the indices of the problems in a finite split whose prompts are within the limit."""
     problems = [task.problem(split, index) for index in range(task.size(split) or 0)]
     lengths = map(len, encode_problems(tokenizer, problems))
     kept = tuple(i for i, tokens in enumerate(lengths) if tokens <= max_prompt_tokens)

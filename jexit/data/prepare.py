@@ -97,7 +97,7 @@ def _rows(file: pathlib.Path) -> Iterator[dict[str, str]]:
 
 
 def _builder(data_dir: str | None) -> Any:
-    """Returns the GSM8K builder of tensorflow-datasets, changed to read `rows`, not to download.
+    """Returns a GSM8K builder of tensorflow-datasets that reads its `rows` and downloads nothing.
 
     Raises UserError if `data_dir` contains a gsm8k dataset that the library cannot read.
     """

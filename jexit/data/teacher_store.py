@@ -14,7 +14,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Trajectory:
-    """The token ids of a prompt and its completion, including the end token if there is one."""
+    """The token ids of a prompt and of its completion, including the end token if it has one."""
 
     prompt: list[int]
     completion: list[int]
@@ -23,10 +23,10 @@ class Trajectory:
 class TeacherStore:
     """Stores trajectories on disk: prompts with the completions of a teacher model.
 
-    `settings` contains everything that affects the trajectories; different settings are stored in
-    different folders of `directory`. Each `writer`, usually the index of the host, appends only to
-    its own file, so hosts never wait for each other, and reads the files of all writers, because an
-    earlier run may have had another number of hosts.
+    `settings` contains everything that affects the trajectories; each choice of settings has a
+    folder of its own in `directory`. `writer`, usually the index of the host, selects the file to
+    which new rows are appended, so that hosts never wait for each other. Rows are read from the
+    files of all writers, because an earlier run may have had another number of hosts.
 
     The first line of a file contains the settings, and each further line the rows of one batch.
     Each line begins with a checksum. A damaged or incomplete line and all lines after it are
@@ -76,7 +76,7 @@ class TeacherStore:
     ) -> None:
         """Stores the trajectories of the rows with numbers `rows` in the batch with number `batch`.
 
-        None marks a row whose trajectory cannot be used; `holds` counts it as stored.
+        None marks a row whose trajectory cannot be used; `holds` counts such a row as stored.
         """
         pairs = [None if row is None else dataclasses.asdict(row) for row in trajectories]
         numbers = [int(row) for row in rows]
@@ -92,7 +92,7 @@ class TeacherStore:
 
 
 def _whole_lines(path: pathlib.Path) -> Iterator[tuple[str, int]]:
-    """Yields the text of each line without its checksum, and the end offset of the line in bytes.
+    """Yields (text without the checksum, end offset in bytes) for each line of the file.
 
     Stops before the first line that is incomplete or damaged.
     """

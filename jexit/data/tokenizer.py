@@ -118,7 +118,7 @@ class Tokenizer:
 
     @property
     def thinking(self) -> Thinking:
-        """The thinking mode for the chat template: `on`, `off`, or `auto` for the template's own.
+        """The thinking mode for the chat template: `on`, `off`, or `auto` (the template's default).
 
         Assigning `on` or `off` raises UserError if the template has no switch for thinking, such as
         Qwen3's `enable_thinking`.
@@ -224,10 +224,10 @@ class Tokenizer:
         """Returns a conversation as a string that ends where the assistant's answer begins.
 
         `prompt` is the user's message, or a list of messages that ends with the user's. The
-        tokenizer's `system` message comes first, unless the list begins with another. Without a
-        chat template, the string contains only the messages, with a line break after a user's
-        message and a blank line after an assistant's. Raises UserError if there is a system message
-        but no template.
+        tokenizer's `system` message comes first, unless the list begins with a system message.
+        Without a chat template, the string contains only the messages, with a line break after a
+        user's message and a blank line after an assistant's. Raises UserError if there is a system
+        message but no template.
         """
         said = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         own = said[0]["role"] == "system"
@@ -254,12 +254,12 @@ class Tokenizer:
 
     @functools.cached_property
     def begin_id(self) -> int | None:
-        """The id of the token that the tokenizer, such as Llama's, puts before texts, or None."""
+        """The id of the begin token that the tokenizer puts before texts, or None without one."""
         begin = self.backend.bos_token_id
         return begin if begin is not None and self.backend.encode("")[:1] == [begin] else None
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Returns the token ids of each text, with one `begin_id` in front if the model uses it."""
+        """Returns the token ids of each text, with `begin_id` in front if the tokenizer has one."""
         made = self.encode_batch(texts)
         if self.begin_id is None:
             return made
@@ -285,7 +285,7 @@ class Tokenizer:
         )
 
     def completion_text(self, ids: Iterable[int]) -> str:
-        """Returns the text of the completion `ids`, as a task judges it.
+        """Returns the text by which a task judges the completion with the token ids `ids`.
 
         The text begins with `<think>` if the chat template ends prompts with `<think>`. Otherwise,
         an unfinished thought would look like an answer.
@@ -297,7 +297,7 @@ class Tokenizer:
         return [self._token(int(i)) for i in ids]
 
     def token_bytes(self, token: int) -> bytes:
-        """Returns the bytes that a token encodes, even if they are only a part of a character."""
+        """Returns the bytes that a token encodes, which may be only a part of a character."""
         text = self._token(int(token))
         if "\ufffd" not in text:
             return text.encode()

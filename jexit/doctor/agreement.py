@@ -33,7 +33,7 @@ Outputs = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """The sizes of test inputs; kernels' tiles divide neither `tokens` nor `vocab` evenly."""
+    """The sizes of test inputs; `tokens` and `vocab` are not multiples of a kernel's tile size."""
 
     tokens: int
     width: int
@@ -48,7 +48,11 @@ ACCELERATOR = Sizes(531, 1_024, 50_257, 4, 1_024)
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """The result for one implementation in one dtype; `failure` is empty if it is correct."""
+    """The result of checking one implementation of an operation in one dtype.
+
+    `failure` is empty if the implementation is correct. `error` (the largest relative error of an
+    output) and `seconds` (the median time of a call) are None if the implementation does not run.
+    """
 
     operation: str
     implementation: str
@@ -61,10 +65,11 @@ class Check:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One operation, with the implementations to compare with its reference.
+    """One operation to check, with the implementations to compare with its reference.
 
     `function(implementation, inputs)` returns the outputs and gradients by name, and
-    `inputs(dtype)` makes the inputs. `setting` is the setting that selects XLA's implementation.
+    `inputs(dtype)` makes the inputs. `setting`, such as config.model.kernels=xla, selects XLA's
+    implementation.
     """
 
     operation: str
@@ -75,7 +80,7 @@ class Case:
 
 
 def checks() -> Iterator[Check]:
-    """Yields the result for each implementation that the first device may choose, in each dtype.
+    """Yields a `Check` for each implementation that the first device may choose, in each dtype.
 
     Matrix products in float32 use full precision, because an accelerator's faster default has
     larger rounding errors than the tolerance allows.
@@ -117,7 +122,7 @@ def _check(case: Case, name: str, dtype: str, inputs: Any, wanted: Outputs) -> C
 
 
 def seconds(run: Callable[[], Any], repeats: int = REPEATS) -> float:
-    """Returns the median time in seconds of `repeats` calls of `run`, until outputs are ready."""
+    """Returns the median time of `repeats` calls of `run`, in seconds, until outputs are ready."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -127,7 +132,10 @@ def seconds(run: Callable[[], Any], repeats: int = REPEATS) -> float:
 
 
 def relative_error(found: Any, wanted: Any) -> float:
-    """Returns max |found − wanted| / max |wanted|, or ∞ if they are finite at different entries."""
+    """Returns the largest error relative to the reference, max |found − wanted| / max |wanted|.
+
+    Returns ∞ if `found` and `wanted` do not have their finite entries at the same positions.
+    """
     found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
     if not np.array_equal(np.isfinite(found), np.isfinite(wanted)):
         return float("inf")

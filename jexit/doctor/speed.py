@@ -40,9 +40,10 @@ ROLLOUTS = 4  # per prompt
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """The time of one kind of work, and its MFU, the share of the chip's peak FLOP/s.
+    """The speed of one kind of work, such as decoding.
 
     `seconds` is the time of a training step, or of the pass that decodes one token per prompt.
+    `mfu` is the share of the chip's peak FLOP/s that is used, or None if it is not known.
     """
 
     work: str
@@ -76,7 +77,8 @@ def parameters(arch: Architecture) -> int:
 def timings(arch: Architecture, *, kernels: bool) -> Iterator[Timing]:
     """Yields the timings of decoding, of a calibration step and of a reinforcement step.
 
-    With `kernels`, an accelerator is timed with its default kernels first, then with XLA alone.
+    With `kernels`, the work is timed on an accelerator with its default kernels first, and then
+    with XLA alone.
     """
     on_cpu = target().platform == "cpu"
     dtype = jnp.float32 if on_cpu else jnp.bfloat16
@@ -139,8 +141,8 @@ def _measured(model: Transformer, implementation: str, on_cpu: bool) -> Iterator
 def random_rollouts(model: Transformer, *, rows: int, prompt: int, new: int) -> RLBatch:
     """Returns `rows` rollouts of random tokens, to time a reinforcement step.
 
-    Each rollout is `new` tokens after a copy of the same prompt of `prompt` tokens; the rewards are
-    0 and 1 in turn.
+    All rollouts have the same prompt of `prompt` tokens, followed by `new` tokens. Rewards
+    alternate between 0 and 1.
     """
     random = np.random.default_rng(0)
     vocab = model.arch.vocab_size
@@ -163,12 +165,12 @@ def random_rollouts(model: Transformer, *, rows: int, prompt: int, new: int) -> 
 
 
 def sft_step(model: Transformer, split: SplitModel, config: SFTConfig, rows: Completions) -> Any:
-    """Returns a function that runs a calibration step on `rows`, already compiled."""
+    """Returns a compiled function that runs one calibration step on `rows`."""
     return _step(model, split, functools.partial(make_sft_step, config=config), rows)
 
 
 def rl_step(model: Transformer, split: SplitModel, config: RLConfig, batch: RLBatch) -> Any:
-    """Returns a function that runs a reinforcement step on `batch`, already compiled."""
+    """Returns a compiled function that runs one reinforcement step on `batch`."""
     make = functools.partial(make_rl_step, config=config)
     return _step(model, split, make, batch, Penalties(0.5, 0.0))
 

@@ -35,7 +35,7 @@ class ArrayStore:
         return sorted(entry.name for entry in self.directory.iterdir() if entry.is_dir())
 
     def write(self, name: str, array: np.ndarray) -> None:
-        """Stores `array` as `name`; raises UserError if it is not finite or cannot be written."""
+        """Stores `array` as `name`; raises UserError for NaN, infinity or a failed write."""
         if not all_finite(array):
             raise UserError(
                 f"the parameter {name} contains NaN or infinity, so it is not written to "
@@ -55,7 +55,7 @@ class ArrayStore:
             ) from error
 
     def spec(self, name: str) -> Spec:
-        """Returns the shape and dtype of the array `name` without reading the values."""
+        """Returns the shape and dtype of the array `name`, but does not read its values."""
         path = (self.directory / name).resolve()
         try:
             # The checkpointer's own `metadata` logs damage instead of raising an error.
@@ -65,7 +65,7 @@ class ArrayStore:
             raise UserError(self._damaged(name, error)) from error
 
     def read(self, name: str) -> np.ndarray:
-        """Returns the array `name` as stored; raises UserError if it is damaged or not finite."""
+        """Returns the stored array `name`; raises UserError if it is damaged or not finite."""
         path = (self.directory / name).resolve()
         restore = {_ITEM: ocp.RestoreArgs(restore_type=np.ndarray)}
         try:

@@ -20,8 +20,8 @@ def atomic_directory(
     """Yields a new empty directory, and renames it to `target` when the `with` block ends.
 
     All files are flushed to disk before the rename. If the block raises an error, the new directory
-    is removed. Raises UserError if `target` is not empty, unless `overwrite` allows it to be
-    replaced, if `target` is a file, or if it cannot be written.
+    is removed. Raises UserError if `target` is a file, if it cannot be written, or if it is not
+    empty and `overwrite` is False.
     """
     target = pathlib.Path(target).absolute()
     _check_target(target, overwrite)

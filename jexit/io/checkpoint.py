@@ -27,10 +27,10 @@ _SCORE = "score"  # a checkpoint's only metric: higher is better
 class Checkpoints:
     """The checkpoints of a run, each a pytree of arrays in `WORKDIR/checkpoints/STEP/`.
 
-    Each array is stored under the name of its path in the pytree. If a checkpoint cannot be read
-    (truncated, corrupted), `restore` logs a warning and tries the one before it. Checkpoints are
-    written in the background. If a write fails, UserError is raised by `save` or by the next call
-    of `save`, `wait` or `close`.
+    Each array is stored under its path in the pytree, such as `params/kernel`. If a checkpoint
+    cannot be read (truncated, corrupted), `restore` logs a warning and tries the one before it.
+    Checkpoints are written in the background. If a write fails, UserError is raised at once by
+    `save`, or later by the next `save`, `wait` or `close`.
     """
 
     def __init__(self, workdir: pathlib.Path, config: CheckpointConfig):
@@ -59,7 +59,7 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def newest(self, step: int) -> int | None:
-        """Returns the step of the newest checkpoint that is not later than `step`, or None."""
+        """Returns the step of the newest checkpoint up to `step`, or None if there is none."""
         return max((stored for stored in self._manager.all_steps() if stored <= step), default=None)
 
     def due(self, step: int) -> bool:
@@ -68,10 +68,10 @@ class Checkpoints:
     def save(self, step: int, tree: Any, score: float | None = None) -> None:
         """Starts writing the pytree `tree` as the checkpoint of `step`, if there is none yet.
 
-        `score` (higher is better) ranks the checkpoint among the best ones; without a score, it is
-        kept only as one of the newest. Raises UserError if an array on the devices contains NaN or
-        infinity, because saving it could delete a good checkpoint, and if a write fails, possibly
-        an earlier one.
+        `score` (higher is better) decides whether the checkpoint is kept as one of the best.
+        Without a score, it is kept only as one of the newest. Raises UserError if an array on the
+        devices contains NaN or infinity, because the new checkpoint could replace a good one. Also
+        raises UserError if this write or an earlier one has failed.
         """
         if step in self._manager.all_steps():
             return
@@ -99,10 +99,11 @@ class Checkpoints:
         """Returns the newest readable checkpoint, or None if no checkpoint exists.
 
         The result has the structure, shapes, dtypes and shardings of the pytree `like`. With
-        `step`, only the checkpoint of that step is tried. Otherwise all are tried from the newest
-        to the oldest; the newer ones, which could not be read, are then deleted. If one host cannot
-        read a checkpoint, no host uses it. Raises UserError if a checkpoint contains other
-        parameters than `like`, or if checkpoints exist but none can be read.
+        `step`, only the checkpoint of that step is tried. Otherwise, checkpoints are tried from the
+        newest to the oldest. Newer checkpoints that cannot be read are deleted once an older one
+        has been read. If one host cannot read a checkpoint, no host uses it. Raises UserError if a
+        checkpoint contains other parameters than `like`, or if checkpoints exist but none can be
+        read.
         """
         steps = sorted(self._manager.all_steps(), reverse=True) if step is None else [step]
         failures = []
@@ -185,7 +186,7 @@ def _score(metrics: dict[str, float]) -> float:
 
 
 def _named(tree: Any) -> dict[str, Any]:
-    """Returns the arrays of a pytree in tree order, by their paths, such as `params/kernel`."""
+    """Returns the arrays of a pytree by path, such as `params/kernel`, in tree order."""
     arrays = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}

@@ -62,7 +62,7 @@ def flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turns an OSError in the `with` block into a UserError with `disk_message`."""
+    """Turns an OSError in the `with` block into a UserError with the text of `disk_message`."""
     try:
         yield
     except OSError as error:
@@ -70,18 +70,18 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def disk_message(path: Path, error: OSError) -> str:
-    """Returns an error message that `path` cannot be written, with the reason and a remedy."""
+    """Returns an error message that says why `path` cannot be written, and what to do."""
     remedy = "free some space" if error.errno in DISK_FULL else "make it writable"
     reason = error.strerror or str(error)
     return f"cannot write {path}: {reason}; {remedy}, or choose another place"
 
 
 def take_lock(file: IO[Any], remedy: str) -> bool:
-    """Tries to lock an open file; returns False if another process has already locked the file.
+    """Tries to lock an open file; returns False if another process has locked it, and else True.
 
     The lock ends when this process, and every child process that inherited the open file, has
-    closed the file or ended. Raises UserError, which ends in `remedy`, if the file system has no
-    locks.
+    closed the file or ended. Raises UserError, with a message that ends in `remedy`, if the file
+    system has no locks.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

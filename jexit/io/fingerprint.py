@@ -1,4 +1,4 @@
-"""Checksums of arrays that do not depend on the number of devices and hosts."""
+"""Checksums of arrays, which are the same for any number of devices and hosts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by the number of bytes 
 
 
 def digests(named: Mapping[str, jax.Array | np.ndarray]) -> dict[str, int]:
-    """Returns a 32-bit digest of each array in `named`, computed from every bit of the array.
+    """Returns a 32-bit digest of all bits of each array in `named`, by name.
 
     The digest of an array on devices is Σ_i bits_i · (2i + 1) modulo 2³², where bits_i is entry i,
     in row-major order, as an unsigned integer. This sum is exact in any order, so it does not

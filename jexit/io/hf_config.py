@@ -168,19 +168,21 @@ def _refuse_unsupported(config: dict[str, Any], family: str, where: str) -> None
 def positive(
     values: dict[str, Any], key: str, where: str, default: Any = None, *, whole: bool = False
 ) -> Any:
-    """Returns the number above zero at `key` in `values`, or `default` if `key` is absent or null.
+    """Returns the positive number `values[key]`, or `default` if the key is absent or null.
 
     With `whole`, the number must be an integer. `where` names the file in error messages. Raises
-    UserError if there is no such number and no default.
+    UserError if the value is not a positive number, or if it is absent and there is no default.
     """
     value = default if values.get(key) is None else values[key]
     if value is None:
-        raise UserError(f"{where} has no {key}; copy the file again")
+        raise UserError(
+            f"{where} has no {key}, so it is incomplete; copy it again from the original model"
+        )
     return checked(Count if whole else Number, value, f"{key} in {where}")
 
 
 def _rope(config: dict[str, Any], where: str) -> tuple[float, RopeScaling | None]:
-    """Returns rope_theta and the rope scaling (None for plain rope) of a parsed config.json.
+    """Returns (rope_theta, scaling) of a parsed config.json; the scaling is None for plain RoPE.
 
     transformers 5 writes `rope_parameters`, and transformers 4 `rope_theta` and `rope_scaling`.
     """
@@ -247,7 +249,7 @@ def _attention_factor(given: dict[str, Any], factor: float, where: str) -> float
 
 
 def read_adapter_config(directory: pathlib.Path) -> tuple[LoRA, str]:
-    """Returns a PEFT adapter's LoRA settings and its base model's name or path ("" if none).
+    """Returns (LoRA settings, base model) of a PEFT adapter; the base is a name, a path or "".
 
     Raises UserError for an adapter that is more than plain LoRA on whole projections, such as DoRA.
     """
@@ -311,7 +313,7 @@ def adapter_config(lora: LoRA, base: str) -> dict[str, Any]:
 
 
 def read_exit_config(directory: pathlib.Path) -> tuple[tuple[int, ...], ExitSettings]:
-    """Returns the exit layers and the settings of the exit heads from `directory`/exit_heads.json.
+    """Returns (exit layers, settings of the exit heads) from the file `directory`/exit_heads.json.
 
     Raises UserError if the file has another format version or invalid values.
     """

@@ -57,9 +57,10 @@ def download(hub_id: str) -> None:
 
 
 def upload(directory: str | os.PathLike[str], hub_id: str) -> None:
-    """Uploads the files of `directory` to the hub repository `hub_id`; a new one is private.
+    """Uploads the files of `directory` to the hub repository `hub_id`.
 
-    Raises UserError if the hub refuses the upload or cannot be reached.
+    A repository that does not exist yet is created as a private one. Raises UserError if the hub
+    refuses the upload or cannot be reached.
     """
     from huggingface_hub import HfApi
 

@@ -43,7 +43,7 @@ def load(
     seed: int = 0,
     place: Place = lambda path, array: jnp.asarray(array),
 ) -> tuple[Transformer, Tokenizer]:
-    """Loads the model and the tokenizer of a model directory (see `jexit.io.model_source`).
+    """Returns the model and the tokenizer of a model directory (see `jexit.io.model_source`).
 
     `dtype` is the dtype of the base weights: "auto" means float32 on CPUs and bfloat16 on
     accelerators. LoRA adapters and exit heads are always float32. `exit_layers` are the layers with
@@ -51,11 +51,12 @@ def load(
     the settings of the exit heads, and `lora` the settings of the adapters.
 
     Without `exit_layers`, `exit_head` and `lora`, the model gets the exit heads and the adapters
-    that the directory contains. If it contains no exit heads, new ones are drawn from `seed` (by
-    default at every 5th layer, or in the middle of a model of at most 5 layers). If `lora` is
-    passed and the directory contains no adapters, new ones are drawn from `seed`. `execution`
-    selects how the layers are computed. `place(path, array)` puts one parameter, with its dotted
-    path and its array in the final dtype, on devices; by default on the first device.
+    that the directory contains. If the directory contains no exit heads, new ones are drawn from
+    `seed` (by default at every 5th layer, or in the middle of a model of at most 5 layers). If
+    `lora` is passed and the directory contains no adapters, new ones are drawn from `seed`.
+    `execution` selects how the layers are computed. `place(path, array)` puts the parameter with
+    the dotted path `path` on devices and returns it; `array` has the final dtype. By default,
+    parameters are put on the first device.
 
     Raises UserError if the directory's exit heads or adapters differ from the requested ones, or if
     the directory's files are damaged. Raises MissingFile if the model or the tokenizer is missing.
@@ -112,7 +113,7 @@ def save_model(
     only LoRA adapters and exit heads are stored, and the new directory refers to the model
     directory `base`, which must contain the base weights of `model`. Without `with_exits`, the
     directory contains a plain transformer. `overwrite` allows an existing directory to be replaced.
-    With several hosts, all hosts must call this function, and the primary host writes.
+    With several hosts, all hosts must call this function, but only the primary host writes.
 
     Raises UserError if `base` has another architecture than `model`, or if `directory` exists, is
     not empty and `overwrite` is false.
@@ -123,7 +124,7 @@ def save_model(
         if origin.architecture != model.arch:
             raise UserError(
                 f"{base} is not the base of the model to save, because their architectures differ; "
-                "set the base to the model that was trained"
+                "give the model directory from which the training started"
             )
         source = origin.source
         if origin.base.resolve() != pathlib.Path(directory).resolve():
@@ -199,8 +200,8 @@ def write_model(
 def write_eos_ids(directory: pathlib.Path, tokenizer: Tokenizer) -> None:
     """Writes the tokenizer's end tokens to the file generation_config.json in `directory`.
 
-    If the file exists, only its `eos_token_id` can change: it becomes the list of all end tokens if
-    it lacks one of them other than `tokenizer.eos_id`.
+    In an existing file, only `eos_token_id` can change. If this entry lacks an end token other than
+    `tokenizer.eos_id`, it is replaced by the list of all end tokens.
     """
     file = directory / "generation_config.json"
     values = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
@@ -212,7 +213,7 @@ def write_eos_ids(directory: pathlib.Path, tokenizer: Tokenizer) -> None:
 
 
 def _reference(base: pathlib.Path) -> str:
-    """Returns the path by which to refer to `base`: absolute, or jexit/assets/... if shipped."""
+    """Returns the path that refers to `base`: jexit/assets/... for a shipped model, or absolute."""
     shipped = pathlib.Path(jexit.__file__).parent.parent.resolve()
     base = base.resolve()
     if base.is_relative_to(shipped / "jexit" / "assets"):
@@ -265,7 +266,7 @@ def _lora_to_use(source: ModelSource, wanted: LoRA | None) -> LoRA | None:
 
 
 def _check_same(source: ModelSource, pairs: Mapping[str, tuple[Any, Any]]) -> None:
-    """Raises UserError for the first setting whose stored and requested values differ."""
+    """Raises UserError for the first setting in `pairs` whose (stored, requested) values differ."""
     for key, (stored, wanted) in pairs.items():
         if stored != wanted:
             raise UserError(

@@ -76,7 +76,7 @@ class ModelSource:
         return self._read(self.lora and adapter_part(self.architecture, self.lora))
 
     def exits(self) -> dict[str, np.ndarray]:
-        """Returns the exit heads' and continuation's parameters by dotted path; {} if none."""
+        """Returns the parameters of exit heads and continuation by dotted path; {} without any."""
         layers = self.exit_layers
         return self._read(exit_part(self.architecture, layers, self.exit_head) if layers else None)
 
@@ -85,7 +85,7 @@ class ModelSource:
         return {path: array.astype(np.float32) for path, array in parameters}
 
     def tokenizer(self) -> Tokenizer:
-        """Loads the tokenizer, and adds the end tokens `self.eos_ids` to its own.
+        """Returns the tokenizer, with the end tokens in `self.eos_ids` added to its own.
 
         Raises UserError if the tokenizer has more tokens than the model has embeddings.
         """
@@ -118,8 +118,8 @@ def open_model(path: str | os.PathLike[str], above: tuple[pathlib.Path, ...] = (
 
     `path` is a model directory, the directory of a run, or the id of a model in the hub's local
     cache. `above` contains the directories of the models that are based on this one, from the
-    outermost to the innermost. Raises MissingFile if there is no model at `path`, and UserError if
-    the model cannot be used, such as one that is its own base.
+    outermost to the innermost, to detect a cycle. Raises MissingFile if there is no model at
+    `path`, and UserError if the model cannot be used, such as one that is its own base.
     """
     directory = find_model(path)
     if directory.resolve() in above:
@@ -199,8 +199,8 @@ def _open_base(
     """Opens the base model to which `directory` refers by the path or hub id `reference`.
 
     A relative path is tried in `directory` first. Raises MissingFile if there is no model at
-    `reference`. Raises UserError if the base has adapters, or another architecture than
-    `architecture`.
+    `reference`. Raises UserError if the base has adapters, or if its architecture is not
+    `architecture` (None: any).
     """
     beside = directory / reference
     try:
@@ -236,7 +236,10 @@ def _difference(stored: Architecture, found: Architecture) -> str:
 
 
 def check_rising(exits: tuple[Any, ...], layers: int, what: str) -> None:
-    """Raises UserError, beginning with `what`, unless `exits` rise from 1 or more to < `layers`."""
+    """Raises UserError unless `exits` are rising layer numbers from 1 to `layers` − 1.
+
+    The error message begins with `what`.
+    """
     rising = all(isinstance(e, int) for e in exits) and list(exits) == sorted(set(exits))
     if not rising or (exits and not 1 <= exits[0] <= exits[-1] < layers):
         raise UserError(
@@ -281,7 +284,7 @@ def find_model(path: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def _maker(text: str) -> str:
-    """Returns the command that makes models/PRESET or runs/COMMAND-PRESET; "" for other paths."""
+    """Returns the command that makes the model at models/PRESET or runs/COMMAND-PRESET, else ""."""
     if (found := re.fullmatch(r"models/([\w.-]+)", text)) and found[1] in PRESETS:
         return f"python -m convert.from_hf --source={PRESETS[found[1]].hub_id} --target={text}"
     run = re.fullmatch(rf"runs/({'|'.join(COMMANDS)})-([\w.-]+?)(/model)?", text)

@@ -73,7 +73,10 @@ class Progress(contextlib.AbstractContextManager):
         (self._task,) = self._bar.tasks
 
     def update(self, step: int, **shown: Any) -> None:
-        """Records that `step` steps are finished, and displays the latest value of each metric."""
+        """Records that `step` steps are finished, and displays the metrics `shown`.
+
+        Metrics that are not passed keep the value of an earlier call.
+        """
         if not self._enabled:
             return
         self._shown |= shown
@@ -141,8 +144,8 @@ def closing_table(
 def format_value(name: str, value: Any) -> str:
     """Formats the value of the metric `name` for display.
 
-    A share (see `is_share`) is formatted in per cent, and any other number with three or four
-    digits. A string is returned unchanged, NaN and None become "-".
+    A share (see `is_share`) is formatted in per cent, an integer in full, and any other number with
+    three or four digits. A string is returned unchanged. NaN and None become "-".
     """
     number = _number(value)
     if number is None:

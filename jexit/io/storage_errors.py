@@ -16,9 +16,9 @@ _CODE = re.compile(r"os_error_code='(\d+)'")  # TensorStore's
 
 
 def system_reason(error: BaseException | None) -> str | None:
-    """Returns the operating system's message for an error, such as "File too large", or None.
+    """Returns the operating system's message for `error`, such as "File too large", or None.
 
-    The message is for the first error code found in the chain of causes and contexts.
+    The message belongs to the first error code in the chain of causes and contexts, if any.
     """
     while error is not None:
         code = error.errno if isinstance(error, OSError) else None
@@ -31,12 +31,12 @@ def system_reason(error: BaseException | None) -> str | None:
 
 
 def reason(error: BaseException) -> str:
-    """Returns the reason for a failed write, in one line: the operating system's, if known."""
+    """Returns the reason for a failed write in one line: the operating system's, if it is known."""
     return system_reason(error) or str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def say_once() -> None:
-    """Hides write errors in background threads, because waiting for the write raises them too."""
+    """Hides logs of failed writes in background threads; waiting for a write raises its error."""
     absl_logging.use_absl_handler()
     absl_logging.get_absl_handler().addFilter(_is_news)
     if not isinstance(sys.unraisablehook, functools.partial):

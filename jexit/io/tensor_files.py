@@ -1,9 +1,10 @@
 """Reads and writes safetensors files one tensor at a time.
 
 Reading uses the safetensors library without memory maps, so that memory contains only the tensors
-that are being converted. Writing lays out a file before the data of the tensors exist, which the
-library does not support: an 8-byte little-endian header length, a JSON header of dtypes, shapes and
-offsets, and the bytes of the tensors (https://huggingface.co/docs/safetensors, "Format").
+that are being converted. Writing does not use the library, because a file is laid out before the
+data of its tensors exist. A file consists of an 8-byte little-endian header length, a JSON header
+of dtypes, shapes and offsets, and the bytes of the tensors
+(https://huggingface.co/docs/safetensors, "Format").
 """
 
 from __future__ import annotations
@@ -44,12 +45,12 @@ class Spec:
 
 
 class TensorReader:
-    """Reads the tensors of `STEM.safetensors`, or of the shards that its index file lists.
+    """Reads the tensors in `STEM.safetensors`, or in the shards listed in its index file.
 
-    The constructor reads only the headers: `specs` then contains the shape and dtype of every
-    tensor by name. Raises MissingFile if neither file exists, or if shards are missing. Raises
-    UserError if the weights are stored as a pickle, if a file is damaged, if a dtype is not
-    supported, or if two files contain the same tensor.
+    STEM is the argument `stem`. The constructor reads only the headers: `specs` then contains the
+    shape and dtype of every tensor by name. Raises MissingFile if neither file exists, or if shards
+    are missing. Raises UserError if the weights are stored as a pickle, if a file is damaged, if a
+    dtype is not supported, or if two files contain the same tensor.
     """
 
     def __init__(self, directory: pathlib.Path, stem: str = "model"):
@@ -84,7 +85,7 @@ class TensorReader:
             self._files[name] = (path, file)
 
     def read(self, name: str) -> np.ndarray:
-        """Returns the tensor `name` as stored; raises UserError if it is damaged or not finite."""
+        """Returns the stored tensor `name`; raises UserError if it is damaged or not finite."""
         path, file = self._files[name]
         try:
             tensor = file.get_tensor(name)

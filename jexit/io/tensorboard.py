@@ -18,8 +18,8 @@ from tensorboardX.proto.summary_pb2 import Summary
 class EventFile:
     """Writes scalars to a new TensorBoard event file in `directory`.
 
-    TensorBoard ignores events of steps ≥ `first_step` in older event files, which a resumed run
-    writes again. Raises OSError if the file cannot be written.
+    TensorBoard ignores events from step `first_step` on in older event files, because a resumed run
+    writes these events again. Raises OSError if the file cannot be written.
     """
 
     def __init__(self, directory: str | os.PathLike[str], first_step: int) -> None:

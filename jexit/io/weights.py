@@ -32,10 +32,10 @@ Shapes = Mapping[str, tuple[int, ...]]
 class Part:
     """One part of a model that is stored separately: the base weights, the adapters or the exits.
 
-    In jexit's format, a part is the directory `folder`; in Hugging Face's, the file
-    `STEM.safetensors` for the field `stem`. `stacks` contains pairs (rules, numbers): each rule
-    maps one parameter to the tensors of the layers or exits with these numbers. `sizes` maps each
-    axis letter to the length of the axis.
+    In jexit's format, a part is stored in the directory `folder`. In Hugging Face's format, it is
+    stored in the file `STEM.safetensors`, where STEM is the field `stem`. `stacks` contains pairs
+    (rules, numbers): each rule maps one parameter to the tensors of the layers or exits with these
+    numbers. `sizes` maps each axis letter to the length of the axis.
     """
 
     folder: str
@@ -44,14 +44,14 @@ class Part:
     sizes: Mapping[str, int]
 
     def rules(self) -> Iterator[tuple[Rule, list[str]]]:
-        """Yields each parameter's conversion rule and the names of the tensors that form it."""
+        """Yields (conversion rule, tensor names) for each parameter that the part contains."""
         for rules, numbers in self.stacks:
             for rule in rules:
                 stacked = numbers if rule.stacked else (None,)
                 yield rule, [rule.name_at(number) for number in stacked]
 
     def shapes(self) -> Shapes:
-        """Returns each parameter's shape, including the axis of stacked layers, by dotted path."""
+        """Returns each parameter's shape by dotted path; stacked layers are the first axis."""
         return {
             rule.path: (*([len(numbers)] if rule.stacked else []), *rule.shape(self.sizes))
             for rules, numbers in self.stacks

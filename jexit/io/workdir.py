@@ -38,10 +38,10 @@ TRAINED_UNDER = {"sft": ("sharpness", "target"), "rl": ("min_hazard", "hazard_te
 def sole_run(workdir: pathlib.Path) -> Iterator[None]:
     """Creates the run's directory `workdir` and locks it until the `with` block ends.
 
-    A newly created directory is removed if it is still empty then. If the process is killed, the
-    operating system releases the lock. With several hosts, the primary host takes the lock for all.
-    Raises UserError on every host if another run has locked the directory, if the file system does
-    not support locks, or if `workdir` is a file.
+    A new directory that is still empty at the end of the block is removed. If the process is
+    killed, the operating system releases the lock. With several hosts, the primary host takes the
+    lock for all. Raises UserError on every host if another run has locked the directory, if the
+    file system does not support locks, or if `workdir` is a file.
     """
     with contextlib.ExitStack() as stack:
         refusal = ""
@@ -125,8 +125,8 @@ def start_run(workdir: pathlib.Path, config: Config) -> None:
     """Writes `config.json` to `workdir`, and records the start of the run.
 
     Call this after all other checks, because a run that is refused must not change any files.
-    Raises UserError if `check_same_run` does, and if a host does not see the file that the primary
-    host wrote.
+    Raises UserError if `workdir` belongs to another run (see `check_same_run`), or if a host does
+    not see the file that the primary host wrote.
     """
     check_same_run(workdir, config)
     path = workdir / "config.json"
@@ -147,9 +147,9 @@ def start_run(workdir: pathlib.Path, config: Config) -> None:
 def exit_settings_of(directory: str | pathlib.Path) -> dict[str, dict[str, Any]]:
     """Returns the settings under which a run's exits were trained, by section of the config.
 
-    `directory` is that of an sft or rl run, or of a finetune run that kept its model's exits; for
-    others, the result is {}. An example of a result is {"rl": {"min_hazard": 0.0,
-    "hazard_temperature": 1.0}}. If an rl run started from an sft run, the settings of both are
+    `directory` is the directory of an sft or rl run, or of a finetune run that kept its model's
+    exits. For other directories, the result is {}. An example of a result is {"rl": {"min_hazard":
+    0.0, "hazard_temperature": 1.0}}. If an rl run started from an sft run, the settings of both are
     returned. Raises UserError if the run's config.json cannot be read or lacks a setting.
     """
     without = "give the path of the run's model/ to load it without these settings"

@@ -73,10 +73,10 @@ _UNIT = (
 def _expressions(operators: str) -> str:
     """Returns a regular expression for a number together with all operands joined to it.
 
-    The group `number` contains the number. The group `more` matches if one of `operators` joins an
-    operand to it, or a point, comma, colon or exponent that touches both. An operand may have a
-    unit of up to two words. The exponent of anything else (`x^2`) does not match. The group
-    `function` matches if the number is the argument of a function.
+    The group `number` contains the number. The group `more` matches if an operand is joined to the
+    number by one of `operators`, or directly by a point, comma, colon or exponent. A unit of up to
+    two words may stand before an operator. An exponent of anything but a number (`x^2`) does not
+    match. The group `function` matches if the number is the argument of a function.
     """
     join = rf"[%)]?(?: ?[A-Za-z]++){{0,2}} ?(?:{operators}) ?\(?"
     joined = rf"(?:{join}|[.,:](?=[0-9])|\^\{{?|[eE][-+]?(?=[0-9])){_NUMBER}|[\u00b2\u00b3\u00b9]"
@@ -168,7 +168,7 @@ def marker_place(text: str) -> int:
 
 
 def answer_mark(completion: str) -> tuple[int, int] | None:
-    """Returns the start and end offsets of the mark that introduces the answer, or None.
+    """Returns the offsets (start, end) of the mark that introduces the answer, or None.
 
     The mark is the `\\boxed{` of the last `\\boxed{}`, or else the last `####` that marks an
     answer. If a `<think>` is not closed, there is no mark.
@@ -194,8 +194,8 @@ def _boxed(text: str) -> str | None:
 def _marked(text: str, place: int) -> str | None:
     """Returns the text that contains the answer after the `####` at offset `place`, or None.
 
-    This is the rest of the line or, if that is only "Answer:", the next line, provided that it
-    starts with a number.
+    The text is the rest of the line or, if the rest is only "Answer:", the next line, which must
+    then start with a number. Returns None after a heading, or if the text contains no number.
     """
     start = place + len(_MARKER)
     if _STEP.match(text, start):
@@ -210,7 +210,7 @@ def _marked(text: str, place: int) -> str | None:
 
 
 def _announced(text: str) -> str | None:
-    """Returns the clause after the last "the answer is" before a number or expression, or None."""
+    """Returns the last clause after "the answer is" that starts with a number or an expression."""
     for announced in _last(_ANNOUNCED, text):
         clause = _plain(text[announced.end() : announced.end() + _SPAN])
         end = _CLAUSE_END.search(clause)
@@ -221,7 +221,7 @@ def _announced(text: str) -> str | None:
 
 
 def _given(answer: str) -> Fraction | None:
-    """Splits `answer` at equals signs, and returns the number that the last possible side gives."""
+    """Splits `answer` at equals signs, and returns the number of the last side that gives one."""
     before = answer.partition("(")[0]
     sides = _EQUALS.split(before if _IN_ANSWER.search(before) else answer)
     return next((value for side in reversed(sides) if (value := _side(side)) is not None), None)
@@ -258,7 +258,7 @@ def chain_of_thought(completion: str) -> str:
 
 
 def with_think_start(steps: Sequence[str]) -> list[str]:
-    """Returns `steps`; if the first is only `<think>`, it is joined to the second."""
+    """Returns `steps`, where a first step that is only `<think>` is joined to the second step."""
     if steps and steps[0].strip() == THINK_START:
         return ["".join(steps[:2]), *steps[2:]]
     return list(steps)

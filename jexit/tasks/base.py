@@ -29,9 +29,10 @@ _PARTS = 8  # of all generated problems: one part is the test split, one the val
 class Problem:
     """One question with its correct answer.
 
-    `prompt` is the user's message before any chat template. `completion` is a reference completion
-    without its end token, or None. `earlier` contains the chat messages before the prompt, such as
-    worked examples. `fields` contains further data about the problem, such as its operands.
+    `prompt` is the user's message, before a chat template is applied. `answer` is the correct
+    answer. `completion` is a reference completion without its end token, or None if there is none.
+    `earlier` contains the chat messages before the prompt, such as worked examples. `fields`
+    contains further data about the problem, such as its operands.
     """
 
     prompt: str
@@ -60,8 +61,8 @@ class Verdict:
     """The judgement of one completion.
 
     `kind` is `strict` for the correct answer in the required format, `lenient` for the correct
-    answer in another format, `wrong` for another answer, and `none` if no answer was found. `parts`
-    maps the names of a task's own reward functions to their rewards before weighting.
+    answer in another format, `wrong` for another answer, and `none` if no answer was found. If the
+    task has reward functions, `parts` maps the name of each function to its unweighted reward.
     """
 
     kind: VerdictKind
@@ -78,8 +79,9 @@ class Attempt:
     """One completion of a prompt, with the number of layers that ran for each token.
 
     `text` contains no special tokens, and starts with `<think>` if the prompt ends in `<think>`.
-    `depths` contains, for each of the token ids `ids`, the layers run in the pass that produced it.
-    `truncated` is whether the completion reached the token limit.
+    `ids` contains the token ids. `depths` contains, for each token, the number of layers that ran
+    to produce it. `truncated` is True if the completion reached the token limit. `verdict` is None
+    until the completion is judged.
     """
 
     text: str
@@ -98,7 +100,7 @@ class Attempt:
 
 
 class Task(abc.ABC):
-    """A source of problems, which are accessed by index, and the judge of completions.
+    """The base class of tasks, which provide problems by index and judge completions.
 
     `problem(split, index)` depends only on the task's settings, the split and the index, so a
     resumed run continues with exactly the problems that an uninterrupted run would see. The model
@@ -114,20 +116,20 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def problem(self, split: Split, index: int) -> Problem:
-        """Returns the problem at `index`, from 0 to `size(split)` − 1.
+        """Returns the problem at position `index` of `split`, counted from 0.
 
-        A task that generates its problems raises NoMoreProblems if `val` or `test` has no further
-        one.
+        A task that generates its problems raises NoMoreProblems if `val` or `test` does not contain
+        enough distinct problems.
         """
 
     def size(self, split: Split) -> int | None:
-        """Returns the number of problems in `split`, or None (the default) if it has no end."""
+        """Returns the number of problems in `split`, or None, the default, if it is unlimited."""
         check_split(split)
         return None
 
     @abc.abstractmethod
     def verify(self, problem: Problem, completion: str) -> Verdict:
-        """Judges the text of a completion, without special tokens. Must not raise for any text."""
+        """Returns the verdict on a completion without special tokens; must accept any text."""
 
     def judge(self, problems: Sequence[Problem], attempts: Sequence[Attempt]) -> list[Verdict]:
         """Returns a verdict for each attempt; attempt i is a completion of problem i."""
@@ -137,9 +139,10 @@ class Task(abc.ABC):
         ]
 
     def answer_mark(self, text: str) -> tuple[int, int] | None:
-        """Returns the start and end offsets of the mark that introduces the answer, or None.
+        """Returns the offsets (start, end) of the mark that introduces the answer, or None.
 
-        By default, the mark is the last `####`. Must not raise for any text.
+        The result is None if `text` contains no mark. By default, the mark is the last `####`. Must
+        not raise for any text.
         """
         start = text.rfind("####")
         return None if start < 0 else (start, start + len("####"))
@@ -147,23 +150,23 @@ class Task(abc.ABC):
     def answerable(self, completion: str, *, cut: bool) -> str:
         """Returns the text by which to judge a completion: `completion` itself or an empty string.
 
-        A completion that reached the token limit (`cut`) counts only if it contains an answer mark.
-        Otherwise, its last number or place may be an intermediate result.
+        The result is empty if the completion reached the token limit (`cut`) and contains no answer
+        mark, because its last number or place may then be an intermediate result.
         """
         return "" if cut and self.answer_mark(completion) is None else completion
 
     def text_totals(
         self, problems: Sequence[Problem], attempts: Sequence[Attempt]
     ) -> dict[str, tuple[float, int]]:
-        """Returns (sum, count) for each of the task's own metrics of judged attempts, by name.
+        """Returns the task's own metrics of judged attempts, as a dict from names to (sum, count).
 
-        A metric is its sum divided by its count, so that the totals of several batches can be
-        added. By default, a task has no metrics of its own.
+        The value of a metric is its sum divided by its count, so the totals of several batches can
+        be added. By default, a task has no metrics of its own.
         """
         return {}
 
     def verdict(self, kind: VerdictKind) -> Verdict:
-        """Returns a verdict of the given kind, with its reward according to `self.rewards`."""
+        """Returns a verdict of the given kind, with the reward that `self.rewards` has for it."""
         return Verdict(kind=kind, reward=float(getattr(self.rewards, kind)))
 
 
@@ -204,7 +207,7 @@ def check_split(split: str) -> None:
 
 
 def stable_hash(*parts: object) -> int:
-    """Returns a 64-bit hash of `str()` of each part, equal in every process and Python version."""
+    """Returns a 64-bit hash of the parts as strings, equal in every process and Python version."""
     text = "\x1f".join(map(str, parts))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
@@ -212,17 +215,18 @@ def stable_hash(*parts: object) -> int:
 def split_of(key: str) -> Split:
     """Returns the split of the problem that the string `key` identifies.
 
-    A hash of `key` puts one problem in eight into `val`, one into `test`, and the others into
-    `train`. The seed and the index play no part, so no problem can occur in two splits.
+    A hash of `key` puts one eighth of all problems into `val`, one eighth into `test`, and the
+    others into `train`. The split depends on nothing else, so no problem can occur in two splits.
     """
     part = stable_hash("held out", key) % _PARTS
     return "test" if part == 0 else "val" if part == 1 else "train"
 
 
 class Draw:
-    """A seeded source of random choices that are the same on every Python version.
+    """A random generator, seeded with `key`, that draws the same on every Python version.
 
-    Python guarantees this only for `random.Random.random`, from which every method is derived.
+    Every method uses only `random.Random.random`, because Python guarantees that only this method
+    returns the same numbers in every version.
     """
 
     def __init__(self, *key: object) -> None:

@@ -18,7 +18,7 @@ PARTS = ("sums", "word_problems", "tom")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlendedProblem(Problem):
-    """A problem of a blend, with the name of its task, `part`, and that task's problem, `own`."""
+    """A problem of a blend: `part` is the name of its task, and `own` the problem of that task."""
 
     part: str
     own: Problem
@@ -27,10 +27,11 @@ class BlendedProblem(Problem):
 class Blend(Task):
     """A task that combines several tasks and takes problems from each of them equally often.
 
-    Problem i of the blend is problem i // n of task i mod n, where n is the number of tasks. This
-    task also judges the completions and determines their rewards. The metrics, the reward functions
-    and the accuracy of a task are reported under its name (`sums/accuracy`). Raises UserError
-    unless `tasks` contains at least two tasks, with different names.
+    Problem i of the blend is problem i // n of task i mod n, where n is the number of tasks. The
+    task that provides a problem also judges its completions and determines their rewards. The
+    metrics, reward functions and accuracy of each task are reported under the task's name, as in
+    `sums/accuracy`. Raises UserError unless `tasks` contains at least two tasks, with different
+    names.
     """
 
     name = "blend"
@@ -47,7 +48,7 @@ class Blend(Task):
 
     @property
     def time_limit(self) -> float:
-        """The number of seconds that each task may take to judge a batch."""
+        """The largest time limit of the tasks, in seconds; assigning it sets every task's limit."""
         return max(task.time_limit for task in self.tasks.values())
 
     @time_limit.setter
@@ -73,7 +74,7 @@ class Blend(Task):
         return self.tasks[problem.part].verify(problem.own, completion)
 
     def judge(self, problems: Sequence[Problem], attempts: Sequence[Attempt]) -> list[Verdict]:
-        """Returns the verdicts; each task judges the attempts at its own problems in one call."""
+        """Returns a verdict for each attempt; each task judges all its attempts in one call."""
         verdicts: dict[int, Verdict] = {}
         for name, task in self.tasks.items():
             place, own, made = _of_part(name, problems, attempts)
@@ -113,14 +114,14 @@ def task(
 ) -> Blend:
     """Makes a blend of the tasks whose names are in `parts`.
 
-    Of `steps` and `options`, each task receives only the options that it has. Raises UserError for
-    an option that none of the tasks has.
+    `rewards` is passed to every task, and each of the other options to the tasks that accept it.
+    Raises UserError for an option in `options` that no task accepts.
     """
     names = (parts,) if isinstance(parts, str) else parts
     if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
         raise UserError(
-            f"blend: parts is {shown(parts)}, but it must be the names of tasks; change "
-            "config.task.options.parts"
+            f"blend: parts is {shown(parts)}, but it must be a list of task names, such as "
+            "('sums', 'tom'); change config.task.options.parts"
         )
     made: list[Task] = []
     unknown, options = set(options), options | {"steps": steps}

@@ -19,8 +19,8 @@ from jexit.tasks.base import Draw, Problem, Task
 class Corruption:
     """An edited beginning of a completion, which tests whether the answer follows the edit.
 
-    `prefix` ends with the changed step, whose index, from 0, is `step`. `answer` is the answer of a
-    correct continuation of `prefix`, or None if the task cannot compute it.
+    `prefix` ends with the changed step, whose index, from 0, is `step`. `answer` is the answer to
+    which a correct continuation of `prefix` leads, or None if the task cannot compute it.
     """
 
     prefix: str
@@ -28,7 +28,7 @@ class Corruption:
     step: int
 
     def undone(self, steps: Sequence[str]) -> str:
-        """Returns the corresponding part of the original completion, whose steps are `steps`."""
+        """Returns the prefix before the edit; `steps` are the steps of the original completion."""
         return "".join(steps[: self.step + 1])
 
 
@@ -37,9 +37,9 @@ class ChainTask(Task):
 
     `cue` is the text that requests the answer after any number of steps. `granularities` contains
     the values of the option `steps` that prescribe the size of steps, from small to large.
-    `begun_sizes` contains the numbers of operands with which `begun_step` can begin a step. `prose`
-    is whether chains are free text, in which a model may mention its prompt. In a completion with a
-    think block, the chain is the text inside the block. Every method accepts any text as a
+    `begun_sizes` contains the operand counts that `begun_step` accepts as `size`. `prose` is True
+    if chains are free text, in which a model may mention a hint in its prompt. In a completion with
+    a think block, the chain is the text inside the block. Every method accepts any text as a
     completion.
     """
 
@@ -50,15 +50,15 @@ class ChainTask(Task):
 
     @abc.abstractmethod
     def steps(self, completion: str) -> list[str]:
-        """Splits the part of `completion` before the answer into steps.
+        """Returns the steps that make up the part of `completion` before the answer.
 
-        Joined, the steps are this part, perhaps without white space at its end.
+        The steps, when joined, equal this part, perhaps without white space at its end.
         """
 
     def cue_after(self, prefix: str) -> str:
         """Returns the text that requests the answer after `prefix`.
 
-        This is `cue`, after a `</think>` on a line of its own if `prefix` is in a think block.
+        The text is `cue`. If `prefix` ends inside a think block, a line `</think>` precedes it.
         """
         thinks = answers.visible_text(prefix) is None
         return f"\n{answers.THINK_END}\n{self.cue}" if thinks else self.cue
@@ -66,7 +66,8 @@ class ChainTask(Task):
     def obeys(self, problem: Problem, completion: str) -> bool:
         """Returns whether the completion has the steps that the prompt prescribes.
 
-        By default, the completion must have as many steps as the reference, if there is one.
+        By default, the completion must have as many steps as the reference completion. If the
+        problem has no reference completion, the result is True.
         """
         if problem.completion is None:
             return True
@@ -74,25 +75,32 @@ class ChainTask(Task):
 
     @abc.abstractmethod
     def final_answer(self, completion: str) -> str | None:
-        """Returns the answer of `completion`, or None; equal answers have the same string."""
+        """Returns the answer in `completion`, or None. Equal answers give equal strings."""
 
     def begun_step(self, problem: Problem, size: int) -> str | None:
-        """Returns the beginning of a first step with `size` operands, up to its result, or None."""
+        """Returns the beginning of a first step with `size` operands, up to the step's result.
+
+        Returns None if the task cannot begin such a step.
+        """
         return None
 
     def first_result(self, problem: Problem, completion: str) -> tuple[int, bool]:
-        """Returns (operand count, is the result correct) for the first step, or (0, False)."""
+        """Returns (operand count, whether the result is correct) of the first step, or (0, False).
+
+        The result is (0, False) if `completion` does not start with a step.
+        """
         return 0, False
 
     @abc.abstractmethod
     def corrupted(self, problem: Problem, completion: str, draw: Draw) -> Corruption | None:
-        """Returns the completion up to a random step, with that step changed, or None.
+        """Returns `completion` up to a random step, which is changed, or None if impossible.
 
-        The answer that follows differs from that of `completion`, if the task can compute it.
+        If the task can compute the answer that follows from the changed step, this answer differs
+        from the answer in `completion`.
         """
 
     def reworded(self, completion: str) -> str | None:
-        """Returns the chain of thought in other words with the same meaning, or None."""
+        """Returns the chain of thought in other words with the same meaning; None if impossible."""
         return None
 
     def answer_follows(self, completion: str) -> bool:

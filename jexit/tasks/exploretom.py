@@ -63,8 +63,8 @@ class ExploreToM(FileTask):
     If the last line of a completion is `#### answer`, this answer is compared without regard to
     case, articles and punctuation. Other answers are found by candidate phrases: the places of the
     story, yes and no, or phrases about knowing (see `phrases.lenient_phrase`). If the question asks
-    for a container, rooms count only if no container is named, and vice versa, so that "the bag in
-    the hall" gives the bag.
+    for a container, rooms count only if the completion names no container, so that "the bag in the
+    hall" gives the bag. Questions that ask for a room are treated likewise.
     """
 
     name = "exploretom"
@@ -141,7 +141,7 @@ def style_of(answer: str) -> str:
 
 
 def candidates(problem: Problem) -> phrases.Candidates:
-    """Returns the phrases that count as answers to `problem`, mapped to the answers they stand for.
+    """Returns a dict from the phrases that count as answers to the answers that they stand for.
 
     For a place, phrases such as "not mentioned" also count, and stand for "unknown".
     """
@@ -159,8 +159,8 @@ def candidates(problem: Problem) -> phrases.Candidates:
 def asked_for(problem: Problem, known: phrases.Candidates) -> phrases.Candidates:
     """Returns those of the candidates `known` that the question asks for: containers or rooms.
 
-    If the question does not begin with "In which container" or "In which room", all are returned.
-    The correct answer is always included.
+    All candidates are returned unless the question begins with "In which container" or "In which
+    room". The candidates for the correct answer and for "unknown" are always included.
     """
     sort = re.match(r"in which (container|room)\b", problem.fields["question"], re.IGNORECASE)
     if sort is None or problem.fields["style"] != "place":

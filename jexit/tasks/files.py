@@ -37,7 +37,7 @@ class FileTask(Task):
     that are not divided into splits, every `test_every`-th group is held out for the test split (0:
     none). Training rows whose group also occurs in the data's own validation or test split are left
     out. If the data contains no validation split, every sixteenth group of the training rows is
-    held out for it. With two to fifteen groups, only the last group is held out.
+    held out for validation. With two to fifteen groups, only the last group is held out.
 
     Rows that cannot be used are left out, with one warning for each split. Raises MissingFile if
     `path` does not exist.
@@ -72,7 +72,7 @@ class FileTask(Task):
 
     @abc.abstractmethod
     def _sources(self) -> Mapping[Source, Iterable[Row]]:
-        """Returns the rows by split, or all under "whole" if the data has no splits."""
+        """Returns the rows of each split, or all rows under "whole" if the data has no splits."""
 
     @abc.abstractmethod
     def _fault(self, row: dict[str, Any]) -> str | None:
@@ -108,7 +108,7 @@ class FileTask(Task):
         return {"train": rest, "val": val, "test": test}[split]
 
     def _apart(self, train: list[Problem], held_out: list[Problem]) -> list[Problem]:
-        """Removes training problems whose group also occurs in `held_out`, with a warning."""
+        """Returns `train` without problems whose group is also in `held_out`; logs a warning."""
         taken = {self._group(problem) for problem in held_out}
         rest = [problem for problem in train if self._group(problem) not in taken]
         if len(rest) < len(train):
@@ -144,7 +144,7 @@ class FileTask(Task):
         return problems
 
     def _hold_out(self, problems: list[Problem], every: int) -> tuple[list[Problem], list[Problem]]:
-        """Returns the problems to keep, and every `every`-th group to hold out (0: no group)."""
+        """Returns (kept, held out); every `every`-th group of problems is held out (0: none)."""
         groups = list(dict.fromkeys(map(self._group, problems)))
         chosen = set(groups[every - 1 :: every] if every else ())
         kept: list[Problem] = []
@@ -155,12 +155,12 @@ class FileTask(Task):
 
 
 def source_of(file: pathlib.Path) -> Source:
-    """Returns "test" if the name of `file` starts with `test`, and "whole" otherwise."""
+    """Returns "test" if the name of `file` starts with `test`, and else "whole" (no splits)."""
     return "test" if file.name.startswith("test") else "whole"
 
 
 def read_jsonl(file: pathlib.Path) -> Iterator[Row]:
-    """Yields `("FILE:LINE", row)` for each line; an error message replaces an unusable row."""
+    """Yields ("FILE:LINE", row) for each line, or ("FILE:LINE", reason) if it cannot be used."""
     with file.open("rb") as lines:  # bytes: one undecodable line must not spoil the others
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -173,7 +173,7 @@ def read_jsonl(file: pathlib.Path) -> Iterator[Row]:
 
 
 def read_csv(file: pathlib.Path, columns: Sequence[str] = ()) -> Iterator[Row]:
-    """Yields `("FILE:LINE", row)` for each row; an error message replaces an unusable row.
+    """Yields ("FILE:LINE", row) for each row, or ("FILE:LINE", reason) if it cannot be used.
 
     Bytes that are not UTF-8 affect only their own row. Raises UserError if the file lacks one of
     `columns`.
@@ -203,7 +203,7 @@ def read_csv(file: pathlib.Path, columns: Sequence[str] = ()) -> Iterator[Row]:
 
 
 def text_fault(row: dict[str, Any], keys: tuple[str, ...]) -> str | None:
-    """Returns the reason why the value of one of `keys` is unusable, or None.
+    """Returns why the value of one of `keys` in `row` cannot be used, or None if all can be used.
 
     Each value must be a string of valid Unicode that is not blank.
     """

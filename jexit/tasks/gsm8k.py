@@ -78,7 +78,7 @@ class Gsm8k(FileTask, NumberChain):
         return dataclasses.replace(problem, earlier=self._shots(problem)) if self.shots else problem
 
     def _shots(self, problem: Problem) -> tuple[Message, ...]:
-        """Returns `shots` worked examples from the training split, none of which is `problem`."""
+        """Returns messages with `shots` worked training examples, none of which is `problem`."""
         if not self._examples:
             # Keyed by question, because the data may contain one twice. One more than are shown is
             # drawn, in case one of them is the problem itself.
@@ -134,7 +134,7 @@ task = Gsm8k
 
 
 def published_files(folder: pathlib.Path, split: Split) -> list[pathlib.Path]:
-    """Returns the files of a split: `train.jsonl`, or all of `val*.jsonl` or `test*.jsonl`.
+    """Returns the files of `split`: `train.jsonl`, or all of `val*.jsonl` or `test*.jsonl`.
 
     Files named "socratic" contain the same questions with other worked answers, and are left out.
     """

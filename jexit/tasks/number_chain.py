@@ -38,7 +38,7 @@ _OFFSETS = (-10, -3, -2, -1, 1, 2, 3, 10)
 
 
 class NumberChain(ChainTask):
-    """A task with numeric answers, whose steps are lines or, in a single line, sentences."""
+    """A task with numeric answers; its steps are lines, or sentences if there is only one line."""
 
     cue = "\n#### "
 
@@ -60,7 +60,10 @@ class NumberChain(ChainTask):
         return answers.answer_mark(text)
 
     def corrupted(self, problem: Problem, completion: str, draw: Draw) -> Corruption | None:
-        """Changes the result of one step to a nearby number, and drops the steps after it."""
+        """Returns `completion` up to a random step whose result is replaced by a nearby number.
+
+        Returns None if no result can be replaced.
+        """
         steps, given = self.steps(completion), self.final_answer(completion)
         places = [place for place, step in enumerate(steps) if result_of(step) is not None]
         while places:
@@ -80,21 +83,21 @@ class NumberChain(ChainTask):
     def follow(
         self, problem: Problem, steps: Sequence[str], number: str
     ) -> tuple[bool, str | None]:
-        """Returns whether the chain can continue from a changed result, and the answer it then has.
+        """Returns (can the chain continue, answer) for a chain in which one result is changed.
 
-        `number` replaces the result of the last of `steps`. The answer is None if the task cannot
-        compute it, as by default.
+        `number` replaces the result of the last of `steps`. The answer is that of a correct
+        continuation, or None if the task cannot compute it. By default, returns (True, None).
         """
         return True, None
 
     def reworded(self, completion: str) -> str | None:
-        """Returns the chain with the operands of each sum and product of two numbers exchanged."""
+        """Returns the chain with the operands of sums and products exchanged; None if unchanged."""
         chain = "".join(self.steps(completion))
         changed = _COMMUTES.sub(r"\3\2\1", chain)
         return changed if changed != chain else None
 
     def answer_follows(self, completion: str) -> bool:
-        """Returns whether the last result is the answer, and all equations hold up to rounding."""
+        """Returns whether the answer is the last result, and all equations hold up to rounding."""
         steps = self.steps(completion)
         result = result_of(steps[-1]) if steps else None
         if result is None or self.final_answer(self.cue + result) != self.final_answer(completion):
@@ -115,7 +118,7 @@ class NumberChain(ChainTask):
 
 
 def result_of(step: str) -> str | None:
-    """Returns the number after the last `=` of `step` as written, or None if there is none.
+    """Returns the number after the last `=` in `step`, as it is written, or None without a result.
 
     >>> result_of("He has 3+4 = 7 pens.")
     '7'

@@ -22,7 +22,10 @@ def check_steps(task: str, steps: object, known: Sequence[object]) -> None:
 def check_range(
     task: str, name: str, smallest: int, largest: int, least: int, most: int
 ) -> tuple[int, int]:
-    """Returns the bounds; raises UserError unless `least` <= `smallest` <= `largest` <= `most`."""
+    """Returns (smallest, largest), the values of an option's settings `name`_min and `name`_max.
+
+    Raises UserError unless `least` <= `smallest` <= `largest` <= `most`.
+    """
     if not least <= smallest <= largest <= most:
         raise UserError(
             f"{task}: {name}_min is {smallest} and {name}_max is {largest}, but they must satisfy "

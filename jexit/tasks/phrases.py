@@ -1,7 +1,8 @@
 """Finds and compares answers that are words, such as a place, yes or no, in free text.
 
 Every function accepts any text and takes time that is linear in the length of the text. The
-candidates map each phrase that counts as an answer to the answer that the phrase stands for.
+candidates map each phrase that counts as an answer to the answer that the phrase stands for. A
+phrase that maps to None, such as "no one", only prevents a shorter match ("no") inside it.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def _folded(text: str) -> str:
 
 @functools.lru_cache(maxsize=4)  # a text is judged by several sets of candidates
 def _words_and_starts(text: str) -> tuple[tuple[str, ...], set[int]]:
-    """Returns `words_of(text)`, and the indices of the words that start a sentence or a clause."""
+    """Returns (`words_of(text)`, indices of the words that start a sentence or a clause)."""
     words: list[str] = []
     starts: set[int] = set()
     for token in _TOKEN.findall(_folded(text)):
@@ -96,11 +97,11 @@ def strict_phrase(text: str) -> str | None:
 def mentions(text: str, candidates: Candidates) -> list[str]:
     """Returns the answers that the candidate phrases in `text` stand for, in order of occurrence.
 
-    Phrases match whole words, whatever their case and articles. Where several match, the longest
-    counts, so "does not know" does not count as "know", and "metal box" does not count as "box". A
-    phrase that is negated from further away ("does not really know") stands for the answer of the
-    candidate "not know", or is ignored if there is none ("not in the box"). A phrase that is
-    negated twice is not negated.
+    Phrases match whole words, whatever their case and articles. Where several phrases match, the
+    longest counts, so "does not know" does not count as "know", and "metal box" does not count as
+    "box". A phrase that is negated from further away ("does not really know") stands for the answer
+    of the candidate "not know", or is ignored without such a candidate ("not in the box"). Two
+    negations cancel each other.
     """
     words, starts = _words_and_starts(text)
     spelled = _spelled(candidates)
@@ -123,7 +124,7 @@ def _spelled(candidates: Candidates) -> _Spelled:
 
 
 def _places(words: tuple[str, ...], spelled: _Spelled) -> Iterator[slice]:
-    """Yields the slices of `words` that match a candidate; from each start, the longest match."""
+    """Yields the slices of `words` that match a candidate, with the longest match at each start."""
     lengths: dict[str, list[int]] = {}
     for length in sorted({len(phrase) for phrase in spelled}, reverse=True):
         for first in {phrase[0] for phrase in spelled if len(phrase) == length}:
@@ -142,7 +143,7 @@ def _places(words: tuple[str, ...], spelled: _Spelled) -> Iterator[slice]:
 def _meaning(
     words: tuple[str, ...], starts: set[int], place: slice, spelled: _Spelled
 ) -> str | None:
-    """Returns the answer of the candidate at `place` or, if that is negated, of its opposite."""
+    """Returns the answer of the candidate at `place` or, if it is negated, of its opposite."""
     phrase = words[place]
     answer = spelled[phrase]
     if answer is None or not _denied(words, starts, place.start):
@@ -200,11 +201,11 @@ def lenient_phrase(text: str, candidates: Candidates) -> str | None:
 
 
 def stated(line: str, candidates: Candidates) -> str | None:
-    """Returns the answer that `line` gives, which is its first candidate, or None.
+    """Returns the answer that `line` gives, which is its first candidate, or None without one.
 
-    Later words explain the answer ("The box, because she did not see it moved to the jar."), and so
-    does a clause before the main clause ("Though it is in the jar, the box."). Only the first
-    `_SPAN` (400) characters are read.
+    Later words are read as an explanation ("The box, because she did not see it moved to the
+    jar."), and so is a clause before the main clause ("Though it is in the jar, the box."). Only
+    the first `_SPAN` (400) characters are read.
     """
     line = line[:_SPAN]
     main = line.partition(",")[2] if _SUBORDINATE.match(line) else ""
@@ -215,7 +216,10 @@ def stated(line: str, candidates: Candidates) -> str | None:
 
 
 def answer_mark(completion: str) -> tuple[int, int] | None:
-    """Returns the offsets of the last visible `####` that a word follows on its line, or None."""
+    """Returns the offsets (start, end) of the mark that introduces the answer, or None.
+
+    The mark is the last `####` outside think blocks with a word after it on the same line.
+    """
     end = len(completion)
     for line in reversed((visible_text(completion) or "").split("\n")):
         start = end - len(line)
@@ -233,7 +237,7 @@ def _last_word(line: str) -> int:
 
 
 def _opening(text: str, candidates: Candidates) -> str | None:
-    """Returns "yes" or "no" if the last line of `text` starts with it as an answer, or None."""
+    """Returns "yes" or "no" if the last line of `text` starts with this answer, else None."""
     line = words_of(text.rstrip().rpartition("\n")[2][:_SPAN])
     if line[:1] not in (("yes",), ("no",)):
         return None

@@ -1,4 +1,4 @@
-"""Makes a task, given its short name or the file or module that defines it."""
+"""Makes tasks from short names, or from the files or modules that define them."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def make_task(
     rewards: Rewards | None = None,
     **options: Any,
 ) -> Task:
-    """Makes the task to which the setting `config.task.name` refers.
+    """Makes the task called `name`, which is a value of the setting `config.task.name`.
 
-    `name` is a short name in `ALIASES`, or FILE.py:NAME or MODULE:NAME for a user's own task (NAME
-    is `task` by default). NAME refers to a `Task`, or to a callable that returns one when it is
-    called with `options`. `path` is the file or folder for a task that reads files. If `name` is
-    `tom` and a path is given, the task is `exploretom`, which reads the same kind of problem.
-    `rewards` is passed to a task whose parameter `rewards` is annotated with `Rewards`. Raises
-    UserError if the name, the file or an option is wrong.
+    `name` is a short name in `ALIASES`, or FILE.py:NAME or MODULE:NAME for a user's own task. NAME
+    (by default `task`) refers to a `Task`, or to a callable that returns one when it is called with
+    `options`. `path` is the file or folder for a task that reads files. If `name` is `tom` and a
+    path is given, the task is `exploretom`, which reads the same kind of problem from files.
+    `rewards` is passed to a callable whose parameter `rewards` is annotated with `Rewards`, and is
+    ignored otherwise. Raises UserError if the name, the file or an option is wrong.
     """
     found = _found("exploretom" if path and name == "tom" else name)
     if isinstance(found, Task):
@@ -91,14 +91,17 @@ def make_task(
 
 
 def _named(task: Task, name: str) -> Task:
-    """Sets the task's name to `name` if it has none, and guards the methods of a user's task."""
+    """Returns `task`, whose name becomes `name` if it was empty.
+
+    In a user's task, exceptions become UserErrors (see `guard_methods`).
+    """
     task.name = task.name or name
     guard_methods(task)
     return task
 
 
 def known_options(name: str) -> set[str]:
-    """Returns the names of the options that the task `name` takes; none if it is already a Task."""
+    """Returns the keywords that the callable `name` accepts; empty if `name` refers to a `Task`."""
     found = _found(name)
     return set() if isinstance(found, Task) else set(_keywords(found)[0])
 
@@ -106,8 +109,8 @@ def known_options(name: str) -> set[str]:
 def code_hash(name: str, options: Mapping[str, Any]) -> str:
     """Returns the SHA-256 hash of the source file that defines a user's own task, in hexadecimal.
 
-    For a blend, the hash covers the files of all its parts. Imported modules and data are not
-    covered. For jexit's own tasks, the result is "".
+    For a blend, the hash covers the files of the tasks in `options["parts"]`. Imported modules and
+    data are not covered. For jexit's own tasks, the result is an empty string.
     """
     blends = ALIASES.get(name, name) == ALIASES["blend"]
     parts = options.get("parts", ()) if blends else (name,)
@@ -153,7 +156,7 @@ def _module(where: str) -> types.ModuleType:
 
 @functools.lru_cache(maxsize=16)
 def _from_file(path: pathlib.Path, source: bytes) -> types.ModuleType:
-    """Returns the file `path`, whose text is `source`, as a module that is executed only once."""
+    """Returns the file `path`, which contains `source`, as a module; executes it only once."""
     digest = hashlib.sha256(source).hexdigest()[:16]
     name = f"jexit_task_{path.stem}_{digest}"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -173,7 +176,10 @@ def _importable(folder: pathlib.Path) -> None:
 
 
 def _keywords(found: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
-    """Returns the annotation of each parameter of `found`, and whether it has a `**` parameter."""
+    """Returns (annotation of each parameter of `found`, whether it has a `**` parameter).
+
+    Returns ({}, True) if the signature cannot be read.
+    """
     try:
         parameters = inspect.signature(found).parameters.values()
         makes = found.__init__ if isinstance(found, type) else found

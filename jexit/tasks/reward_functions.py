@@ -1,4 +1,4 @@
-"""Reward functions, called with keyword arguments for a whole batch, as in TRL and tunix."""
+"""Reward functions, which are called with keyword arguments for a batch, as in TRL and tunix."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ GIVEN = ("prompts", "completions", "tokens", "completion_ids", "depths")
 class RewardFunction:
     """A user's function that returns a reward, or None, for each completion of a batch.
 
-    It is called with keyword arguments: the names in `GIVEN` and the columns of the rows, each a
-    list with one entry per completion. Without a `**` parameter, it receives only the arguments
-    that it names.
+    The function is called with keyword arguments: the names in `GIVEN` and the columns of the rows.
+    Each argument is a list with one entry per completion. A function without a `**` parameter
+    receives only the arguments that its signature names.
     """
 
     function: Callable[..., Any]
@@ -37,7 +37,7 @@ class RewardFunction:
 
     @property
     def columns(self) -> list[str]:
-        """The names of the columns that the function requires."""
+        """The names of the columns of the rows that the function requires."""
         return [
             parameter.name
             for parameter in self._parameters
@@ -118,12 +118,12 @@ class RewardFunction:
 
 @functools.cache
 def _loop() -> asyncio.AbstractEventLoop:
-    """Returns one event loop for all calls, because clients and locks are bound to their loop."""
+    """Returns the same event loop in every call, because clients and locks are bound to a loop."""
     return asyncio.new_event_loop()
 
 
 def _awaited(made: Any) -> Any:
-    """Waits for an awaitable and returns its result; cancels the awaitable if interrupted."""
+    """Runs an awaitable to its end and returns its result; cancels it if interrupted."""
 
     async def awaited() -> Any:
         return await made

@@ -56,7 +56,7 @@ class RowsTask(FileTask):
         return self.judge([problem], [Attempt(text=completion)])[0]
 
     def judge(self, problems: Sequence[Problem], attempts: Sequence[Attempt]) -> list[Verdict]:
-        """Returns the verdicts; every reward function is called once, with all completions."""
+        """Returns a verdict for each attempt; calls each reward function once for all attempts."""
         if not problems:
             return []
         rows = [problem.fields for problem in problems]
@@ -241,9 +241,10 @@ def _are_rows(rows: Any) -> bool:
 
 
 def _read(rows: Rows, source: Source) -> Iterator[Row]:
-    """Yields `("row 3", row)` for each of `rows`; an error message replaces an unusable row.
+    """Yields (place, row) for each row, or (place, reason) if the row cannot be used.
 
-    `source` is the split to load if `rows` names a data set of the Hugging Face hub.
+    The place is a text such as "row 3" or "FILE:LINE". `source` is the split to load if `rows`
+    names a data set of the Hugging Face hub.
     """
     if not isinstance(rows, (str, os.PathLike)):
         for index in range(len(rows)):
@@ -287,7 +288,11 @@ def _parquet_rows(file: pathlib.Path) -> Iterator[Row]:
 
 @functools.lru_cache(maxsize=8)
 def _hub_rows(reference: str, source: Source) -> Sequence[Mapping[str, Any]]:
-    """Returns one split of a data set of the Hugging Face hub, downloaded if it is not cached."""
+    """Returns a split of a data set of the Hugging Face hub, downloaded if it is not cached.
+
+    `reference` has the form `hf:OWNER/NAME[:CONFIG]`. The source "whole" stands for the split
+    `train`.
+    """
     try:
         import datasets
     except ImportError as error:
@@ -308,7 +313,7 @@ def _hub_rows(reference: str, source: Source) -> Sequence[Mapping[str, Any]]:
 
 
 def _text_of(value: Any) -> str | None:
-    """Returns the text in a string or in a list of one chat message; None for other values."""
+    """Returns the text of a string or of a list of one chat message; None for other values."""
     if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 1:
         value = value[0].get("content") if isinstance(value[0], Mapping) else None
     if not isinstance(value, str) or not value.strip():

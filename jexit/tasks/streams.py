@@ -13,16 +13,16 @@ ATTEMPTS = 1_000  # unsuitable draws in a row after which a split counts as exha
 
 
 class NoMoreProblems(ValueError):
-    """Raised if a split contains fewer distinct problems than the requested index requires."""
+    """Raised if a split has too few distinct problems for the requested index."""
 
 
 class Stream(Generic[T]):
     """A sequence of items that are drawn at random from a seed, such as generated problems.
 
-    `key_of` returns a string that identifies an item independently of its wording, and decides the
-    split of the item. Items of `train` are drawn independently, so an item can occur several times.
-    Items of `val` and of `test` are distinct. Reading one therefore draws all earlier items of its
-    split first, and keeps them in memory.
+    `draw_one` draws an item. `key_of` returns a string that identifies an item independently of its
+    wording, and decides the split of the item. Items of `train` are drawn independently, so an item
+    can occur several times. Items of `val` and of `test` are distinct. For this reason, an item of
+    `val` or `test` is drawn only after all earlier items of its split, which are kept in memory.
     """
 
     def __init__(
@@ -46,7 +46,10 @@ class Stream(Generic[T]):
         return listed[index]
 
     def _draw(self, split: Split, index: int) -> T:
-        """Draws items for `index` until one belongs to `split` and, except in `train`, is new."""
+        """Returns the first item drawn for `index` that is in `split` and, outside train, is new.
+
+        Raises NoMoreProblems if none of `ATTEMPTS` draws gives such an item.
+        """
         draw = Draw(self.name, self.seed, split, index)
         seen = self._keys.get(split, set())  # in train, an item may occur again
         for _ in range(ATTEMPTS):

@@ -37,11 +37,12 @@ _DIGITS = "0123456789"
 class Sums(ChainTask):
     """A task of summing single digits modulo 10, in steps that the model writes out.
 
-    `steps` is 2 to 5 (the prescribed number of operands per step), `at_once` (the answer without
-    steps), `free`, or `mixed` (each problem draws free, prescribed or no steps, with the
-    probabilities in `MIXTURE`). The reference completion of a free problem draws a largest size g
-    from 2 to 5, and then the size of each step from 2 to g. A list has `operands_min` to
-    `operands_max` operands, which alone decide the split of a problem, whatever the `seed`.
+    `steps` is `free` (the model chooses the steps), 2 to 5 (the prescribed number of operands per
+    step), `at_once` (the answer without steps), or `mixed` (each problem draws free, prescribed or
+    no steps, with the probabilities in `MIXTURE`). The reference completion of a free problem draws
+    a largest size g from 2 to 5, and then the size of each step from 2 to g. A problem has
+    `operands_min` to `operands_max` operands. The operands alone decide its split, whatever the
+    `seed`.
     """
 
     name = "sums"
@@ -92,7 +93,7 @@ class Sums(ChainTask):
     def text_totals(
         self, problems: Sequence[Problem], attempts: Sequence[Attempt]
     ) -> dict[str, tuple[float, int]]:
-        """Returns the sums and counts of four metrics of the steps in the completions.
+        """Returns (sum, count) for each of four metrics of the steps in the completions.
 
         `written_out` is the share of additions that are written out, Σ written_reductions / Σ
         (operands − 1). `step_size` is the mean number of operands that a step reduces. The jump
@@ -149,7 +150,7 @@ class Sums(ChainTask):
         return size, size <= len(operands) and match[2][0] == digit_sum(operands[:size])
 
     def answer_follows(self, completion: str) -> bool:
-        """Returns whether each step after the first is correct, and the last gives the answer.
+        """Returns whether each step after the first is correct and the last step gives the answer.
 
         The first step is not checked, because that would require the operands of the problem.
         """
@@ -163,7 +164,10 @@ class Sums(ChainTask):
         return _given_answer(completion)
 
     def corrupted(self, problem: Problem, completion: str, draw: Draw) -> Corruption | None:
-        """Changes the result of one step (a list's first digit), and drops the steps after it."""
+        """Returns `completion` up to a random step whose result (a list's first digit) is changed.
+
+        Returns None if no result can be changed.
+        """
         steps, given = self.steps(completion), self.final_answer(completion)
         places = [n for n, step in enumerate(steps) if _STEP.fullmatch(step) and step[-1] != "+"]
         if not places:
@@ -192,7 +196,7 @@ def _digits(seed: int, operands: tuple[int, int]) -> Stream[str]:
 
 
 def prescribed_steps(count: int, step: int) -> list[int]:
-    """Returns the step sizes that reduce `count` operands to one: each `step` or what is left."""
+    """Returns step sizes that reduce `count` operands to one: `step`, or all that are left."""
     return _reducing(count, lambda left: min(step, left))
 
 
@@ -209,7 +213,7 @@ def digit_sum(digits: str) -> str:
 
 
 def reduce_by(digits: str, steps: Sequence[int]) -> tuple[str, str]:
-    """Returns the chain that reduces `digits` by steps of the given sizes, and the answer.
+    """Returns (chain, answer), where the chain reduces `digits` by steps of the given sizes.
 
     >>> reduce_by("372", [2, 2])
     ('+02+2', '2')
@@ -225,9 +229,9 @@ def reduce_by(digits: str, steps: Sequence[int]) -> tuple[str, str]:
 class ChainStep:
     """One step of a completion, from the list of digits `given` to the list `wrote`.
 
-    `given` is the list as the completion wrote it, correct or not. `wrote` may be the answer.
-    `announced` is the size that the plus signs state, or None for the jump from a list to the
-    answer. `size` is the number of operands reduced; below 2, the step reduces nothing.
+    `given` is the list as the completion wrote it, correct or not. `announced` is the size that the
+    plus signs state. In a jump from a list to the answer, `wrote` is the answer and `announced` is
+    None. `size` is the number of operands reduced; below 2, the step reduces nothing.
     """
 
     given: str
@@ -259,11 +263,11 @@ def step_sizes(operands: str, completion: str) -> list[int]:
 
 
 def chain_steps(operands: str, completion: str) -> list[ChainStep]:
-    """Reads the steps of a completion, each together with the list written just before it.
+    """Returns the steps of a completion, each together with the list written just before it.
 
     `operands` is the list before the first step. A mistake makes only one step wrong, because each
     later step is judged by the list that the completion wrote. Plus signs without a list are not a
-    step. If the completion answers while the list has several digits, that jump is a last step.
+    step. If the completion answers while the list has several digits, this jump is the last step.
     """
     steps, given = [], operands
     for signs, wrote in _STEP.findall(completion.partition("####")[0]):
@@ -280,8 +284,8 @@ def written_reductions(operands: str, steps: Sequence[ChainStep]) -> int:
     """Returns the number of additions whose results `steps` write out, at most operands − 1.
 
     A step counts as one addition if its result is correct and its list is shorter than all earlier
-    ones, so that repeated lists do not count. Counting stops at the first step that changes other
-    operands than its first `size`.
+    ones, so that repeated lists do not count. Counting stops at the first step that changes an
+    operand after its first `size` operands.
     """
     count, shortest = 0, len(operands)
     for step in itertools.takewhile(lambda step: step.wrote[1:] == step.given[step.size :], steps):

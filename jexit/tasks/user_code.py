@@ -1,4 +1,4 @@
-"""Guards around user code, which limit its time and turn its exceptions into UserErrors."""
+"""Guards for user code, which limit its time and turn its exceptions into UserErrors."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ _MOST_INTERRUPTS = 100
 def user_code(what: str, file: str | None) -> Iterator[None]:
     """Turns an exception in the `with` block, which runs a user's code, into a UserError.
 
-    The error message contains `what`, which says what failed, the line in the user's `file`, and
-    the reason. A UserError passes through unchanged.
+    The error message says what failed (`what`), in which line of the user's `file`, and why. The
+    line is left out if the exception does not come from `file`. UserError and NoMoreProblems pass
+    through unchanged.
     """
     try:
         yield
@@ -51,9 +52,11 @@ def user_code(what: str, file: str | None) -> Iterator[None]:
 def guarded_judge(
     task: Task, problems: Sequence[Problem], attempts: Sequence[Attempt]
 ) -> list[Verdict]:
-    """Calls `task.judge`; for a user's task, limits the time and turns exceptions into UserErrors.
+    """Calls `task.judge` and returns its verdicts, one for each attempt.
 
-    The tasks of jexit are called without guards, because they guard their calls of user functions.
+    For a user's task, raises UserError if the method raises an exception, takes longer than
+    `task.time_limit`, or does not return a valid verdict for each attempt. The tasks in jexit are
+    called without guards, because they guard their own calls of user functions.
     """
     if type(task).__module__.startswith("jexit."):
         return task.judge(problems, attempts)
@@ -69,13 +72,17 @@ def guarded_judge(
         if not _is_verdict(verdict):
             raise UserError(
                 f"{what}: it returned {shown(verdict)}, but it must return a jexit.tasks.Verdict "
-                f"of the kind {', '.join(VERDICT_KINDS)} with a finite reward; see Task.verdict"
+                f"with a finite reward and a kind from {', '.join(VERDICT_KINDS)}; use Task.verdict"
             )
     return verdicts
 
 
 def guard_methods(task: Task) -> None:
-    """Makes the methods of a user's task raise UserErrors, which name the method, on failure."""
+    """Turns exceptions in a user's methods into UserErrors that name the method.
+
+    The guarded methods are `problem`, `size`, `text_totals` and `answer_mark`. Tasks in jexit stay
+    unchanged.
+    """
     if type(task).__module__.startswith("jexit."):
         return
     file = inspect.getsourcefile(type(task))
@@ -91,15 +98,16 @@ def _is_verdict(verdict: Any) -> bool:
 
 
 class _TimeUp(BaseException):
-    """Raised in user code at its time limit; no Exception, because the code may catch those."""
+    """Raised in user code at its time limit; no subclass of Exception, which the code may catch."""
 
 
 @contextlib.contextmanager
 def time_limit(seconds: float, what: str) -> Iterator[None]:
-    """Raises UserError, which names `what`, if the `with` block takes longer than `seconds`.
+    """Raises UserError if the `with` block takes longer than `seconds`.
 
-    The limit applies only in the main thread, because others receive no signals. If the block
-    catches every interrupt, the process exits with code 1.
+    `what` is the subject of the error message. The limit applies only in the main thread, because
+    other threads receive no signals. If the block catches every interrupt, the process exits with
+    code 1.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

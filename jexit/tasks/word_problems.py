@@ -131,10 +131,11 @@ class WordProblems(NumberChain):
     def follow(
         self, problem: Problem, steps: Sequence[str], number: str
     ) -> tuple[bool, str | None]:
-        """Returns whether the solution can continue from a changed result, and the answer it has.
+        """Returns (can the solution continue, answer) for a solution with one changed result.
 
-        `number` replaces the result of the last of `steps`. The answer is None if `steps` are not
-        the first steps of the reference solution. It cannot continue if a result is below 0.
+        `number` replaces the result of the last of `steps`. The solution cannot continue if a
+        result would then be negative. The answer is None if `steps` are not the first steps of the
+        reference solution.
         """
         program, numbers = problem.fields["program"], problem.fields["numbers"]
         place = len(steps) - 1
@@ -151,8 +152,9 @@ task = WordProblems
 def worked(
     program: Sequence[str], numbers: Mapping[str, int], given: Mapping[int, int] | None = None
 ) -> tuple[list[str], list[int]]:
-    """Returns the lines of the solution, such as "3+4=7", and the results of its steps.
+    """Returns (lines, results): each step of a solution as a line such as "3+4=7", and its result.
 
+    `program` contains the steps, such as "a+b", and `numbers` the value of each name in them.
     `given` maps indices of steps to results that replace the computed ones.
     """
     lines, results = [], [0]

@@ -170,7 +170,7 @@ def test_prompt_batches_of_a_generated_task():
 
 
 def test_a_prompt_over_the_limit_names_the_length_the_limit_and_the_key():
-    said = r"has 6 tokens, over the limit of 5 \('sum 12'\).*config\.task\.max_prompt_tokens"
+    said = r"prompt 'sum 12' has 6 tokens, over the limit of 5;.*config\.task\.max_prompt_tokens"
     with pytest.raises(ValueError, match=said):
         prompts(Finite(["sum 12"]), max_prompt_tokens=5)
     assert prompts(Finite(["sum 12"]), max_prompt_tokens=6).skipped == 0

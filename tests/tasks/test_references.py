@@ -141,7 +141,7 @@ def test_a_users_own_judge_is_guarded(write):
     [
         (
             "return True",
-            "returned True, but it must return a jexit.tasks.Verdict of the kind stric",
+            "returned True, but it must return a jexit.tasks.Verdict with a finite rew",
         ),
         ("return Verdict(kind='right', reward=1.0)", "returned Verdict.*but it must return"),
         ("return Verdict(kind='wrong', reward=float('nan'))", "with a finite reward"),
@@ -200,7 +200,7 @@ def test_keywords_of_a_users_function_are_its_own(write, monkeypatch, tmp_path):
     assert load_task(TaskConfig(name="sums", reward_wrong=-2.0), "train").rewards.wrong == -2.0
     parts = {"parts": (name, "sums")}
     assert code_hash("jexit.tasks.blend:task", parts) == code_hash("blend", parts) != ""
-    with pytest.raises(UserError, match="parts is 5, but it must be the names of tasks"):
+    with pytest.raises(UserError, match="parts is 5, but it must be a list of task names"):
         make_task("blend", parts=5)
 
 

@@ -1,7 +1,8 @@
 """Writes, reads and edits chains of thought for theory-of-mind stories: who saw what.
 
 A line of the fine chain, which has a line for every event that matters for the answer, has one of
-these forms. The word after the colon is the answer to the question at that time:
+these forms. The word after the colon is the answer to the question at that time, except in lines
+about people who enter or leave:
 
     Mia leaves: Tom                    the people who are in that room afterwards
     Tom Mia see jar: jar               the people who see the thing put into the jar
@@ -41,8 +42,8 @@ _LINE = re.compile(
 def chain(story: Story, question: Question, *, fine: bool) -> list[str]:
     """Returns the lines that lead to the answer, each with its line break.
 
-    With `fine`, there is a line for every event that concerns the thing in the question, with the
-    people who learn of the event and the answer after it. For a question about a belief or
+    With `fine`, every event that concerns the thing in the question has a line, which names the
+    people who learn of the event and the answer after the event. For a question about a belief or
     knowledge, each coming and going before the last of these events also has a line, with the
     people who are in the room afterwards. Without `fine`, each change of the answer has a line.
     """
@@ -97,7 +98,7 @@ class ChainLine:
         return " ".join([*self.head, self.what]).rstrip() + f"{secret}: {self.state}\n"
 
     def groups(self) -> list[list[str]]:
-        """Returns the people in `head`, in groups that see each other; a speaker comes first."""
+        """Returns the people in `head`, grouped by who sees each other; a speaker comes first."""
         groups: list[list[str]] = [[]]
         for word in self.head:
             if word == "and":
@@ -107,7 +108,7 @@ class ChainLine:
         return groups
 
     def decides(self, question: Question) -> bool:
-        """Returns whether the line alone, without earlier lines, determines the answer after it."""
+        """Returns whether this line alone, without earlier lines, determines the answer."""
         if not self.what:
             return True
         if question.kind == "memory":
@@ -137,7 +138,7 @@ def read_line(line: str) -> ChainLine | None:
 
 
 def reordered(chain: str) -> str:
-    """Returns the chain with two names exchanged in each list of people whose order is arbitrary.
+    """Returns the chain with the names exchanged in each pair of people whose order is arbitrary.
 
     >>> reordered("Tom Mia see jar: jar")
     'Mia Tom see jar: jar'
@@ -150,8 +151,9 @@ def corruptions(
 ) -> list[Corruption]:
     """Returns a corruption for each line that can be changed so that another answer follows.
 
-    In a question about a place, the line then names another of `places`. In one about a topic,
-    other people hear about the topic, so that the answer (yes or no) changes.
+    `lines` is a chain that leads to `answer`. If the question asks for a place, the changed line
+    names another of `places`. If the question is about a topic, other people hear about the topic
+    in the changed line, so that the answer (yes or no) changes.
     """
     read = [read_line(line) for line in lines]
     deciding = [i for i, line in enumerate(read) if line is not None and line.decides(question)]

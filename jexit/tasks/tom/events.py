@@ -26,7 +26,7 @@ _WHISPER_PERCENT = 60  # percentage of speech that is whispered
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cast:
-    """The words that one story uses; `places` contains the containers.
+    """The names and other words that one story uses; `places` contains the containers.
 
     `longest` is the largest number of sentences after those that state who is in which room.
     """
@@ -41,7 +41,10 @@ class Cast:
 
 @dataclasses.dataclass(frozen=True)
 class How:
-    """The kinds of event that may mention a place, and whether in a whisper (None: either)."""
+    """The kinds of event that may name a place.
+
+    `whispered` is True if speech must be whispered, False if it must not be, and None if it may be.
+    """
 
     kinds: Kinds = (*PLACINGS, "claims")
     whispered: bool | None = None
@@ -58,7 +61,7 @@ VERBS = {
 
 @dataclasses.dataclass(frozen=True)
 class Mention:
-    """The thing and the place that an event must name, and how the event may name them."""
+    """The thing and the place that an event must name; `how` restricts the kind of event."""
 
     thing: str
     place: str
@@ -66,10 +69,11 @@ class Mention:
 
 
 def plan(draw: Draw, cast: Cast, thing: str, other: str, how: Sequence[How]) -> list[Mention]:
-    """Returns mentions of `thing` with each place, interspersed with mentions of the thing `other`.
+    """Plans the mentions of a story: which thing and which place each of its events names.
 
-    The first PLACES (3) entries of `how` are for `thing`, the others, in their order, for the
-    mentions of `other`, which are inserted at random positions.
+    `thing` is mentioned once with each place of `cast`, by the first PLACES (3) entries of `how`.
+    The remaining entries are for the mentions of `other`, which keep their order and are inserted
+    at random positions.
     """
     count = len(how)
     places = [*cast.places, *(draw.choice(cast.places) for _ in range(count - PLACES))]
@@ -91,7 +95,7 @@ def questions(kind: Kind, people: Sequence[str], things: Sequence[str]) -> list[
 def story_of_places(
     draw: Draw, cast: Cast, mentions: Sequence[Mention]
 ) -> tuple[Story, World] | None:
-    """Draws a story whose events name the things and places of `mentions`, in their order.
+    """Draws a story whose events name the things and places in `mentions`, in the same order.
 
     Returns the story and the state of the world after it, or None if a mention is impossible or the
     story is too long.
@@ -102,9 +106,9 @@ def story_of_places(
 
 
 def story_of_topics(draw: Draw, cast: Cast, count: int) -> Story | None:
-    """Draws a story with `count` mentions of a topic or, with probability 1/6, of a thing.
+    """Draws a story in which `count` events name a topic or, with probability 1/6, a thing.
 
-    Returns None if a mention is impossible or repeated, or if the story is too long.
+    Returns None if an event is impossible or repeated, or if the story is too long.
     """
 
     def mention(_: int, world: World, events: list[Event]) -> Event | None:
@@ -124,10 +128,11 @@ def story_of_topics(draw: Draw, cast: Cast, count: int) -> Story | None:
 def _story(
     draw: Draw, cast: Cast, count: int, mention: Callable[[int, World, list[Event]], Event | None]
 ) -> tuple[Story, World] | None:
-    """Draws a story of `count` mentions and random comings and goings, and the world after it.
+    """Draws a story, and returns the story and the state of the world at its end.
 
-    Each person and each container starts in the first of the two rooms with probability 3/4.
-    Returns None if `mention` does, or if the story exceeds `cast.longest` sentences.
+    The story consists of `count` events that `mention` returns, with random arrivals and departures
+    in between. Each person and each container starts in the first of the two rooms with probability
+    3/4. Returns None if `mention` returns None, or if the story exceeds `cast.longest` sentences.
     """
     main, other = cast.rooms
     room_of = {person: other if draw.integer(0, 3) == 0 else main for person in cast.people}
@@ -196,7 +201,10 @@ def _named(draw: Draw, world: World, cast: Cast, mention: Mention) -> Event | No
 
 
 def _speech(draw: Draw, world: World, cast: Cast) -> Event | None:
-    """Returns a possible event in which somebody talks about a topic, or None as in `_named`."""
+    """Returns a possible event in which somebody talks about a topic.
+
+    Returns None if none of `_PROPOSALS` drawn events is possible.
+    """
     for _ in range(_PROPOSALS):
         event = Event(
             kind="tells",

@@ -1,17 +1,16 @@
 """Draws stories in which the comings and goings of one person determine the answer.
 
-Three versions of a story differ only in the room in which one of the people asked about starts, and
-in the times at which this person comes and goes, equally often in all versions. Each version has a
-different answer, and one of them is drawn. A rule that does not work out who was in which room
-therefore cannot be right in more than one of three stories.
+Every story has three versions with different answers, one of which is drawn. The versions differ
+only in the room in which one of the people asked about starts, and in the times at which this
+person comes and goes. A rule that does not work out who was in which room therefore cannot be right
+in more than one of three stories.
 
 If the question is what A thinks that B thinks, either A or B comes and goes, while the other one
 knows where the thing is. The answer is therefore not always what A thinks, and not always what B
 thinks. It is still nearly always what the person with less information thinks.
 
-With a probability of one in three, the rule `before_last_move` is required to give the answer, and
-otherwise to fail. It succeeds somewhat more often, because a draw is repeated if no story meets the
-requirement.
+With probability 1/3, the rule `before_last_move` must give the answer, and otherwise it must fail.
+The rule succeeds somewhat more often, because a draw is repeated if no story meets the requirement.
 """
 
 from __future__ import annotations
@@ -48,12 +47,12 @@ _MOVES: tuple[tuple[EventKind, ...], ...] = (
 def story_of_presence(
     draw: Draw, kind: Kind, cast: Cast, count: int, *, rank: int
 ) -> tuple[Story, Question] | None:
-    """Returns a story in which only the comings and goings of one person determine the answer.
+    """Returns (story, question), where the comings and goings of one person determine the answer.
 
-    The story has `count` mentions of a place. The question is about a belief, and its answer is
-    `cast.places[rank]`. The person who comes and goes is one of the people asked about. After the
-    thing's first mention, no sentence names it with this person. The other person asked about, if
-    any, knows where the thing is. Returns None if no such story is found.
+    The story has `count` events that name a place. The question is about a belief, and its answer
+    is `cast.places[rank]`. The person who comes and goes is one of the people asked about. After
+    the first event about the thing in the question, no event about it names this person. The other
+    person asked about, if any, knows where the thing is. Returns None if no such story is found.
     """
     thing, other = draw.sample(cast.things, 2)
     how = [ANYHOW] * count
@@ -93,8 +92,9 @@ def _by_answer(
 ) -> dict[str, list[Story]] | None:
     """Returns versions of `story`, grouped by the place that is the answer to `question`.
 
-    The versions differ in the first room of `person` and in the times and order of their `moves`.
-    Returns None if one of the places cannot be the answer.
+    The versions differ in the first room of `person`, and in the times and order of this person's
+    `moves`. Returns None if one of the places cannot be the answer, or if the versions are too
+    long.
     """
     others = [event for event in story.events if event.thing or event.actor != person]
     if sentences(others) + len(moves) > cast.longest:
@@ -128,7 +128,7 @@ def _with_moves(
     """Returns the events `others` with the comings and goings of `person` inserted.
 
     `move_after` maps the index of an event in `others` to the kind of the move after it. `world` is
-    updated by the events. Returns None if an event is impossible.
+    the state before the events, and is updated. Returns None if an event is impossible.
     """
     events = []
     for index, event in enumerate(others):

@@ -1,7 +1,7 @@
 """Heuristics that answer a question from a story's sentences, without tracking who knows what.
 
-Stories are drawn so that none of them is right more often than a guess. The argument `world` is
-always the state of the world at the end of the story.
+Stories are drawn so that these heuristics are hardly ever better than a guess. The argument `world`
+is always the state of the world at the end of the story.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ def is_named(person: str, event: Event) -> bool:
 
 
 def last_named(question: Question, story: Story) -> str:
-    """Returns the last place that an event names with the thing and the first person asked about.
+    """Returns the last place named together with the thing and the first person in `question`.
 
-    If no event names both, returns the last place that is named with the thing.
+    If no event names both the thing and the person, returns the last place named with the thing.
     """
     person = question.people[0]
     events = [event for event in story.events if event.thing == question.thing]
@@ -31,8 +31,8 @@ def last_named(question: Question, story: Story) -> str:
 def before_last_move(person: str, thing: str, story: Story) -> str:
     """Returns the last place named with `thing` before `person` last entered or left a room.
 
-    If the person never did, returns the last place named with the thing. If no place was named
-    before that move, returns the first place.
+    If the person never entered or left a room, returns the last place named with the thing. If no
+    place was named before the person's last move, returns the first place named with the thing.
     """
     moves = [at for at, e in enumerate(story.events) if e.actor == person and not e.place]
     until = story.events[: moves[-1]] if moves else story.events
@@ -47,10 +47,10 @@ def others_know_place(question: Question, person: str, world: World) -> bool:
 
 
 def told_by_name(question: Question, story: Story) -> tuple[bool, bool]:
-    """Returns two facts about the sentences that tell of the topic of `question`.
+    """Returns (all named, told to everybody) for the sentences that tell of the question's topic.
 
-    The first is whether one of them names all people asked about, the second whether one of them
-    tells everybody in the room.
+    The first value is True if one of the sentences names all people asked about. The second value
+    is True if one of the sentences tells everybody in the room.
     """
     tells = [e for e in story.events if e.kind == "tells" and e.thing == question.thing]
     named = [set(question.people) <= {e.actor, e.hearer, e.secret} for e in tells]
@@ -65,9 +65,9 @@ def who_knows(question: Question, world: World) -> tuple[bool, ...]:
 class Surface:
     """Features of a story about a belief that do not depend on who knows what.
 
-    `verbs` contains the verbs of the second and third mention of the thing ("moves", "tells" or
-    "whispers"). `last_named` is the rank, in the order of first mentions, of the place that the
-    function `last_named` returns.
+    `verbs` contains the verbs of the second and the third event about the thing ("moves", "tells"
+    or "whispers"). `last_named` is the number of the place that the function `last_named` returns,
+    if places are numbered in the order in which the story first names them.
     """
 
     verbs: tuple[str, str]

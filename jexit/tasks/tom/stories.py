@@ -1,8 +1,9 @@
 """Draws theory-of-mind stories whose wording does not reveal the answer.
 
 If the question asks for a place, the story names three places, each of them once with the thing
-asked about, possibly with mentions of another thing in between. (For `memory`, see below.) The rank
-of a place is its position in this order. The rank of the answer is drawn before the story.
+asked about. Sentences about another thing may come in between. (For `memory`, see below.) The rank
+of a place is its position in the order in which the places are named with the thing. The rank of
+the answer is drawn before the story.
 
 In three of four stories about beliefs, only the comings and goings of one person determine the
 answer (see `jexit.tasks.tom.presence`). In the fourth, a sentence may name the person asked about
@@ -12,7 +13,7 @@ and the last place that an event names together with the person. These features 
 story and independently of the answer, and stories are drawn until one has them. Therefore no rule
 about places, verbs or the position of the thing is right in more than one of three stories. A rule
 that uses the rooms in which the person is named does better on this fourth kind of story, and is
-right in about 0.4 of all stories. If the question then asks what one person thinks that another
+right in about 40 % of all stories. If the question then asks what one person thinks that another
 thinks, the other knows where the thing is, as in the classic test (Perner and Wimmer 1985).
 
 For questions of the kind `reality` (where the thing is now), things are moved and talked about
@@ -22,11 +23,11 @@ this pattern is drawn. With two people or fewer than five sentences, some of the
 occur less often or never.
 
 If the answer is yes or no, a story has a twin, which consists of exactly the same words in another
-order and has the opposite answer. One of the two is drawn. Both stories agree on whether the topic
+order and has the opposite answer. One of the two stories is drawn. Both agree on whether the topic
 is told to all people asked about by name, and on whether it is told to everybody. Therefore neither
 the words nor the names of the people who are named with the topic answer more than half of the
 questions. If the question is whether one person thinks that another knows about a topic, the same
-people know it in both stories, if there is such a twin. Names, things and places are drawn
+people know about it in both stories, if there is such a twin. Names, things and places are drawn
 uniformly.
 """
 
@@ -74,10 +75,10 @@ _MORE_SENTENCES = 2  # at most beyond the largest number of moves, to bound the 
 def draw_problem(
     draw: Draw, kind: Kind, *, people: Sequence[int], moves: Sequence[int]
 ) -> tuple[Story, Question]:
-    """Draws a story and a question of the given kind.
+    """Draws a story and a question of the given kind about the story, and returns both.
 
-    `people` contains the smallest and the largest number of people, and `moves` the same for the
-    sentences that name a place or, if the answer is yes or no, a topic.
+    `people` contains the smallest and the largest number of people. `moves` contains the smallest
+    and the largest number of sentences that name a place or, if the answer is yes or no, a topic.
     """
     cast = Cast(
         people=draw.sample(NAMES, draw.integer(*people)),
@@ -103,9 +104,9 @@ def draw_problem(
 
 
 def draw_pattern(draw: Draw, length: int) -> tuple[int, ...]:
-    """Draws the place that each of `length` mentions names; all three places occur.
+    """Draws the numbers of the places that `length` events name, so that all three places occur.
 
-    Places are numbered in the order of their first mention.
+    Places are numbered in the order in which they are first named.
 
     >>> draw_pattern(Draw("any"), 3)
     (0, 1, 2)
@@ -120,11 +121,11 @@ def draw_pattern(draw: Draw, length: int) -> tuple[int, ...]:
 def _about_places(
     draw: Draw, kind: Kind, cast: Cast, count: int, *, rank: int, surface: Surface | None
 ) -> tuple[Story, Question] | None:
-    """Returns a story with `count` mentions of places, and a question about a place.
+    """Draws a story and a question whose answer is `cast.places[rank]`, and returns both.
 
-    The answer is `cast.places[rank]`. For a question about a belief, the story has the features in
-    `surface`, if given. Stories are drawn until one fits. Returns None after `_STORIES` attempts,
-    because a fitting story is then unlikely to exist.
+    The story has `count` events that name a place. For a question about a belief, the story has the
+    features in `surface`, if given. Stories are drawn until one fits. Returns None after `_STORIES`
+    attempts, because a fitting story is then unlikely to exist.
     """
     thing, other = draw.sample(cast.things, 2)
     pattern = draw_pattern(draw, count)
@@ -154,11 +155,13 @@ def _about_places(
 
 
 def _how_of_reality(count: int, rank: int) -> list[How]:
-    """Returns how to tell each of `count` mentions if the place numbered `rank` is the answer.
+    """Returns the allowed kinds of event for each of `count` mentions of a place.
 
-    The thing is put down in its first place. It is then moved once and talked about once, or talked
-    about twice if the answer is the first place. The second mention of the other thing, if any,
-    makes up for this difference, so that the number of moves is the same for every answer.
+    `rank` is the number of the place that is the answer to a question of the kind `reality`. The
+    thing asked about is put down in its first place. It is then moved once and talked about once,
+    or talked about twice if the answer is the first place. The second mention of the story's other
+    thing, if any, makes up for this difference, so that the number of moves is the same for every
+    answer.
     """
     how = [ANYHOW] * count
     for at, turn in enumerate((PLACES + 1, 1, 2)):
@@ -172,8 +175,9 @@ def _plan_of_memory(
 ) -> list[Mention]:
     """Returns mentions of two things for a question about the first place of `thing`.
 
-    The first mention of `thing` names the answer, the place numbered `rank`. The number of mentions
-    of `thing` does not depend on `rank`.
+    `pattern` contains the number of the place in each mention. The first mention of `thing` names
+    the answer, which is the place numbered `rank`. The number of mentions of `thing` does not
+    depend on `rank`.
     """
     least = len(pattern) - pattern.index(PLACES - 1)
     count = draw.integer(1, least)
@@ -205,10 +209,11 @@ def _about_topics(draw: Draw, kind: Kind, cast: Cast, count: int) -> tuple[Story
 
 
 def _twins(draw: Draw, story: Story, asked: Sequence[Question]) -> tuple[Story, Question] | None:
-    """Returns a twin of `story`, and a question from `asked` that the twin answers differently.
+    """Returns a twin of `story`, and a question in `asked` to which the twin has another answer.
 
-    In a twin, two events or one part of each (such as the two actors) are exchanged. `told_by_name`
-    and, if possible, `who_knows` are equal for both stories. Returns None if there is no such twin.
+    A twin is the story after an exchange of two events, or of one part of two events, such as their
+    actors. `told_by_name` and, if possible, `who_knows` give the same result for both stories.
+    Returns None if there is no such twin.
     """
     before = story.end()
     assert before is not None

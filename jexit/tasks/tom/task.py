@@ -64,8 +64,8 @@ class Tom(ChainTask):
     equally often. The story and its question decide the split, whatever the names and things.
 
     Answers are balanced (see `jexit.tasks.tom.stories`): each of the three places of a story is the
-    answer equally often, two of three questions about a belief ask for a false belief, and yes is
-    right in half of the problems with yes or no.
+    answer equally often, two of three questions about a belief ask for a false belief, and half of
+    the yes-or-no questions have the answer yes.
     """
 
     name = "tom"
@@ -110,9 +110,10 @@ class Tom(ChainTask):
         return make_problem(story, question, mode=mode, fine=fine)
 
     def _draw_mode(self, split: Split, index: int) -> tuple[bool, str]:
-        """Returns whether the reference chain is fine, and which chain the prompt prescribes.
+        """Returns (is the reference chain fine, mode), where the mode is a key of CLOSINGS.
 
-        Both are drawn independently of the story, which does not depend on the option `steps`.
+        The mode is the kind of chain that the prompt prescribes. Both values are drawn
+        independently of the story, which does not depend on the option `steps`.
         """
         draw = Draw("tom steps", self.seed, split, index)
         mode = draw.weighted(MIXTURE) if self.mode == "mixed" else self.mode
@@ -128,7 +129,7 @@ class Tom(ChainTask):
     def text_totals(
         self, problems: Sequence[Problem], attempts: Sequence[Attempt]
     ) -> dict[str, tuple[float, int]]:
-        """Returns the totals of `chain_lines`, the mean number of lines in a chain of thought."""
+        """Returns (sum, count) of the metric `chain_lines`, the mean number of lines in a chain."""
         lines = sum(len(self.steps(attempt.text)) for attempt in attempts)
         return {"chain_lines": (lines, len(attempts))}
 
@@ -146,7 +147,7 @@ class Tom(ChainTask):
         return phrases.answer_mark(text)
 
     def reworded(self, completion: str) -> str | None:
-        """Returns the chain with two people exchanged in each list of witnesses or hearers."""
+        """Returns the chain with two names in each list of people exchanged; None if unchanged."""
         chain = "".join(self.steps(completion))
         changed = reordered(chain)
         return changed if changed != chain else None
@@ -157,12 +158,13 @@ class Tom(ChainTask):
         return line is not None and line.state == self.final_answer(completion)
 
     def corrupted(self, problem: Problem, completion: str, draw: Draw) -> Corruption | None:
-        """Changes one line of the chain, and drops the lines after it.
+        """Returns the chain up to a random line, which is changed so that another answer follows.
 
-        The line then names another place, or other people who hear about the topic. The new answer
-        is known, because only lines that determine the answer are changed, and stands at the end of
+        The changed line names another place, or other people who hear about the topic. Only lines
+        that determine the answer are changed, so the new answer is known; it is the last word of
         the line. A model that merely copies the last word of its chain therefore also passes. In
-        the task `sums`, it fails, because more steps must be computed.
+        the task `sums`, such a model fails, because more steps must be computed. Returns None if no
+        line can be changed.
         """
         answer, lines = self.final_answer(completion), self.steps(completion)
         if answer is None:
@@ -224,8 +226,8 @@ def make_problem(story: Story, question: Question, *, mode: str, fine: bool) -> 
 def canonical(text: str) -> str:
     """Returns `text` with names, rooms, containers, objects and topics replaced by codes.
 
-    A code is a letter for the class of the word and its number in the order of the first mentions
-    of its class: the first name becomes "P0".
+    A code is a letter for the class of the word, followed by a number. The words of a class are
+    numbered in the order in which they first occur, so the first name becomes "P0".
     """
     numbers: dict[str, str] = {}
     counts = [0] * (1 + max(_CLASS_OF.values()))

@@ -1,4 +1,4 @@
-"""The text of theory-of-mind stories and of their questions; see `task` for an example."""
+"""The text of theory-of-mind stories and questions; see `jexit.tasks.tom.task` for an example."""
 
 from __future__ import annotations
 
@@ -61,7 +61,11 @@ class Question:
         return self.kind in OF_PLACES
 
     def answer(self, world: World) -> str:
-        """Returns the answer in the given state of the world; UNKNOWN if no place is known."""
+        """Returns the answer if the world is in the state `world`.
+
+        If nobody has put the thing anywhere, or the person asked about has no belief, the answer is
+        UNKNOWN for a place and NO for a topic.
+        """
         if self.kind == "reality":
             return world.place_of.get(self.thing, UNKNOWN)
         if self.kind == "memory":
@@ -75,7 +79,10 @@ class Question:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Story:
-    """A story: the first room of each person and of each container, and the events that follow."""
+    """A story: people and containers in rooms, and the events that follow.
+
+    `room_of` maps each person, and `homes` each container, to the room at the beginning.
+    """
 
     room_of: Mapping[str, str]
     homes: Mapping[str, str]
@@ -106,7 +113,7 @@ def _opening(people: Sequence[str], room: str) -> str:
 
 
 def sentence(event: Event) -> str:
-    """Returns the text of `event`: one sentence, and one for a secret or distracted person."""
+    """Returns the text of `event`, with a second sentence for a secret or distracted person."""
     text = SENTENCES[event.kind].format_map(dataclasses.asdict(event))
     if event.hearer:
         text = text.replace("tells everybody", f"whispers to {event.hearer}")

@@ -33,10 +33,11 @@ KNOWN = "yes"  # the belief about a topic that somebody has heard about
 class Event:
     """One event in the world, such as "Tom moves the coins to the jar".
 
-    `thing` is an object, or a topic for `tells`. `place` is the container into which the object is
-    put, or in which it is said to be. `room` is the room that is entered or left, or to which the
-    object is taken. `hearer` is the person to whom the actor whispers, and empty if everybody
-    hears. `secret` is the secret witness, and `distracted` the person who misses the event.
+    `actor` is the person who acts. `thing` is an object, or a topic for `tells`. `place` is the
+    container into which the object is put, or in which it is said to be. `room` is the room that is
+    entered or left, or to which the object is taken. `hearer` is the person to whom the actor
+    whispers, and empty if everybody hears. `secret` is the secret witness, and `distracted` the
+    person who misses the event.
     """
 
     kind: EventKind
@@ -53,7 +54,8 @@ class Event:
 class Witnesses:
     """The people who learn from an event.
 
-    The members of each group see each other. `secret`, if not empty, sees them all but is not seen.
+    The members of each of `groups` see each other. If `secret` is not empty, this person sees all
+    others but is not seen.
     """
 
     groups: tuple[tuple[str, ...], ...]
@@ -162,7 +164,7 @@ class World:
         return person != actor and self.room_of.get(person) == self.room_of[actor]
 
     def happen(self, event: Event) -> Event:
-        """Updates the state and the beliefs by `event`, which must be possible, and returns it."""
+        """Updates the state and the beliefs by `event`, which must be possible; returns `event`."""
         seen = self.witnesses(event)
         value = KNOWN if event.kind == "tells" else event.place
         for a, b in seen.pairs():
