@@ -46,7 +46,7 @@ def test_the_provider_decodes_and_the_task_measures(wanted):
     made, correct = wanted
     log = evaluated(
         f"jexit/{MODEL}",
-        model_args={"policy": "threshold:0.5", "max_prompt_tokens": 64, "max_new_tokens": 64},
+        model_args={"policy": "threshold:0.5", "max_prompt_tokens": 16, "max_new_tokens": 48},
         logprobs=True,
     )
     samples = sorted(log.samples, key=lambda sample: sample.id)
