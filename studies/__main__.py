@@ -2,9 +2,9 @@
 
     python -m studies docs/results
 
-The directory contains NAME.csv, NAME-curves.csv and NAME-completions.json for each study NAME. In
-the Markdown files of the two folders above the directory, a study's table is written between the
-lines
+The directory contains NAME.csv, NAME-seeds.csv, NAME-curves.csv and NAME-completions.json for each
+study NAME. In the Markdown files of the two folders above the directory, a study's table is written
+between the lines
 
     <!-- NAME: label; label; … -->
     <!-- end -->
@@ -92,7 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     directory = arguments.directory.resolve()
     try:
-        paths = [p for p in sorted(directory.glob("*.csv")) if not p.stem.endswith("-curves")]
+        parts = ("-curves", "-seeds")
+        paths = [p for p in sorted(directory.glob("*.csv")) if not p.stem.endswith(parts)]
         if not paths:
             raise UserError(
                 f"{directory} has no .csv file; python -m studies.collect takes one from a sweep"

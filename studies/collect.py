@@ -3,11 +3,12 @@
     python -m studies.collect runs/page docs/results/page [--initial=DIR@POLICY]
 
 Writes page.csv (one row per finished run: its settings and numbers, as in the sweep's table.csv),
-page-curves.csv (training metrics; each row contains the means of a twentieth of a run's steps) and
+page-seeds.csv (intervals over the seeds of each setting that has several), page-curves.csv
+(training metrics; each row contains the means of a twentieth of a run's steps) and
 page-completions.json (up to two completions of each run under sampled exits, every token with its
-depth, if eval.heat_maps kept them). With --initial, page.csv also contains the gains of each policy
-over that evaluation of the initial checkpoint, paired by problem (`jexit compare`). Measurements of
-speed are left out, so the same runs always give the same files.
+depth, if eval.heat_maps kept them). With --initial, the tables also contain the gains of each
+policy over that evaluation of the initial checkpoint, paired by problem (`jexit compare`).
+Measurements of speed are left out, so the same runs always give the same files.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ from jexit.report.rendering import printable
 from jexit.report.runs import read_run
 from jexit.results import LARGEST, Evaluation, is_number
 from jexit.sweep.plan import MACHINE, Cell, begun_in
+from jexit.sweep.summary import SEED
 from jexit.sweep.tables import write_csv
+from studies.seeds import over_seeds
 
 POINTS = 20  # lines of a run in NAME-curves.csv
 SHOWN = 2  # completions of a run in NAME-completions.json
@@ -84,16 +87,38 @@ def over_initial(cell: Cell, initial: Outcomes) -> dict[str, float]:
     return found
 
 
+def seeds(
+    cells: Sequence[Cell], initial: Outcomes | None
+) -> Iterator[tuple[dict[str, str], dict[str, float]]]:
+    """Yields the settings that several evaluated runs share, and their intervals over the seeds."""
+    groups: dict[tuple[tuple[str, str], ...], list[Path]] = {}
+    for cell in cells:
+        if cell.evaluation is not None and SEED in cell.settings:
+            shared = tuple(pair for pair in cell.settings.items() if pair[0] != SEED)
+            groups.setdefault(shared, []).append(cell.evaluation.parent)
+    for shared, evaluations in groups.items():
+        if len(evaluations) > 1:
+            numbers: dict[str, float] = {}
+            for run in Evaluation.read(evaluations[0] / "eval.json").runs:
+                outcomes = [read_outcomes(f"{path}@{run.policy}") for path in evaluations]
+                for name, value in over_seeds(outcomes, initial).items():
+                    numbers[f"{run.policy}{name}"] = value
+            yield dict(shared), numbers
+
+
 def collect(cells: Sequence[Cell], target: Path, initial: Outcomes | None = None) -> list[Path]:
     """Writes the files of a study beside `target` and returns their paths."""
-    table, metrics, shown = (
+    table, intervals, metrics, shown = (
         target.with_name(target.name + ending)
-        for ending in (".csv", "-curves.csv", "-completions.json")
+        for ending in (".csv", "-seeds.csv", "-curves.csv", "-completions.json")
     )
     gains = ({} if initial is None else over_initial(cell, initial) for cell in cells)
     lines = zip(cells, gains, strict=True)
     write_csv(table, [(cell.settings, cell.numbers() | gained) for cell, gained in lines])
     written = [table]
+    if groups := [*seeds(cells, initial)]:
+        write_csv(intervals, groups)
+        written.append(intervals)
     if rows := [(cell.settings, means) for cell in cells for means in curves(cell)]:
         write_csv(metrics, rows)
         written.append(metrics)

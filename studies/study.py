@@ -20,8 +20,8 @@ from studies.token_strips import Strip, read_strips
 _SAYS_ITSELF = ("model.path", "task.name")  # settings whose values need no name
 
 
-def _interval(name: str) -> Column:
-    return Column(f"{name}_ci95/low", upper=f"{name}_ci95/high")
+def _interval(name: str, *, share: bool = True) -> Column:
+    return Column(f"{name}_ci95/low", share, upper=f"{name}_ci95/high")
 
 
 # The two policies of most numbers: under which they stand, and how their labels end.
@@ -31,6 +31,8 @@ COLUMNS: dict[str, Column] = {
     **summary.COLUMNS,
     "accuracy, interval": _interval("sample/accuracy"),
     "accuracy at full depth, interval": _interval("full/accuracy"),
+    "depth, interval": _interval("sample/depth_fraction"),
+    "layers a problem, interval": _interval("sample/layers_per_problem", share=False),
     "over one exit, interval": _interval("sample less fixed:matched/accuracy_difference"),
     "tokens": Column("sample/completion_length", share=False),
     "layers a problem at full depth": Column("full/layers_per_problem", share=False),
@@ -86,8 +88,9 @@ class OverSeeds(NamedTuple):
 class Study:
     """The runs of one study, grouped by setting, from NAME.csv and the files beside it.
 
-    The settings are the columns without a slash in their name, except the seed. Raises UserError
-    for files that no sweep has made, or that belong to different sweeps.
+    NAME-seeds.csv has the intervals of groups with several seeds; without it, an interval contains
+    those of all seeds. The settings are the columns without a slash in their name, except the seed.
+    Raises UserError for files that no sweep has made, or that belong to different sweeps.
     """
 
     def __init__(self, path: Path) -> None:
@@ -97,20 +100,26 @@ class Study:
         runs = _with_layers_per_problem(_numeric(runs, (*self.settings, SEED), path))
         self._runs = _grouped(runs, self.settings, path)
         self.groups: list[Group] = [*self._runs]
-        curves = path.with_name(f"{self.name}-curves.csv")
-        self._curves = {}
-        if curves.exists():
-            lines = _numeric(_read(curves), (*self.settings, SEED), curves)
-            self._curves = _grouped(lines, self.settings, curves, "step")
-            if unknown := self._curves.keys() - self._runs.keys():
-                raise UserError(
-                    f"{curves} has a run with {', '.join(min(unknown))[:80]} and {path.name} has "
-                    "none; collect both from the same sweep"
-                )
+        self._curves = self._beside(path, "curves", "step")
+        self._intervals = self._beside(path, "seeds")
         completions = path.with_name(f"{self.name}-completions.json")
         self.strips: Sequence[Strip] = ()
         if completions.exists():
             self.strips = read_strips(completions, self.settings)
+
+    def _beside(self, path: Path, kind: str, *columns: str) -> dict[Group, pd.DataFrame]:
+        """Returns the lines of NAME-`kind`.csv by group, or an empty dict without the file."""
+        file = path.with_name(f"{self.name}-{kind}.csv")
+        if not file.exists():
+            return {}
+        lines = _numeric(_read(file), (*self.settings, SEED), file)
+        found = _grouped(lines, self.settings, file, *columns)
+        if unknown := found.keys() - self._runs.keys():
+            raise UserError(
+                f"{file} has a run with {', '.join(min(unknown))[:80]} and {path.name} has none; "
+                "collect both from the same sweep"
+            )
+        return found
 
     @property
     def token_classes(self) -> list[str]:
@@ -157,6 +166,10 @@ class Study:
         return "".join(f"| {' | '.join(row)} |\n" for row in (heads, ["---"] * len(heads), *rows))
 
     def _text(self, group: Group, column: Column) -> str:
+        over_seeds = self._intervals.get(group)
+        if column.upper and over_seeds is not None and column.source in over_seeds:
+            low, high = (over_seeds[name].tolist() for name in (column.source, column.upper))
+            return column.text(low, high)
         upper = self.values(group, column.upper) if column.upper else ()
         return column.text(self.values(group, column.source), upper)
 

@@ -9,6 +9,7 @@ from jexit.evaluation.compare import Outcomes, comparison, main, read, write_pro
 from jexit.results import Evaluation, PolicyResult
 from jexit.tasks import Attempt, Verdict, make_task
 from studies import collect
+from studies.study import Study
 
 COUNT = 200
 
@@ -122,3 +123,48 @@ def test_a_study_has_what_each_run_gains_over_the_initial_checkpoint(tmp_path, c
     other = written(tmp_path / "other", {"full": attempts(right, deep)}, first=1)
     assert collect.main([*arguments, f"--initial={other}@full"]) == 1
     assert "have different problems" in capsys.readouterr().err
+
+
+def test_several_seeds_of_a_setting_have_intervals_over_runs_and_problems(tmp_path, capsys):
+    rng = np.random.default_rng(2)
+
+    def answered(directory, count, depth, first=0):
+        made = attempts(rng.permutation(COUNT) < count, [[depth] * 10] * COUNT)
+        return written(directory, {"sample": made}, first=first)
+
+    sweep, target = tmp_path / "sweep", tmp_path / "page"
+    sweep.mkdir()
+    initial = answered(tmp_path / "trunk", 160, 8)
+    for level, seed, count, depth in (
+        ("0", 0, 100, 3), ("0", 1, 120, 4), ("0", 2, 140, 5), ("1", 0, 180, 2),
+    ):  # fmt: skip
+        name = f"rl.depth_coef={level},seed={seed}"
+        answered(sweep / name, count, depth)
+        settings = {"rl.depth_coef": level, "seed": str(seed)}
+        asked = {"settings": settings, "run": None, "eval": []}
+        (sweep / f"{name}.json").write_text(json.dumps(asked))
+    assert collect.main([str(sweep), str(target), f"--initial={initial}@sample"]) == 0
+    assert "page-seeds.csv" in capsys.readouterr().out
+    (line,) = csv.DictReader(target.with_name("page-seeds.csv").open())  # of several seeds only
+    assert line["rl.depth_coef"] == "0" and "seed" not in line
+
+    def interval(name):
+        return [float(line[f"sample{name}_ci95/{end}"]) for end in ("low", "high")]
+
+    # A draw takes two of the three runs, and both may be the one that is the shallowest.
+    assert interval("/depth_fraction") == [3 / 8, 5 / 8]
+    assert interval("/layers_per_problem") == [30, 50]
+    assert interval(" less initial/saved_per_problem") == [3 / 8, 5 / 8]
+    assert interval(" less initial/saved_per_token") == [3 / 8, 5 / 8]
+    low, high = interval("/accuracy")
+    assert 0.45 < low < 0.5 and 0.7 < high < 0.75  # wider than the range of the runs
+    low, high = interval(" less initial/accuracy_difference")
+    assert -0.38 < low < -0.3 and -0.1 < high < -0.02
+    table = Study(target.with_name("page.csv")).table(["depth, interval", "accuracy"])
+    assert "| 0 | 3 | 37.5 to 62.5 | 60.0 (50.0 to 70.0) |" in table
+    answered(sweep / "rl.depth_coef=1,seed=1", 100, 2, first=1)
+    (sweep / "rl.depth_coef=1,seed=1.json").write_text(
+        json.dumps({"settings": {"rl.depth_coef": "1", "seed": "1"}, "run": None, "eval": []})
+    )
+    assert collect.main([str(sweep), str(target)]) == 1
+    assert "evaluate all runs of a study on the same task" in capsys.readouterr().err

@@ -11,8 +11,10 @@ from jexit.evaluation.intervals import (
     bootstrap_mean,
     bootstrap_ratio,
     bootstrap_ratio_difference,
+    drawn_over_runs,
     lost_interval,
     paired_interval,
+    percentile_interval,
     wilson_interval,
 )
 
@@ -133,3 +135,27 @@ def test_a_problems_tokens_stay_together_and_pairing_takes_out_what_problems_sha
     assert 0.9 < low < 1.0 < high < 1.1
     spread = np.asarray(bootstrap_mean(ours - theirs, 0, (0.0, 2.0))) - (low, high)
     assert np.abs(spread).max() < 0.02
+
+
+def test_draws_over_runs_have_the_variance_of_both_runs_and_problems(monkeypatch):
+    """The variance of a mean over R runs is the unbiased variance between them, over R."""
+    rng = np.random.default_rng(6)
+    runs_R = rng.normal(0, 0.3, 4)
+    drawn_D = drawn_over_runs(np.repeat(runs_R[:, None], 50, axis=1))
+    assert drawn_D.std() == pytest.approx(runs_R.std(ddof=1) / 2, rel=0.05)
+    problems_N = rng.normal(0, 1, 200)
+    alike_D = drawn_over_runs(np.tile(problems_N, (4, 1)))
+    assert alike_D.std() == pytest.approx(problems_N.std() / np.sqrt(200), rel=0.06)
+    both_D = drawn_over_runs(runs_R[:, None] + problems_N)
+    assert both_D.var() == pytest.approx(drawn_D.var() + alike_D.var(), rel=0.06)
+    one_D = drawn_over_runs(np.ones((1, 9)), 0, 1)  # half problems leave a width
+    assert percentile_interval(one_D)[0] < 0.95 < percentile_interval(one_D)[1] <= 1
+    # Five seeds that differ as much as their problems, and answers that are correct or wrong.
+    monkeypatch.setattr(intervals, "DRAWS", 600)
+
+    def of_runs(rng):
+        shares_R = 0.6 + rng.uniform(-0.05, 0.05, 5)
+        answers_RN = rng.random((5, 200)) < shares_R[:, None]
+        return percentile_interval(drawn_over_runs(answers_RN.astype(float), 0, 1))
+
+    assert coverage(of_runs, 0.6) >= 0.93

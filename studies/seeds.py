@@ -1,0 +1,58 @@
+"""Intervals over the seeds of a setting, from a bootstrap over its runs and their problems."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from jexit.errors import UserError
+from jexit.evaluation.compare import Outcomes
+from jexit.evaluation.intervals import drawn_over_runs, percentile_interval
+
+
+def over_seeds(runs: Sequence[Outcomes], initial: Outcomes | None = None) -> dict[str, float]:
+    """Returns the ends of 95 % intervals of the mean over the runs of one setting and policy.
+
+    The numbers are those of an evaluation (`accuracy`, `depth_fraction`, `layers_per_problem`) and,
+    with `initial`, the gains over that evaluation (`differences` in jexit.evaluation.compare),
+    under names such as `accuracy_ci95/low`. Raises UserError if the runs' problems differ.
+    """
+    everything = [*runs, initial] if initial else runs
+    for other in everything[1:]:
+        if other.problems != runs[0].problems:
+            raise UserError(
+                f"{runs[0].name} and {other.name} have different problems; evaluate all runs of a "
+                "study on the same task, split and number of problems"
+            )
+    shape = len(runs), len(runs[0].problems)
+    correct_RN, layers_RN, tokens_RN = (
+        np.stack([getattr(run, name) for run in runs])
+        for name in ("correct_N", "layers_N", "tokens_N")
+    )
+    layers_D = drawn_over_runs(layers_RN)
+    depth_D = layers_D / drawn_over_runs(tokens_RN) / runs[0].layers
+    drawn = {
+        "": {
+            "accuracy": drawn_over_runs(correct_RN, 0, 1),
+            "depth_fraction": depth_D,
+            "layers_per_problem": layers_D,
+        }
+    }
+    if initial:
+        difference_RN = correct_RN - initial.correct_N
+        theirs_D, tokens_D = (
+            drawn_over_runs(np.broadcast_to(values_N, shape))
+            for values_N in (initial.layers_N, initial.tokens_N)
+        )
+        drawn[" less initial"] = {
+            "accuracy_difference": drawn_over_runs(difference_RN, 0, -1, 1, 0),
+            "saved_per_token": theirs_D / tokens_D / initial.layers - depth_D,
+            "saved_per_problem": 1 - layers_D / theirs_D,
+        }
+    return {
+        f"{suffix}/{name}_ci95/{end}": value
+        for suffix, numbers in drawn.items()
+        for name, draws_D in numbers.items()
+        for end, value in zip(("low", "high"), percentile_interval(draws_D), strict=True)
+    }
