@@ -48,5 +48,9 @@ if [[ $spread == yes ]] && ((workers > 1)); then
   export XLA_FLAGS="--xla_cpu_multi_thread_eigen=false ${XLA_FLAGS:-}"
 fi
 
+# XLA's compiler, in which the tests spend most of their time, is a fifth faster with jemalloc.
+jemalloc=$(ldconfig -p 2>/dev/null | awk '/libjemalloc\.so\.2/ {print $NF; exit}') || true
+[[ -z $jemalloc ]] || export LD_PRELOAD=${LD_PRELOAD:-$jemalloc}
+
 cd "$root"
 exec "$venv/bin/python" -m pytest ${arguments[@]+"${arguments[@]}"} "$@"

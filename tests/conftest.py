@@ -1,9 +1,11 @@
 """Settings that hold for every test: eight CPU devices, where the real checkpoint lies."""
 
+import atexit
 import os
 import pathlib
 import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
 
 import hypothesis
@@ -15,19 +17,21 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Before JAX first looks for devices, and in this process only: commands that tests start see one.
 jax.config.update("jax_num_cpu_devices", 8)
-# Optimising what tests compile for a CPU takes longer than running it, here and in the commands
-# that tests start; the variables have their say. Fusions by XLA's older emitters, in one piece,
-# compile in half the time.
-if os.environ["JAX_PLATFORMS"] == "cpu" and "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
-    jax.config.update("jax_disable_most_optimizations", True)
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-    os.environ["XLA_FLAGS"] = " ".join(
-        [
-            "--xla_cpu_use_fusion_emitters=false",
-            "--xla_cpu_parallel_codegen_split_count=1",
-            os.environ.get("XLA_FLAGS", ""),
-        ]
-    )
+# Here and in the commands that tests start; the variables have their say. Optimising what tests
+# compile for a CPU takes longer than running it, and what XLA has compiled once serves all tests.
+JAX_SETTINGS: dict[str, bool | int | str] = {}
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    JAX_SETTINGS["jax_disable_most_optimizations"] = True
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # pytest's workers get that of the first process
+    programs = tempfile.mkdtemp(prefix="jexit-programs-")
+    atexit.register(shutil.rmtree, programs, ignore_errors=True)
+    JAX_SETTINGS["jax_compilation_cache_dir"] = programs
+    JAX_SETTINGS["jax_persistent_cache_min_compile_time_secs"] = 0
+    JAX_SETTINGS["jax_persistent_cache_min_entry_size_bytes"] = -1
+for name, value in JAX_SETTINGS.items():
+    if name.upper() not in os.environ:
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(int(value)) if isinstance(value, bool) else str(value)
 # How long an example takes says more about the machine than about the code.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")

@@ -67,6 +67,7 @@ def test_a_broken_kernel_is_named(monkeypatch, capsys) -> None:
     assert "Every implementation agrees" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_failing_attention_is_not_timed(monkeypatch) -> None:
     """Neither the model nor the kernels may choose what failed."""
     found = []

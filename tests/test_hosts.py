@@ -55,9 +55,6 @@ def start(flags, *, devices=2, hosts=1, timeout=60):
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // hosts} "
         "--xla_cpu_multi_thread_eigen=false",
         "PYTHONPATH": f"{ROOT}",
-        # What XLA has compiled for one run serves those after it.
-        "JAX_COMPILATION_CACHE_DIR": str(workdir.parent.parent / "programs"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     processes = []
     for host in range(hosts):

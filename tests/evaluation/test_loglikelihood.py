@@ -69,6 +69,7 @@ def test_what_decoding_recorded(model, pairs):
     assert {1, 2, 3} <= set(made.depths_BT.ravel().tolist())
 
 
+@pytest.mark.slow
 def test_batches_change_nothing(model, pairs):
     order = [4, 0, 6, 2, 5, 1, 3]
     depths = np.random.default_rng(1).integers(1, 4, (len(pairs), 16)).astype(np.int32)

@@ -125,7 +125,7 @@ def test_what_jexit_does_not_compute_is_refused_in_one_sentence():
             "each layer type",
         ),
         (QWEN3, {"partial_rotary_factor": 0.5}, "rotates only a part of each head"),
-        (QWEN3, {"rope_theta": "gone"}, "has no rope_theta; copy"),
+        (QWEN3, {"rope_theta": "gone"}, "has no rope_theta, so it is incomplete; copy"),
         (LLAMA, {"rms_norm_eps": "gone"}, "has no rms_norm_eps"),
         (QWEN3, {"vocab_size": None}, "has no vocab_size"),
         (LLAMA, {"hidden_act": "gelu"}, "hidden_act to 'gelu', but jexit supports only silu"),

@@ -80,7 +80,7 @@ def test_program_does_not_grow_with_depth():
 @pytest.mark.parametrize(
     "execution",
     [
-        {"remat": "dots"},
+        pytest.param({"remat": "dots"}, marks=pytest.mark.slow),
         # test_attention has this one beside another attention
         pytest.param({"remat": "block"}, marks=pytest.mark.slow),
         pytest.param({"scan_unroll": 2}, marks=pytest.mark.slow),

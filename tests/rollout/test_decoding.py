@@ -111,6 +111,7 @@ def test_any_depths_and_ends(model, data):
     decoded(model, prompts, size=EngineSize(rows=5, places=2), **asked)
 
 
+@pytest.mark.slow
 def test_a_small_prefix_cache_and_caches_that_grow(model, monkeypatch):
     """Prompts are prefilled as others have begun, into their slots; rows outgrow their caches."""
     monkeypatch.setitem(scheduling.PREFILL_TOKENS, "cpu", 64)  # groups of 4, of 2 and of 1

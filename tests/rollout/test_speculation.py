@@ -98,12 +98,12 @@ def test_acceptance_by_hand():
     np.testing.assert_allclose(totals, p[0], atol=0.01)
 
 
-@pytest.mark.parametrize("count", [6, pytest.param(50, marks=pytest.mark.slow)])
-def test_prompts_of_the_shipped_model(count):
+@pytest.mark.slow
+def test_fifty_prompts_of_the_shipped_model():
     """Also streamed, with stop strings, a limit, and residuals."""
     model, tokenizer = jexit.load("jexit/assets/tiny-calibrated")
     tasks = make_task("sums"), make_task("word_problems")
-    prompts = [tasks[i % 2].problem("test", i).prompt for i in range(count)]
+    prompts = [tasks[i % 2].problem("test", i).prompt for i in range(50)]
     settings = {"max_new_tokens": 18, "stop": ["####", "\n\n"]}
     full = jexit.generate(model, tokenizer, prompts, **settings)
     assert full.acceptance is None and any(full.truncated) and not all(full.truncated)

@@ -12,6 +12,7 @@ from tolerances import LOGPROBS  # noqa: E402
 
 MODEL = "jexit/assets/tiny-calibrated"
 COUNT = 20
+SIZES = {"max_prompt_tokens": 64, "max_new_tokens": 64, "rows": 4}  # as the server of other tests
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +47,7 @@ def test_the_provider_decodes_and_the_task_measures(wanted):
     made, correct = wanted
     log = evaluated(
         f"jexit/{MODEL}",
-        model_args={"policy": "threshold:0.5", "max_prompt_tokens": 16, "max_new_tokens": 48},
+        model_args={"policy": "threshold:0.5"} | SIZES,
         logprobs=True,
     )
     samples = sorted(log.samples, key=lambda sample: sample.id)

@@ -142,7 +142,8 @@ def test_all_devices_skip_an_update_that_one_of_them_cannot_take(split, sizes):
         assert new.sharding.is_equivalent_to(old.sharding, new.ndim)
 
 
-@pytest.mark.parametrize("count", [pytest.param(8, marks=SLOW), 7])
+@SLOW
+@pytest.mark.parametrize("count", [8, 7])
 @ON_MESHES
 def test_rollouts_on_a_mesh_are_those_of_one_device(split, sizes, count):
     """Also with more rows than a shard's pool takes, and prompts that do not divide over shards."""

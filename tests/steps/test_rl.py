@@ -240,13 +240,12 @@ def repacked(batch, *, row_of, shape, prompt_of=None):
 WITH_BONUS = dataclasses.replace(BASE, depth_entropy_coef=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("prompts_are_shared", "options"),
     [
-        pytest.param(False, {}, id="rows", marks=pytest.mark.slow),
-        pytest.param(
-            True, {"updates_per_batch": 2}, id="prompts, two updates", marks=pytest.mark.slow
-        ),
+        pytest.param(False, {}, id="rows"),
+        pytest.param(True, {"updates_per_batch": 2}, id="prompts, two updates"),
         pytest.param(
             True,
             {"kl_loss_coef": 0.2, "mask_truncated": True, "norm": "tokens"},
@@ -256,7 +255,6 @@ WITH_BONUS = dataclasses.replace(BASE, depth_entropy_coef=0.1)
             False,
             {"kl_loss_coef": 0.2, "kl_loss": "k3", "causal_depth": True, "norm": "sequence"},
             id="rows, k3",
-            marks=pytest.mark.slow,
         ),
     ],
 )

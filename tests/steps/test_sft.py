@@ -76,6 +76,7 @@ def test_loss_and_gradient(monkeypatch, direction, full, detached):
     toy.assert_close(found, gradient, rtol=2e-3, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_calibration_lowers_the_exit_loss():
     """This model's distributions hardly differ, so the heads have all there is to learn.
 
