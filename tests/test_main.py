@@ -61,7 +61,7 @@ WRONG = [
     ("--coordinator=127.0.0.1:1", "--coordinator, --processes and --process belong together"),
     ("--coordinator=h --processes=2 --process=0", "'h', but it must be HOST:PORT of process 0"),
     ("--coordinator=h:1 --processes=2 --process=2", "--process is 2, but with --processes=2 it"),
-    *((f"--host_timeout={n}", f"--host_timeout is {n}; set it") for n in (0, "inf", "nan")),
+    *((f"--host_timeout={n}", f"--host_timeout is {n}, but it") for n in (0, "inf", "nan")),
 ]
 
 

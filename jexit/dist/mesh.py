@@ -96,7 +96,10 @@ class HostRows:
     first_B: np.ndarray
 
     def find(self, rows: np.ndarray) -> np.ndarray:
-        """Converts `rows`, indices in the whole batch, to positions among this host's rows."""
+        """Converts `rows`, indices in the whole batch, to positions among this host's rows.
+
+        All of `rows` must be in `index_B`.
+        """
         return np.searchsorted(self.index_B, rows)
 
 
@@ -174,7 +177,10 @@ def place_parameters(tree: Any) -> Any:
 
 
 def data_shards() -> int:
-    """Returns the number of shards into which the current mesh divides the rows of a batch."""
+    """Returns the number of shards into which the current mesh divides the rows of a batch.
+
+    Without a mesh, this is 1.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(mesh.shape[name] for name in data_axes())
 

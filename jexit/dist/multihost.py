@@ -71,8 +71,8 @@ def initialize(
     """
     if not 1 <= timeout <= MAX_TIMEOUT_SECONDS:
         raise UserError(
-            f"--host_timeout is {timeout:g}; set it to a number of seconds from 1 to "
-            f"{MAX_TIMEOUT_SECONDS}"
+            f"--host_timeout is {timeout:g}, but it must be from 1 to {MAX_TIMEOUT_SECONDS} "
+            "seconds; set it to a number in this range"
         )
     _settings["timeout"] = timeout
     given = (coordinator, processes, process)
@@ -81,12 +81,13 @@ def initialize(
             return
     elif None in given:
         raise UserError(
-            "--coordinator, --processes and --process belong together; set all three or none"
+            "--coordinator, --processes and --process belong together, but only some are set; set "
+            "all three or none"
         )
     elif not (found := re.fullmatch(r".+:(\d{1,5})", coordinator)) or not 0 < int(found[1]) < 2**16:
         raise UserError(
             f"--coordinator is {coordinator!r}, but it must be HOST:PORT of process 0, with a port "
-            "from 1 to 65535"
+            "from 1 to 65535; set it to an address such as host0:1234"
         )
     elif processes < 2:
         raise UserError(
@@ -96,7 +97,7 @@ def initialize(
     elif not 0 <= process < processes:
         raise UserError(
             f"--process is {process}, but with --processes={processes} it must be from 0 to "
-            f"{processes - 1}"
+            f"{processes - 1}; give each process its own number"
         )
     if coordinator:
         _call_roll(coordinator, processes, process, timeout)
@@ -187,7 +188,10 @@ def _hear_all(coordinator: str, processes: int, timeout: float) -> dict[int, int
 
 
 def _report(coordinator: str, processes: int, process: int, timeout: float) -> dict[int, int]:
-    """Sends this process's `--processes` to process 0; returns every process's {process: value}."""
+    """Sends this process's `--processes` to process 0; returns every process's {process: value}.
+
+    Raises HostLost if process 0 does not answer within `timeout` seconds.
+    """
     host, _, port = coordinator.rpartition(":")
     end = time.monotonic() + timeout
     while True:

@@ -75,7 +75,10 @@ def divides() -> bool:
 
 
 def per_device(function: Callable, *, in_specs: Any, out_specs: Any) -> Callable:
-    """Returns a function that applies `function` on each device to the shards of that device."""
+    """Returns a function that applies `function` on each device to the shards of that device.
+
+    `in_specs` and `out_specs` are the partition specs of its arguments and results.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     return jax.shard_map(
         function,
@@ -105,7 +108,10 @@ def parameter_axes(path: Sequence[str], ndim: int) -> str:
 
 
 def constrain(array: jax.Array, axes: str) -> jax.Array:
-    """Constrains the sharding of an intermediate array with the logical axes `axes`."""
+    """Constrains the sharding of an intermediate array with the logical axes `axes` (see `spec`).
+
+    On a single device, returns the array unchanged.
+    """
     if not divides():
         return array
     return jax.lax.with_sharding_constraint(array, spec(axes, array.shape))

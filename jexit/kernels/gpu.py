@@ -247,7 +247,10 @@ class _Layout(NamedTuple):
     def _logits(
         self, refs: tuple[Any, ...], token: jax.Array, column: jax.Array
     ) -> tuple[jax.Array, ...]:
-        """Computes the logits of every set for the tile that starts at `token` and `column`."""
+        """Returns the float32 logits [T, C] of every set, in the order of `sets`, for one tile.
+
+        The tile begins at the token `token` and at row `column` of the heads.
+        """
         tokens, vocab, width = self.tile[:3]
         logits: dict[int, jax.Array] = {}
         for head, head_ref in enumerate(refs[len(self.sets) :][: self.heads]):
@@ -357,7 +360,10 @@ def _store(
 def _mask(
     shape: tuple[int, ...], starts: tuple[jax.Array, ...], sizes: tuple[int, ...]
 ) -> jax.Array | None:
-    """Returns a mask of the tile's entries inside an array, or None if tiles divide the array."""
+    """Returns a mask of the tile's entries inside an array, or None if tiles divide the array.
+
+    The array has the shape `shape`; the tile, and so the mask, has the shape `sizes`.
+    """
     mask = None
     for axis, (end, start, size) in enumerate(zip(shape, starts, sizes, strict=True)):
         if end % size:

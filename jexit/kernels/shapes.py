@@ -25,7 +25,7 @@ def check_hidden(
             _fail(
                 op,
                 f"{label} is {array.dtype}{list(array.shape)} but must be a matrix of floats; "
-                "flatten batch and time into one axis",
+                "flatten batch and time into one axis, and cast integers",
             )
     if h_ND.shape[1] != head_VD.shape[1]:
         _fail(
@@ -34,16 +34,23 @@ def check_hidden(
             "pass the head as [vocabulary, width]",
         )
     if head_VD.shape[0] == 0:
-        _fail(op, "the head has no rows; pass at least one token's row")
+        _fail(op, "the head has no rows, but each token of the vocabulary needs one; add them")
 
 
 def check_floats(op: str, name: str, array: jax.Array) -> None:
     """Raises UserError, naming the op and the array, unless `array` has a floating-point dtype."""
     if not jnp.issubdtype(array.dtype, jnp.floating):
-        _fail(op, f"{name} is {array.dtype} but must be floating-point; cast it")
+        _fail(op, f"{name} is {array.dtype} but must be floating-point; cast it to float32")
 
 
 def check_same(op: str, name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    """Raises UserError, naming the op and the array, unless `shape` equals `expected`."""
+    """Raises UserError, naming the op and the array, unless `shape` equals `expected`.
+
+    `shape` is the shape of the array `name`, or the leading part of it that is compared.
+    """
     if tuple(shape) != tuple(expected):
-        _fail(op, f"{name} has shape {list(shape)} but {list(expected)} is required; match them")
+        _fail(
+            op,
+            f"{name} has shape {list(shape)} but {list(expected)} is required by the other arrays; "
+            "make the shapes match",
+        )

@@ -107,7 +107,10 @@ class Shards(NamedTuple):
         return 0 if self.vocab_axis is None else jax.lax.axis_index(self.vocab_axis) * rows
 
     def merged(self, part: Partial, merge: Callable[[Partial, Partial], Partial]) -> Partial:
-        """Gathers the statistics `part` of all vocabulary shards and merges them in order."""
+        """Gathers the statistics of all vocabulary shards and merges them in order.
+
+        `part` are those of this device's shard; `merge` takes two, the earlier shard first.
+        """
         if self.vocab_axis is None:
             return part
         parts = jax.lax.all_gather(part, self.vocab_axis)

@@ -44,7 +44,8 @@ def _tile() -> Tile:
 def choose_chunks(tokens: int, vocab: int, sets: int) -> Chunks:
     """Returns the tile size for an op that computes `sets` logits per token and vocabulary entry.
 
-    Every chunk of tokens reads the whole head, so a chunk contains as many tokens as fit.
+    Every chunk of tokens reads the whole head, so a chunk contains as many tokens as fit the
+    platform's limit, at least one.
     """
     chunk_vocab = min(vocab, _tile().vocab)
     return _with_tokens(chunk_vocab, tokens, sets)
@@ -97,7 +98,7 @@ def product(left: jax.Array, right: jax.Array, contract: tuple[int, int]) -> jax
 
 
 def logits(h: jax.Array, head_CD: jax.Array) -> jax.Array:
-    """Returns the float32 logits [..., C] of hidden states [..., D]."""
+    """Returns the float32 logits [..., C] of hidden states [..., D] for C rows of the head."""
     return product(h, head_CD, (h.ndim - 1, 1))
 
 
@@ -120,9 +121,10 @@ def _tokens(arguments: tuple[Any, ...]) -> int:
 
 
 def _split(tree: Any, tokens: int, chunk: int) -> Any:
-    """Pads arrays [N, …] and reshapes them to [steps, rows, …], where rows is at most `chunk`.
+    """Pads arrays [N, …] with zeros to [steps · rows, …]; reshapes them to [steps, rows, …].
 
-    The number of steps is the least possible, and the padding the least for this number of steps.
+    N is the number of `tokens`, and rows is at most `chunk`. The number of steps is the least
+    possible, and the padding the least for this number of steps.
     """
     steps = -(-tokens // chunk)
     rows = -(-tokens // steps)

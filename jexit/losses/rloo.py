@@ -33,11 +33,11 @@ def depth_cost(
     norm: str,
     length_ref: float,
 ) -> Float[Array, "J"]:
-    """Returns the depth cost of each rollout; the reward subtracts λ times this cost.
+    """Returns the depth cost of each of J rollouts; the reward subtracts λ times this cost.
 
-    `depth_fraction_JW` is depth/L of the pass that produced each token, with L the number of
-    layers. `token_JW` is the mask of all generated tokens, and `action_JW` the mask of the tokens
-    whose pass could leave early. `norm` selects the cost:
+    `depth_fraction_JW` is depth/L of the pass that produced each of W token columns, with L the
+    number of layers. `token_JW` is the mask of all generated tokens, and `action_JW` the mask of
+    the tokens whose pass could leave early. `norm` selects the cost:
 
     - `mean` (arXiv:2603.21376): the mean of depth/L over `action_JW`, or 1 for a rollout of one
       token, for which `action_JW` is 0. Adding shallow tokens lowers this mean.
@@ -209,9 +209,9 @@ def k2(log_student: Array, log_teacher: Array) -> Array:
     """Returns the KL estimate δ²/2 at sampled tokens, where δ = log s − log t.
 
     s and t are the probabilities of a token under student and teacher. Over tokens sampled from the
-    student, the mean gradient of δ²/2 is the gradient of KL(s ‖ t), E[δ·∇log s] = ∇ Σ s·log(s/t).
-    The mean value of δ²/2 agrees with KL(s ‖ t) only to second order (Schulman, "Approximating KL
-    divergence").
+    student, the expected gradient of δ²/2 is the gradient of KL(s ‖ t): E[δ·∇log s] =
+    ∇ Σ s·log(s/t). The expected value of δ²/2 agrees with KL(s ‖ t) only to second order (Schulman,
+    "Approximating KL divergence").
     """
     return 0.5 * jnp.square(log_student - log_teacher)
 
@@ -220,15 +220,19 @@ def k3(log_student: Array, log_teacher: Array) -> Array:
     """Returns the KL estimate e^δ − δ − 1 ≥ 0 at sampled tokens, where δ = log t − log s.
 
     s and t are the probabilities of a token under student and teacher. Over tokens sampled from the
-    student, the mean value is exactly KL(s ‖ t). The mean gradient, however, is the gradient of
-    KL(t ‖ s): E[(1 − t/s)·∇log s] = −Σ t·∇log s (Schulman, "Approximating KL divergence").
+    student, the expected value is exactly KL(s ‖ t). The expected gradient, however, is the
+    gradient of KL(t ‖ s): E[(1 − t/s)·∇log s] = −Σ t·∇log s (Schulman, "Approximating KL
+    divergence").
     """
     delta = log_teacher - log_student
     return jnp.expm1(delta) - delta
 
 
 def zero_spread_groups(verifier_J: Float[Array, "J"], rollouts: int) -> Float[Array, ""]:
-    """Returns the share of groups (`rollouts` adjacent rows) with equal verifier rewards."""
+    """Returns the share of groups whose verifier rewards are all equal, a scalar from 0 to 1.
+
+    A group is `rollouts` adjacent rows, the rollouts of one prompt.
+    """
     groups = verifier_J.reshape(-1, rollouts)
     return jnp.mean((jnp.max(groups, 1) == jnp.min(groups, 1)).astype(jnp.float32))
 
@@ -241,10 +245,11 @@ def reached_decision_entropy(
     """Returns the entropy, in nats, of the leave/stay decisions at the exits that a token reached.
 
     `log_hazard` and `log_rest` are log h and log(1 − h) of the hazards h. The token reached the
-    exits up to `exit_index` (E: all). Averaged over depths drawn from the policy, the result is the
-    entropy of the distribution of depths (chain rule), although it does not use the hazards beyond
-    the exit where the token left. The gradient of the result is incomplete, because the hazards
-    also determine which exits are reached; `depth_entropy_bonus` adds the missing part.
+    exits up to and including `exit_index` (E, the number of exits: all). Averaged over depths drawn
+    from the policy, the result is the entropy of the distribution of depths (chain rule), although
+    it does not use the hazards beyond the exit where the token left. The gradient of the result is
+    incomplete, because the hazards also determine which exits are reached; `depth_entropy_bonus`
+    adds the missing part.
     """
     leave, rest = jnp.exp(log_hazard), jnp.exp(log_rest)
     safe_rest = jnp.where(rest > 0, log_rest, 0.0)
@@ -257,7 +262,7 @@ def reached_decision_entropy(
 def depth_entropy_bonus(
     reached_entropy: Float[Array, "*A"], depth_logprob: Float[Array, "*A"]
 ) -> Float[Array, "*A"]:
-    """Returns terms whose mean gradient is the gradient of the entropy of the depth distribution P.
+    """Returns terms whose expected gradient is that of the entropy of the depth distribution P.
 
     `reached_entropy` is h, from `reached_decision_entropy`. `depth_logprob` is log P(d) of depths d
     drawn from P. ∇E_P[h] = E_P[∇h + h·∇log P(d)] is the sum of a pathwise part and a score-function

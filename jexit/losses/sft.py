@@ -38,9 +38,10 @@ def draw_exit_indices(
 ) -> Int[Array, "S *A"]:
     """Draws S = `samples` exit indices per token from the depth distribution of the target hazards.
 
-    `leave` and `stay` are log h* and log(1 − h*) of the target hazards h* at the E exits. Index E
-    means full depth. With probability `explore`, a draw is instead uniform over the E exits and
-    full depth, so that the student also learns to finish at exits where the teacher could not.
+    The result is int32 [S, ...], and index E means full depth. `leave` and `stay` are log h* and
+    log(1 − h*) of the target hazards h* at the E exits. With probability `explore`, a draw is
+    instead uniform over the E exits and full depth, so that the student also learns to finish at
+    exits where the teacher could not.
     """
     log_probs = distribution_of_log_hazards(leave, stay)
     depth_key, flip_key, uniform_key = jax.random.split(key, 3)
@@ -82,9 +83,9 @@ def expected_exit_loss(
 
     The token reached the exits e ≤ `exit_index` and left at the last of them; index E means that it
     reached all and never left. Later exits do not count, because their inputs come from the
-    continuation. With w = `stay_weight` = 1 and depths drawn from the target hazards, this loss has
-    the same mean as −log P_student(d), with less noise. If depths are drawn otherwise (explored),
-    each hazard is still compared with its own target.
+    continuation. With w = `stay_weight` = 1 and depths d drawn from the target hazards, this loss
+    has the same expected value as −log P_student(d), with less noise. If depths are drawn otherwise
+    (explored), each hazard is still compared with its own target.
     """
     exits = log_hazard.shape[-1]
     reached = jnp.arange(exits) <= exit_index[..., None]

@@ -23,7 +23,7 @@ from jexit.presets import Architecture
 PLATFORMS = {"cudnn": "gpu", "splash": "tpu"}
 # Positions from which `auto` takes splash attention on a TPU.
 SPLASH_FROM = 2048
-# Segments n · BRANCHES + b share the trunk n · BRANCHES, which each of them sees beside itself.
+# Texts n · BRANCHES + b share the prefix n · BRANCHES, which each of them sees beside itself.
 BRANCHES = 1 << 12
 
 
@@ -59,7 +59,7 @@ class Attention(nnx.Module):
     def queries(
         self, x_BTD: HiddenBTD, cos: Array, sin: Array, *, adapters: bool, key: PRNGKey | None
     ) -> Float[Array, "B T N H"]:
-        """Returns queries: the projected input after the norm, if any, and rotary embedding."""
+        """Returns the queries: `x_BTD` after projection, norm (if any) and rotary embedding."""
         q_BTNH = self.q(x_BTD, adapters=adapters, dropout_key=key)
         if self.q_norm is not None:
             q_BTNH = self.q_norm(q_BTNH)
@@ -68,7 +68,7 @@ class Attention(nnx.Module):
     def keys_values(
         self, x_BTD: HiddenBTD, cos: Array, sin: Array, *, adapters: bool, key: PRNGKey | None
     ) -> KeysValues:
-        """Returns keys, after the norm, if any, and rotary embedding, and values."""
+        """Returns keys (after norm, if any, and rotary embedding) and values, projected from x."""
         keys = (None, None) if key is None else tuple(jax.random.split(key))
         k_BTKH = self.k(x_BTD, adapters=adapters, dropout_key=keys[0])
         v_BTKH = self.v(x_BTD, adapters=adapters, dropout_key=keys[1])
@@ -116,7 +116,7 @@ def attend(
     `Cache.attend`. `valid_BT` is False at padding, which must be on the right for cuDNN; outputs at
     padding are finite but meaningless. If a row packs several texts, `segment_BT` contains the
     number of each position's text and replaces `valid_BT`; a query then attends only to the text
-    that contains it. With `branches`, text n·BRANCHES is a common prefix (the trunk) to which the
+    that contains it. With `branches`, text n·BRANCHES is a common prefix to which the
     texts n·BRANCHES + b later in the row (0 < b < BRANCHES) attend as well.
 
     `implementation` is `xla`, `cudnn` (NVIDIA GPUs, 16-bit floats), `splash` (TPUs, no branches)
@@ -137,7 +137,7 @@ def attend(
         if branches:
             raise UserError(
                 f"splash attention (config.model.attention={implementation}) does not support "
-                "texts that share a trunk; give each text its own trunk, or set "
+                "texts that share a prefix; give each text its own copy of the prefix, or set "
                 "config.model.attention=xla"
             )
         if not interpret:
@@ -156,7 +156,8 @@ def attend(
 def _visible(segment_BT: Array, branches: bool) -> Array:
     """Returns a mask [B, 1, T, S] that is True where the key is in the same text as the query.
 
-    With `branches`, the mask is also True where the key is in the trunk of the query's text.
+    With `branches`, the mask is also True where the key is in the common prefix (text n·BRANCHES)
+    of the query's text.
     """
     query_BNTS, key_BNTS = segment_BT[:, None, :, None], segment_BT[:, None, None, :]
     same_BNTS = query_BNTS == key_BNTS
@@ -175,7 +176,8 @@ def _cudnn(
 ) -> Array:
     """Runs cuDNN's causal flash attention.
 
-    `seen_BT` is a boolean mask of valid positions, the segment numbers, or None if all are valid.
+    `seen_BT` is a boolean mask of valid positions, the numbers of the texts packed into a row, or
+    None if all positions are valid. Raises UserError unless the dtype is a 16-bit float.
     """
     if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
         raise UserError(

@@ -19,7 +19,9 @@ from jexit.presets import Architecture
 class Block(nnx.Module):
     """A transformer block: h += o(attention(norm(h))), then h += mlp(norm(h)).
 
-    For a token that has left at an exit, `skipped` updates the residual h instead.
+    For a token that has left at an exit, `skipped` updates the residual h instead. The module is
+    made with the parameters of all layers, stacked on a leading axis; its methods expect those of
+    one layer, without this axis.
     """
 
     def __init__(
@@ -54,7 +56,8 @@ class Block(nnx.Module):
     ) -> tuple[HiddenBTD, KeysValues]:
         """Runs one layer over whole sequences; returns the new residual, and the keys and values.
 
-        `attend` maps queries [B, T, N, H] and `KeysValues` to the attention output, such as
+        The residual is [B, T, D], and keys and values are [B, T, K, H] each. `attend` maps queries
+        [B, T, N, H] and `KeysValues` to the attention output [B, T, N, H], such as
         `jexit.model.attention.attend` with the remaining arguments bound. `cos` and `sin` are those
         of `rope_table`. `adapters=False` omits LoRA; without a `dropout_key`, there is no dropout.
         """
@@ -77,10 +80,11 @@ class Block(nnx.Module):
         adapters: bool = True,
         keys: tuple[PRNGKey | None, PRNGKey | None] = (None, None),
     ) -> HiddenBTD:
-        """Runs the rest of the block after attention, and returns the new residual.
+        """Runs the rest of the block after attention, and returns the new residual [B, T, D].
 
-        The rest is the output projection, the MLP and both residual additions. `keys` are the PRNG
-        keys for the dropout of output projection and MLP (None: no dropout).
+        The rest is the output projection, the MLP and both residual additions. `h_BTD` is the
+        residual that entered the block, and `mixed_BTNH` the output of attention. `keys` are the
+        PRNG keys for the dropout of output projection and MLP (None: no dropout).
         """
         h_BTD = h_BTD + self.attn.o(mixed_BTNH, adapters=adapters, dropout_key=keys[0])
         return h_BTD + self.mlp(self.mlp_norm(h_BTD), adapters=adapters, dropout_key=keys[1])

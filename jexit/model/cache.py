@@ -19,10 +19,11 @@ SMALLEST_PROMPT = 16
 
 @struct.dataclass
 class Cache:
-    """The KV cache of P rows with S token slots each; both arrays have shape [K, L, P, S, H].
+    """The KV cache of P rows with S token slots each, for L layers: two arrays [K, L, P, S, H].
 
-    A row contains one sequence, from slot 0 on. Keys are stored after rotary embedding. The slot
-    axis comes after the head axis, so that attention is a plain batched product per head.
+    A row contains one sequence, from slot 0 on. Keys are stored after rotary embedding. K is the
+    result of `cache_heads`. The slot axis comes after the head axis, so that attention is a plain
+    batched product per head.
     """
 
     keys_KLPSH: CacheKLPSH
@@ -78,7 +79,10 @@ class Cache:
         return Cache(write(self.keys_KLPSH, kv.keys), write(self.values_KLPSH, kv.values))
 
     def with_row(self, row: Int[Array, ""], prompts: Cache, source: Int[Array, ""]) -> Cache:
-        """Returns the cache after copying row `source` of `prompts` to the first slots of `row`."""
+        """Returns the cache after copying a prompt: all slots of row `source` of `prompts`.
+
+        They go to the first slots of the row `row`; its later slots stay as they are.
+        """
 
         def copied(part_KLPSH: Array, prompts_KLQTH: Array) -> Array:
             prompt = jax.lax.dynamic_slice_in_dim(prompts_KLQTH, source, 1, axis=2)
@@ -113,9 +117,10 @@ def token_bytes(arch: Architecture, dtype: jnp.dtype) -> int:
 
 
 def _write(part_KLPSH: Array, new_KBH: Array, layer: Array, rows_B: Array, slot_B: Array) -> Array:
-    """Returns the cache array `part_KLPSH` after writing B new tokens, one per row, to one layer.
+    """Returns the keys or values `part_KLPSH` after writing B new tokens, one per row, to a layer.
 
-    The write goes head by head, which follows the memory order of the cache. A single write across
+    Token b goes to row `rows_B[b]`, slot `slot_B[b]`, or nowhere if the slot does not exist. The
+    write goes head by head, which follows the memory order of the cache. A single write across
     heads would make TPUs change the layout of the whole cache in each layer.
     """
     heads, layers, rows, slots, width = part_KLPSH.shape
@@ -131,21 +136,25 @@ def _write(part_KLPSH: Array, new_KBH: Array, layer: Array, rows_B: Array, slot_
 
 
 def _repeated(new: Array, part_KLPSH: Array) -> Array:
-    """Repeats the heads of `new` [K, …] to match the cache array, and casts them to its dtype."""
+    """Repeats each head of `new` [heads, …] until there are K, and casts to the cache's dtype.
+
+    The copies of a head are adjacent.
+    """
     return jnp.repeat(new, part_KLPSH.shape[0] // new.shape[0], axis=0).astype(part_KLPSH.dtype)
 
 
 def bucket(size: int, least: int) -> int:
     """Rounds `size` up, so that few distinct sizes occur and few programs need compiling.
 
-    The possible sizes are at least `least` apart, and there are at most four per power of two.
+    The result is a multiple of `least`, or of p / 4 if that is larger, where p is the largest power
+    of two up to `size`. There are thus at most four results between two powers of two.
     """
     quantum = max(least, (1 << size.bit_length()) >> 3)
     return -(-size // quantum) * quantum
 
 
 def prompt_bucket(length: int) -> int:
-    """Returns the length to which a prompt of `length` tokens is padded."""
+    """Returns the padded length of a prompt of `length` tokens: its `bucket`, a multiple of 16."""
     return bucket(length, SMALLEST_PROMPT)
 
 

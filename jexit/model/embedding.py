@@ -60,5 +60,5 @@ def look_up(table_VD: Float[Array, "V D"], tokens: Int[Array, "B *T"]) -> Float[
 
 
 def _names(entry: str | tuple[str, ...] | None) -> set[str]:
-    """Returns the names of the mesh axes in one entry of a `PartitionSpec`."""
+    """Returns the names of the mesh axes in one entry of a `PartitionSpec` (None: no names)."""
     return {entry} if isinstance(entry, str) else set(entry or ())

@@ -32,8 +32,8 @@ class Continuation(nnx.Module):
 
     A and b start at zero, so before training the residual stays as it was at the exit. The float32
     parameters of all layers are stacked: b [L, D], and either A [L, D, D] or, with rank R > 0, the
-    factors [L, D, R] and [L, R, D] of A. Linear maps between layers follow arXiv:2303.08112 and
-    arXiv:2303.09435.
+    factors [L, D, R] and [L, R, D] of A. The methods expect the parameters of one layer, without
+    the axis L. Linear maps between layers follow arXiv:2303.08112 and arXiv:2303.09435.
     """
 
     def __init__(self, layers: int, width: int, *, rank: int, rngs: nnx.Rngs):
@@ -45,7 +45,7 @@ class Continuation(nnx.Module):
         self.update.kernel[...] = jnp.zeros_like(self.update.kernel[...])
 
     def __call__(self, h: Float[Array, "*A D"]) -> Float[Array, "*A D"]:
-        """Returns the residual after one skipped layer, in the dtype of `h`."""
+        """Returns the residual [..., D] after one skipped layer, in the dtype of `h`."""
         return h + self.update(h if self.reduce is None else self.reduce(h))
 
     def after(
@@ -69,8 +69,8 @@ def maps_to_end(
 ) -> tuple[Float[Array, "E D D"], Float[Array, "E D"]]:
     """Composes the maps of all layers that a token skips after leaving at exit e, for each e.
 
-    Returns (Q, c) such that h · (I + Q_e) + c_e is the residual after the last layer of a token
-    that left at exit e with the residual h.
+    Returns float32 (Q [E, D, D], c [E, D]) such that h · (I + Q_e) + c_e is the residual after the
+    last layer of a token that left at exit e with the residual h. `layers` is the number of layers.
     """
     graphdef, stacked = nnx.split(continuation)
     index_L = np.full(layers, len(exit_layers), np.int32)  # without an exit: outside, so dropped
@@ -100,7 +100,8 @@ class ExitHeads(nnx.Module):
     With kind "mlp", z = w2 · relu(W1 · norm(h) + b1) + b2; otherwise the head is linear, z = w2 ·
     norm(h) + b2. Here norm is an RMS norm with a scale per exit, or the identity. The bias b2
     starts low, so that tokens almost never leave at an untrained head. With the setting `detached`,
-    gradients of the heads do not reach the trunk. Source: arXiv:2603.21376.
+    losses on hazards train only the heads, because no gradient flows from a head into the residual
+    that it reads. Source: arXiv:2603.21376.
     """
 
     def __init__(
@@ -162,7 +163,7 @@ def log_hazards(
 def depth_log_distribution(
     hazard_logits: Float[Array, "*A E"], **hazards: Float[Array, ""] | float
 ) -> Float[Array, "*A E1"]:
-    """Returns log-probabilities [..., E + 1] of leaving at each exit and, last, of never leaving.
+    """Returns log-probabilities [..., E + 1] of leaving at each of E exits and, last, at none.
 
     log P(e) = log hazard_e + Σ_{j<e} log(1 − hazard_j);  log P(E) = Σ_j log(1 − hazard_j).
     The keyword arguments `hazards` are passed to `log_hazards`.
@@ -173,7 +174,10 @@ def depth_log_distribution(
 def distribution_of_log_hazards(
     leave: Float[Array, "*A E"], stay: Float[Array, "*A E"]
 ) -> Float[Array, "*A E1"]:
-    """Computes `depth_log_distribution` from `leave`, log hazard, and `stay`, log(1 − hazard)."""
+    """Computes `depth_log_distribution` [..., E + 1] from log hazards instead of hazard logits.
+
+    `leave` is log hazard and `stay` is log(1 − hazard), both [..., E].
+    """
     stayed = jnp.cumsum(stay, axis=-1)
     before = jnp.concatenate([jnp.zeros_like(stayed[..., :1]), stayed[..., :-1]], axis=-1)
     return jnp.concatenate([leave + before, stayed[..., -1:]], axis=-1)
@@ -182,14 +186,17 @@ def distribution_of_log_hazards(
 def exit_index_of_depth(
     depth: Int[Array, "*A"], exit_layers: tuple[int, ...], layers: int
 ) -> Int[Array, "*A"]:
-    """Returns the exit index of each depth in layers; full depth has index E, the exits' number."""
+    """Returns the exit index of each depth in layers; full depth has index E, the number of exits.
+
+    A depth between two exits gets the index of the deeper one.
+    """
     return jnp.searchsorted(jnp.asarray((*exit_layers, layers)), depth).astype(jnp.int32)
 
 
 def depth_of_exit_index(
     exit_index: Int[Array, "*A"], exit_layers: tuple[int, ...], layers: int
 ) -> Int[Array, "*A"]:
-    """Returns the depth in layers of each exit index; index E, the exits' number, is full depth."""
+    """Returns the depth in layers of each exit index; E, the number of exits, is full depth."""
     return jnp.asarray(np.asarray((*exit_layers, layers), np.int32))[exit_index]
 
 
@@ -200,7 +207,10 @@ def depth_log_prob(
     layers: int,
     **hazards: Float[Array, ""] | float,
 ) -> Float[Array, "*A"]:
-    """Returns the log-probability of each depth in layers; `hazards` go to `log_hazards`."""
+    """Returns the log-probability of each depth in layers, under `depth_log_distribution`.
+
+    `layers` is the number of layers, and `hazards` are keyword arguments of `log_hazards`.
+    """
     log_probs = depth_log_distribution(hazard_logits, **hazards)
     index = exit_index_of_depth(depth, exit_layers, layers)
     return jnp.take_along_axis(log_probs, index[..., None], axis=-1)[..., 0]

@@ -57,8 +57,9 @@ def rope_inverse_frequencies(arch: Architecture) -> tuple[np.ndarray, float]:
     """Returns the inverse frequencies [H/2] of the rotary embedding, and a factor for cos and sin.
 
     The factor for cos and sin is 1 except under YaRN. The plain inverse frequencies are θ^(−2i/H)
-    (arXiv:2104.09864). The scaled variants divide frequencies with few turns over the original
-    context by `factor`, keep frequencies with many turns, and interpolate linearly in between.
+    for i = 0 … H/2 − 1, with θ = `rope_theta` and heads of width H (arXiv:2104.09864). The scaled
+    variants divide frequencies with few turns over the original context by `factor`, keep
+    frequencies with many turns, and interpolate linearly in between.
     In YaRN (arXiv:2309.00071, section 3.2) the interpolation runs from beta_slow to beta_fast turns
     and is linear in the index i; the factor for cos and sin is the checkpoint's attention factor
     or, without one, 0.1·ln(factor) + 1. In llama3 (`apply_scaling` of meta-llama/llama-models) the
@@ -78,7 +79,10 @@ def rope_inverse_frequencies(arch: Architecture) -> tuple[np.ndarray, float]:
 
 
 def _llama3_ramp(scaling: Llama3Rope, plain: np.ndarray) -> np.ndarray:
-    """Returns llama3's weight of each frequency, [H/2]: 0 keeps it, 1 divides it by `factor`."""
+    """Returns llama3's weight of each frequency, [H/2]: 0 keeps it, 1 divides it by `factor`.
+
+    `plain` contains the inverse frequencies before scaling.
+    """
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     turns = scaling.original_max_positions * plain / (2.0 * math.pi)
     return np.clip((high - turns) / (high - low), 0.0, 1.0)
@@ -107,14 +111,21 @@ def _yarn_attention(yarn: Yarn) -> float:
 def rope_table(
     arch: Architecture, positions_BT: PositionsBT
 ) -> tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]]:
-    """Returns float32 cosines and sines [B, T, H/2] of the rotary embedding at each position."""
+    """Returns float32 cosines and sines [B, T, H/2] of the rotary embedding at each position.
+
+    Both are multiplied by the second result of `rope_inverse_frequencies`.
+    """
     frequencies, factor = rope_inverse_frequencies(arch)
     angles = positions_BT[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
 def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
-    """Applies the rotary embedding given by cos and sin [B, T, H/2] to x [B, T, heads, H]."""
+    """Applies the rotary embedding given by cos and sin [B, T, H/2] to x [B, T, heads, H].
+
+    Entry i of a head is rotated together with entry i + H/2. The result has the shape and dtype of
+    x; the computation is in float32.
+    """
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -26,7 +26,7 @@ from jexit.model.exits import depth_log_prob, log_hazards
 
 
 class Policy:
-    """The base class of halting policies; by default no token leaves early.
+    """The base class of halting policies; as it stands, no token leaves and no check fails.
 
     Arrays over tokens have shape [B, T] or [B]. `depths` are the depths that a token can have: the
     model's exit layers and, last, the number of layers.
@@ -42,13 +42,22 @@ class Policy:
         return type(self).__name__.lower()
 
     def check(self, depths: tuple[int, ...]) -> None:
-        """Raises UserError if a setting is invalid for a model with `depths`; skips JAX tracers."""
+        """Raises UserError if a setting is invalid for a model with `depths`.
+
+        Settings whose values are not known yet (JAX tracers) are not checked.
+        """
 
     def check_rows(self, rows: int, columns: int) -> None:
-        """Raises UserError unless per-token arrays are [rows, columns] or have more columns."""
+        """Raises UserError unless per-token arrays have `rows` rows and at least `columns` columns.
+
+        A row is a completion, and a column one of its tokens.
+        """
 
     def start(self, shape: tuple[int, ...], layers: int) -> Int[Array, "*A"]:
-        """Returns each token's depth before any layer runs: `layers` where the exits decide."""
+        """Returns each token's depth before any layer runs, int32 of the shape `shape`.
+
+        The depth is `layers`, the number of layers, if the exits decide.
+        """
         return jnp.full(shape, layers, jnp.int32)
 
     def leaves(self, hazard_logits: Float[Array, "*A"], key: PRNGKey | None) -> Bool[Array, "*A"]:
@@ -58,7 +67,7 @@ class Policy:
     def log_prob(
         self, depth: Int[Array, "*A"], hazard_logits: Float[Array, "*A E"], depths: tuple[int, ...]
     ) -> Float[Array, "*A"]:
-        """Returns the log-probability of each depth; 0 if the policy does not draw at random."""
+        """Returns the log-probability of each depth (in layers); 0 if the policy does not draw."""
         return jnp.zeros(depth.shape)
 
     @property
@@ -67,7 +76,10 @@ class Policy:
         return any(np.ndim(leaf) for leaf in jax.tree.leaves(self))
 
     def at(self, row: Int[Array, "*A"], column: Int[Array, "*A"]) -> Policy:
-        """Returns the policy for single tokens, each given by its completion (`row`) and column."""
+        """Returns the policy for single tokens, each given by its completion (`row`) and column.
+
+        The column is the token's index in the completion. Without per-row arrays, returns `self`.
+        """
         return self
 
     def map_rows(self, function: Callable[[Any], Any]) -> Self:
@@ -83,7 +95,10 @@ class Policy:
 
     @property
     def setting(self) -> dict[str, Any]:
-        """The values, by field without `_B`, that make a row of `Mixed` behave like this policy."""
+        """The fields that a row of `Mixed` needs to behave like this policy, named without `_B`.
+
+        Fields that are left out keep the values with which every layer runs.
+        """
         return {}
 
 
@@ -134,7 +149,7 @@ class Speculate(Policy):
         if self.layer not in depths[:-1]:
             raise UserError(
                 f"Speculate has layer {self.layer}, but tokens can be drafted only at the exits "
-                f"{depths[:-1]}; give one of these"
+                f"{depths[:-1]}; give one of these layers"
             )
 
 
@@ -209,7 +224,7 @@ class Sample(Policy):
         if floor is not None and not 0.0 <= floor <= 1.0:
             raise UserError(
                 f"Sample has min_hazard {float(floor)}, but it must be a probability from 0 to 1; "
-                "give 0 for no floor"
+                "give 0 if hazards need no lower limit"
             )
 
     def leaves(self, hazard_logits: Array, key: PRNGKey | None) -> Array:
@@ -260,7 +275,10 @@ class Threshold(Policy):
 
 @struct.dataclass
 class Mixed(Policy):
-    """A separate policy for each completion, stored as arrays, so one compiled program runs all."""
+    """A separate policy for each completion, stored as arrays, so one compiled program runs all.
+
+    A completion leaves at random (as under `Sample`), at a threshold, or at a fixed depth.
+    """
 
     reads_hazards: ClassVar[bool] = True
     draws: ClassVar[bool] = True
@@ -300,7 +318,7 @@ class Mixed(Policy):
 def policy_of(text: str, sample: Sample = Sample()) -> Policy:
     """Returns the policy named `text`, such as `full`, `threshold:0.5`, `fixed:6`, `speculate:6`.
 
-    For the name `sample`, returns the argument `sample`.
+    For the name `sample`, returns the argument `sample`. Raises UserError for an unknown name.
     """
     kind, argument = parse_policy(text, "speculate")
     if argument is None:
@@ -328,7 +346,10 @@ def check_policy(policy: Any, depths: tuple[int, ...]) -> None:
 
 
 def warn_if_untrained(policy: Policy, model: Any) -> None:
-    """Warns if `policy` reads exit heads that are untrained, where tokens hardly ever leave."""
+    """Warns if `policy` reads exit heads that are untrained, where tokens hardly ever leave.
+
+    Heads count as untrained if all their biases still have the initial value. Tracers are skipped.
+    """
     bias_E = _known(model.exits.b2[...]) if policy.reads_hazards else None
     if bias_E is not None and np.all(bias_E == np.float32(model.exit_head.bias)):
         warnings.warn(

@@ -27,7 +27,8 @@ def over_mesh(
     Kernels that the compiler cannot shard by itself need this. If the number of key/value heads is
     not a multiple of the mesh axis `tensor`, every device has all key/value heads and selects those
     that its query heads use. Devices exchange no data, except to sum the gradients of shared
-    key/value heads. If `segment_BS` is None, all positions form one text without padding.
+    key/value heads. `segment_BS` contains the number of each position's text, or is a mask that is
+    False at padding; None means one text per row without padding.
     """
     if not divides():
         return attend(q_BTNH, k_BSKH, v_BSKH, segment_BS)
@@ -53,8 +54,9 @@ def own_heads(
 ) -> Float[Array, "B S J H"]:
     """Returns the key/value heads that the query heads first … first + count − 1 attend to.
 
-    Each key/value head serves `group` query heads. If all `count` query heads share one key/value
-    head, returns that head alone; otherwise returns one key/value head per query head.
+    `part_BSKH` are the keys or the values of all K heads, each of which serves `group` query heads.
+    If all `count` query heads share one key/value head, returns that head alone (J = 1); otherwise
+    returns one key/value head per query head (J = `count`).
     """
     if group % count == 0:
         return jax.lax.dynamic_slice_in_dim(part_BSKH, first // group, 1, axis=2)
@@ -88,7 +90,8 @@ def decode_over_mesh(
 ) -> Float[Array, "B N H"]:
     """Runs `attend` over a KV cache on each device, with that device's query and cache heads.
 
-    `rest` are further arguments of `attend`, of which every device gets the whole.
+    `attend` has the arguments of `jexit.kernels.decode_attention`. Those in `rest` (layer, rows and
+    lengths) are not sharded.
     """
     if not divides():
         return attend(q_BNH, keys_KLPSH, values_KLPSH, *rest)
@@ -106,7 +109,8 @@ def over_heads(
 ) -> CacheKLPSH:
     """Runs the cache update `write` on each device, for the heads of that device alone.
 
-    `rest` are further arguments of `write`, of which every device gets the whole.
+    `write(part, new, *rest)` returns the cache's keys or values `part` after writing `new`, one
+    token for each of B rows. The arguments in `rest` are not sharded.
     """
     if not divides():
         return write(part_KLPSH, new_KBH, *rest)

@@ -102,7 +102,7 @@ class Run:
     """The results of `run`; results that were not requested are None.
 
     `hidden_BTD` is the output of the final norm; the logits are `hidden_BTD` · headᵀ. `depth_BT` is
-    the number of layers that each token ran. `residual_RBTD` contains one residual for each of
+    the number of layers that each token ran. `residual_RBTD` contains the residual at each of the R
     `residual_layers`. In a layer that a token skips, the token's keys and values are computed from
     the residual that enters the layer. Hazard logits at exits beyond a token's depth are computed
     although the token has already left; the distribution of depths ignores them.
@@ -135,17 +135,18 @@ def run(
     observed: Any = None,
     keys_values: bool = False,
 ) -> Run:
-    """Runs the layers over whole sequences; `policy` decides how many layers each token runs.
+    """Runs the layers over sequences of token ids; `policy` decides how many layers a token runs.
 
     After a token has left, later layers still compute its keys and values, from a residual that
     stays as it was at the exit or continues linearly: h = where(layer < depth, block(h),
     continuation(h)).
 
-    `valid_BT`, `segment_BT` and `branches` have the meaning that they have in `attend`; with
-    segments, `positions_BT` must restart with each text. `action_BT` is True at positions that may
-    leave early (None: all). If `key` contains one PRNG key per row, the random draws of a row
-    depend only on the key of that row. `adapters=False` omits LoRA, as for the teacher.
-    `dropout_key` draws the dropout of LoRA (None: no dropout).
+    As in `attend`, `valid_BT` is False at padding, `segment_BT` numbers the texts packed into a
+    row, and `branches` lets texts share a prefix. `positions_BT` (None: 0 … T − 1) must restart
+    with each text. `action_BT` is True at positions that may leave early (None: all). If `key`
+    contains one PRNG key per row, the random draws of a row depend only on the key of that row.
+    `adapters=False` omits LoRA, as for the teacher. `dropout_key` draws the dropout of LoRA (None:
+    no dropout).
 
     `hazards=True` returns the hazard logits even if the policy does not need them, and
     `keys_values=True` the keys and values of all layers.
@@ -241,7 +242,10 @@ def run(
 
 
 def _index_of_layer(chosen: tuple[int, ...], layers: int) -> Int[np.ndarray, "L"]:
-    """Returns the int32 index of each layer in `chosen`, or −1 for a layer outside `chosen`."""
+    """Returns the index in `chosen` of each layer 0 … `layers` − 1, int32 [L]; −1 if it is absent.
+
+    `chosen` may also contain `layers`, which has no entry in the result.
+    """
     index_L = np.full(layers + 1, -1, np.int32)
     index_L[list(chosen)] = np.arange(len(chosen))
     return index_L[:layers]
@@ -252,9 +256,10 @@ def exit_hidden_states(
 ) -> ExitHiddenEBTD:
     """Returns the hidden states that enter the output head for tokens that leave at each exit.
 
-    They are the residuals at the exits, after `continuation` and the final norm. The continuation
-    may be the student's even if the residuals are the teacher's. If `continuation` is None, the
-    final norm is applied to the residuals directly (logit lens).
+    They are the residuals at the E exits, mapped to the end of the last layer by `continuation` and
+    then normalised by the final norm; the shape stays [E, B, T, D]. The continuation may be the
+    student's even if the residuals are the teacher's. If `continuation` is None, the final norm is
+    applied to the residuals directly (logit lens).
     """
     if continuation is not None:
         q_EDD, c_ED = maps_to_end(continuation, model.exit_layers, model.arch.layers)
@@ -291,19 +296,21 @@ def forward(
 ) -> Output:
     """Returns the logits, depths and hazard logits of right-padded sequences under a policy.
 
-    Shapes: tokens [B, T]; lengths [B] (None: all lengths are T). Column t of `depth_BT` is for the
-    pass at input position t, which predicts token t + 1. `adapters=False` runs the teacher's trunk.
-    The policy `Sample` needs a PRNG `key`. Logits at padding have no meaning. With `residuals`, the
-    output contains the residual before every layer and after the last one; from the exit on, the
-    residual of a token that has left is frozen or follows the continuation. For long sequences and
-    a large vocabulary, use `run` with the ops of `jexit.kernels`, which never store all logits.
+    Input: token ids [B, T] and lengths [B] (None: all are T). Output: logits [B, T, V], depths
+    [B, T] and hazard logits [B, T, E] at the E exits. Entry t is for the pass at input position t,
+    which predicts token t + 1; at padding it has no meaning. `adapters=False` omits LoRA; with the
+    policy `Full` this is the teacher. The policy `Sample` needs a PRNG `key`. `residuals` adds the
+    residual before each of the L layers and after the last one; from the exit on, the residual of a
+    token that has left follows the model's continuation. For long sequences and a large vocabulary,
+    use `run` with the ops of `jexit.kernels`, which never store all logits.
 
     In `forward` every position may leave early, but in `generate` prompts always run all layers. To
     score a prompt and its completion as `generate` ran them, prescribe L on the prompt and the
-    recorded depths after the prompt: `depth_BT[:] = L`, then
-    `depth_BT[i, len(prompt) + t] = gen.depths[i][t + 1]`, and `policy=Prescribed(depth_BT)`. To let
-    a policy choose new depths for given completions only, exclude the prompts with
-    `run(..., action_BT=positions_T >= prompt_lengths_B[:, None])`.
+    recorded depths after the prompt, in a NumPy array `depth_BT`: `depth_BT[:] = L`, then
+    `depth_BT[i, len(prompt) + t] = gen.depths[i][t + 1]` for t ≥ 0, where `len(prompt)` counts
+    tokens, and `policy=Prescribed(depth_BT)`. To let a policy choose new depths for given
+    completions only, exclude the prompts with `run(..., action_BT=positions_T >=
+    prompt_lengths_B[:, None])`, where `positions_T` is 0 … T − 1.
 
     Raises UserError for tokens outside the vocabulary, more positions than the model has, lengths
     that do not match the tokens, and a policy that is not valid for this model.
@@ -329,7 +336,7 @@ def _check_input(arch: Architecture, tokens_BT: TokensBT, lengths_B: LengthsB | 
     if length > arch.max_positions:
         raise UserError(
             f"tokens have length {length}, but the model has only {arch.max_positions} positions; "
-            "shorten the sequences"
+            "shorten the sequences or split them"
         )
     if lengths_B is not None and lengths_B.shape != (batch,):
         raise UserError(

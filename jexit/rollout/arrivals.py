@@ -111,7 +111,7 @@ class Arrivals:
         return len(self._queue) + sum(job is not self._idle for job in self._jobs)
 
     def warm_up(self) -> None:
-        """Compiles the programs that the pool needs, for all lengths of prompts."""
+        """Compiles the programs that the pool needs, for prompts of all lengths that it allows."""
         longest, most_new = self._limits
         lengths, length = [], longest
         while length:
@@ -131,7 +131,10 @@ class Arrivals:
                     self.turn()
 
     def join(self, request: Request) -> list[int]:
-        """Adds a request and returns one ticket number per prompt; raises the errors of `check`."""
+        """Adds a request and returns one ticket number per prompt; raises the errors of `check`.
+
+        Tickets identify completions in `Grown` and `leave`.
+        """
         self.check(request)
         key = np.asarray(jax.random.key_data(request.prng_key))
         tickets = range(self._tickets, self._tickets + len(request.prompts))
@@ -151,7 +154,10 @@ class Arrivals:
         return list(tickets)
 
     def leave(self, ticket: int) -> None:
-        """Ends the completion `ticket`, so that no more of its tokens are reported."""
+        """Ends the completion `ticket`, so that no more of its tokens are reported.
+
+        Does nothing if the completion has already finished.
+        """
         self._queue = collections.deque(c for c in self._queue if c.ticket != ticket)
         for job, completion in enumerate(self._jobs):
             if completion.ticket == ticket:
@@ -161,7 +167,11 @@ class Arrivals:
                 self._release(job)
 
     def turn(self, steps: int = 1) -> list[Grown]:
-        """Prefills prompts, then runs ticks until `steps` have drawn tokens; returns new tokens."""
+        """Prefills prompts, then runs ticks until `steps` have drawn tokens; returns new tokens.
+
+        Stops earlier if a row is free while prompts wait, or if all completions have ended. The
+        list has one entry per completion that has new tokens or has finished.
+        """
         while self._queue and self._free_slots and self._idle in self._jobs:
             self._admit()
         if all(completion is self._idle for completion in self._jobs):
@@ -293,5 +303,5 @@ class Arrivals:
 
 
 def _prompt_slots(length: int) -> int:
-    """Returns the length to which a prompt is padded: a power of two, to limit compilations."""
+    """Returns the length to which a prompt is padded: a power of two from 16, for few programs."""
     return max(SMALLEST_PROMPT, 1 << (length - 1).bit_length())

@@ -140,7 +140,7 @@ class Engine:
         )
 
     def _timed(self, program: Any, run: Callable[[], T]) -> T:
-        """Returns `run()`; if the call compiles `program`, adds its time to `compiling`."""
+        """Returns `run()`; if this compiles the jitted function `program`, adds to `compiling`."""
         known, began = program._cache_size(), time.perf_counter()
         with waiting("the rollouts"):
             result = run()
@@ -271,7 +271,10 @@ class Decoding:
         )
 
     def _of_all(self, numbers: Iterable[int]) -> np.ndarray:
-        """Gathers one number per prompt from all hosts, as an array in batch order."""
+        """Gathers one number per prompt from all hosts, as int32 [prompts] in batch order.
+
+        `numbers` are those of this host's prompts.
+        """
         mine = [self._here.index_B.tolist(), list(numbers)]
         number_B = np.zeros(self._total, np.int32)
         for index_B, here_B in gather("the prompts' lengths", mine):
@@ -279,7 +282,10 @@ class Decoding:
         return number_B
 
     def _placed(self, policy: Policy, columns: int) -> Policy:
-        """Returns the policy with its per-completion arrays in job order, sharded over the mesh."""
+        """Returns the policy with its per-completion arrays in job order, sharded over the mesh.
+
+        Raises UserError if they lack completions or have fewer than `columns` tokens.
+        """
         policy.check_rows(self._total * self._layout.samples, columns)
         room = ((0, 0), (0, columns_bucket(columns) - columns))
 
@@ -309,7 +315,7 @@ class Decoding:
         self.engine.prefill(self._jobs, place_rows(rows), self._draws, forced)
 
     def _forced(self, index_SB: np.ndarray) -> ForcedPrefix:
-        """Returns the forced prefixes of the prompts `index_SB`; padding rows have none."""
+        """Returns the forced prefixes of the prompts `index_SB` of each shard; padding has none."""
         layout = self._layout
         known_SB = np.minimum(index_SB, layout.prompts - 1)
         tokens_SB = np.take_along_axis(layout.forced_SP, known_SB, axis=1)

@@ -52,7 +52,10 @@ class Records:
 
     @classmethod
     def empty(cls, rows: int, columns: int, exits: int | None) -> Records:
-        """Returns records without tokens; if `exits` is None, hazard logits are not recorded."""
+        """Returns records of `rows` completions without tokens.
+
+        Hazard logits are recorded for `exits` exits; if this is None, they are not recorded.
+        """
         integers_JT = jnp.zeros((rows, columns), jnp.int32)
         floats_JT = jnp.zeros((rows, columns), jnp.float32)
         z_JTE = None if exits is None else jnp.full((rows, columns, exits), jnp.nan, jnp.float32)
@@ -70,7 +73,11 @@ class Records:
         hazard_logits_BE: Float[Array, "B E"] | None,
         ends_B: Bool[Array, "B"],
     ) -> Records:
-        """Stores token number `index` of each job in `job_B`; jobs out of range are ignored."""
+        """Returns the records after storing token number `index` of each job in `job_B`.
+
+        The jobs' lengths become `index` + 1, and `ends_B` marks those that have ended. Jobs out of
+        range are ignored.
+        """
 
         def kept(record: Array, new: Array) -> Array:
             return record.at[job_B, index].set(new, mode="drop")
@@ -106,7 +113,7 @@ class Pool:
 
     @classmethod
     def empty(cls, rows: int, width: int, exits: int, cache: Cache, shards: int) -> Pool:
-        """Returns the pool of all data shards together, with every row free."""
+        """Returns the pool of all data shards together, with every one of its `rows` rows free."""
         integers_P, one = jnp.zeros(rows, jnp.int32), jnp.zeros(shards, jnp.int32)
         return cls(
             job_P=integers_P + FREE,
@@ -223,7 +230,10 @@ def specs(tree: Any) -> Any:
 
 
 def by_shard(function: Callable, *, in_specs: Any, out_specs: Any) -> Callable:
-    """Returns `function` mapped over data shards; the axis `tensor` is left to the compiler."""
+    """Returns `function` mapped over data shards; the axis `tensor` is left to the compiler.
+
+    Without several data shards, this is `function` itself.
+    """
     axes, mesh = data_axes(), jax.sharding.get_abstract_mesh()
     if not axes:
         return function

@@ -37,7 +37,10 @@ class ForcedPrefix:
     def exits(
         self, jobs: Jobs, draws: Draws, length_B: Int[Array, "B"], length: int
     ) -> dict[str, Any]:
-        """Returns arguments of `jexit.model.transformer.run` with which forced tokens may leave."""
+        """Returns arguments of `jexit.model.transformer.run` with which forced tokens may leave.
+
+        `length_B` are the lengths of the prompts, which are padded to `length`.
+        """
         index_BT = jnp.arange(length) - (length_B - self.tokens_B)[:, None]
         # Column i of `Prescribed` is for the pass that produces token i of the completion.
         policy = self.policy.at(self.job_B[:, None], jnp.maximum(index_BT + 1, 0))

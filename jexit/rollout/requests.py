@@ -69,7 +69,7 @@ class Request:
         """Raises UserError if the request is invalid or if `model` cannot serve the request."""
         arch = model.arch
         if not self.prompts:
-            raise UserError("prompts is empty; give at least one prompt")
+            raise UserError("prompts is empty, but a request needs at least one prompt; add one")
         new = self.max_new_tokens
         if not isinstance(new, int | np.integer) or new < 1:
             raise UserError(

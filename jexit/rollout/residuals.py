@@ -28,8 +28,9 @@ def residuals_of(
 ) -> list[np.ndarray]:
     """Returns, for each completion, the residuals [tokens, R, D] that enter the R layers `layers`.
 
-    Entry i along the first axis is for the pass that produced token i of the completion. Prompts
-    run all layers, and completions run at `depths`, which has one entry per token.
+    The number of layers stands for the residual after the last one. Entry i along the first axis is
+    for the pass that produced token i of the completion; the arrays are float32. Prompts run all
+    layers, and completions run at `depths`, which has one entry per token (the first is ignored).
     """
     whole = model.arch.layers
     found: list[np.ndarray] = []
@@ -71,7 +72,10 @@ def _residuals(
 
 
 def checked_layers(layers: Any, most: int) -> tuple[int, ...]:
-    """Returns `layers` as a tuple; raises UserError unless they rise and are in 0 … `most`."""
+    """Returns `layers` as a tuple; raises UserError unless they rise strictly within 0 … `most`.
+
+    `most` is the number of layers.
+    """
     known = isinstance(layers, Sequence) and all(
         isinstance(layer, int | np.integer) and not isinstance(layer, bool) and 0 <= layer <= most
         for layer in layers
@@ -79,6 +83,6 @@ def checked_layers(layers: Any, most: int) -> tuple[int, ...]:
     if not known or list(layers) != sorted(set(layers)):
         raise UserError(
             f"residuals is {layers}, but it must be layer numbers from 0 to {most} in rising "
-            f"order; give some such as (0, {most})"
+            f"order; give a tuple such as (0, {most})"
         )
     return tuple(layers)

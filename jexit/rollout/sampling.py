@@ -38,7 +38,11 @@ class Sampling:
     def of(
         cls, temperature: float, top_p: float = 1.0, *, top_k: int = 0, min_p: float = 0.0
     ) -> Sampling:
-        """Returns checked settings; temperature 0 means greedy decoding without truncation."""
+        """Returns checked settings; temperature 0 means greedy decoding without truncation.
+
+        With `top_k` 0, `top_p` 1 and `min_p` 0, every token is kept. Raises UserError for values
+        out of range.
+        """
         if not (temperature == 0.0 or SHARPEST <= temperature < float("inf")):
             raise UserError(
                 f"temperature is {temperature}, but it must be 0 (greedy) or a finite number of at "
@@ -75,7 +79,10 @@ class Sampling:
         return self
 
     def distribution(self, logits: Float[Array, "*A V"]) -> Float[Array, "*A V"]:
-        """Returns logits whose softmax is the sampling distribution; truncated tokens have −inf."""
+        """Returns float32 logits whose softmax is the sampling distribution; truncated: −inf.
+
+        Greedy settings leave the logits unchanged.
+        """
         logits = logits.astype(jnp.float32)
         if not self.greedy:
             logits = logits / self.temperature
@@ -131,7 +138,10 @@ class MixedSampling:
 
 
 def _drawn(logits_BV: Array, keys_B: Array, greedy: bool) -> tuple[Array, Array]:
-    """Draws tokens (if `greedy`, takes the likeliest); also returns their log-probabilities [B]."""
+    """Returns (tokens, log-probabilities) [B], drawn from softmax(logits), in nats.
+
+    If `greedy`, takes the likeliest token, the first of equals, with its log-probability.
+    """
     top_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
     if greedy:
         token_B = _first(logits_BV == top_B1)
@@ -157,7 +167,10 @@ class Draws:
     sampling: Sampling | MixedSampling
 
     def keys(self, jobs: Jobs, job_B: Int[Array, "B"], index_B: Int[Array, "B"]) -> Key[Array, "B"]:
-        """Returns a PRNG key per token: folds prompt, sample and token numbers into `key`."""
+        """Returns a PRNG key per token: the numbers of prompt, sample and token folded into `key`.
+
+        Row b is for token `index_B[b]` of the completion `job_B[b]`.
+        """
         numbers = jobs.number_J[job_B], jobs.sample_J[job_B], index_B
         if not jnp.ndim(self.key):
             return jax.vmap(lambda *row: functools.reduce(jax.random.fold_in, row, self.key))(
@@ -196,7 +209,10 @@ def draw_by_weight(weights_BV: Float[Array, "B V"], keys_B: Key[Array, "B"]) -> 
 
 
 def _invert(weights_BC: Array, uniform_B: Array) -> Array:
-    """Returns the first index of positive weight whose cumulative sum exceeds uniform · total."""
+    """Returns, per row, the first index whose cumulative weight exceeds uniform · total weight.
+
+    Its own weight is positive, if any weight of the row is.
+    """
     entries = weights_BC.shape[-1]
     # A product with a triangular matrix is one operation; a scan is a dozen.
     triangle_CC = jnp.triu(jnp.ones((entries, entries), weights_BC.dtype))

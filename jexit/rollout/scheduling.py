@@ -67,7 +67,7 @@ def fitted(size: EngineSize, jobs: int, row_bytes: int = 0) -> tuple[int, int]:
 
 
 def prompts_bucket(prompts: int, samples: int) -> int:
-    """Rounds a shard's number of prompts up to a number that programs are compiled for.
+    """Rounds a shard's number of prompts up to the next number that programs are compiled for.
 
     These numbers are powers of two as long as the additional completions (`samples` per prompt) do
     not make a tick slower (`PLACES`). Beyond that, there are four numbers per doubling.
@@ -78,7 +78,11 @@ def prompts_bucket(prompts: int, samples: int) -> int:
 
 
 def columns_bucket(tokens: int) -> int:
-    """Rounds a limit of `tokens` per completion up to a size that programs are compiled for."""
+    """Returns the number of columns (one per token) to allocate for up to `tokens` per completion.
+
+    Programs are compiled for few numbers: multiples of 128 up to 1,024, and above that four per
+    doubling, without an upper limit. The result is the smallest of them that is at least `tokens`.
+    """
     return bucket(tokens, LEAST_COLUMNS)
 
 
@@ -169,14 +173,17 @@ class Layout:
         return np.flatnonzero(np.repeat(self.length_SP.reshape(-1) > 0, self.samples))
 
     def by_job(self, values_BX: np.ndarray) -> np.ndarray:
-        """Reorders the caller's values, one per completion, into job order; padding jobs get 0."""
+        """Reorders the caller's values [B, ...] into job order [J, ...]; padding jobs get 0.
+
+        Both have one entry per completion.
+        """
         values_JX = np.zeros((self.shards * self.jobs, *values_BX.shape[1:]), values_BX.dtype)
         values_JX[self.job_B] = values_BX
         return values_JX
 
     @functools.cached_property
     def order_SP(self) -> np.ndarray:
-        """The prompts of each shard in the order in which they start; padding comes last."""
+        """The indices of each shard's prompts in the order in which they start; padding is last."""
         length_SP = np.where(self.length_SP > 0, self.length_SP, np.iinfo(np.int32).max)
         return np.argsort(length_SP, axis=1, kind="stable")
 
@@ -223,14 +230,19 @@ class Layout:
         return prompt_bucket(int(self.length_SP.max()))
 
     def first_slots(self, most: int) -> int:
-        """Returns the slots per row of the initial cache: the longest prompt plus some room."""
+        """Returns the slots per row of the initial cache: the longest prompt plus some room.
+
+        `most` is the number of slots that a row may need at the end.
+        """
         slots = self.prompt_slots + max(16, self.prompt_slots // 8)
         return cache_bucket(min(slots, most), most)
 
     def has_room(self, prefilled: int, started_S: np.ndarray) -> bool:
         """Returns whether the prefix cache has free slots for the prompts of `groups[prefilled]`.
 
-        The slot of a prompt is free once all its completions have begun.
+        `prefilled` is the number of prompts that each shard has prefilled, and `started_S` that of
+        the completions that have begun on each shard. A prompt's slot is free once all its
+        completions have begun.
         """
         begun_S = np.where(started_S >= self.jobs_S, self.prompts, started_S // self.samples)
         return prefilled + self.groups[prefilled].prompts - self.prefixes <= int(begun_S.min())
@@ -280,7 +292,10 @@ class Segments:
     def of(
         cls, arch: Architecture, exit_layers: tuple[int, ...], policy: Policy, *, hazards: bool
     ) -> Segments:
-        """Divides the stack at its exits, or makes one segment of all layers if no exit is used."""
+        """Divides the stack at its exits, or makes one segment of all layers if no exit is used.
+
+        Exits are used if `policy` may leave early or if `hazards` are recorded.
+        """
         inner = exit_layers if hazards or policy.leaves_early else ()
         heads = 2 * arch.head_dim * (arch.query_heads + arch.kv_heads)
         layer = arch.width * (heads + 3 * arch.mlp_width)
@@ -300,7 +315,10 @@ class Segments:
 
     @property
     def costs_S(self) -> np.ndarray:
-        """The cost of one row in a tick of each segment, in units of one layer."""
+        """The cost of one row in a tick of each segment, in units of one layer.
+
+        The cost of segment 0 includes drawing a token.
+        """
         layers = [end - start for start, end in pairwise(self.bounds)]
         return np.asarray([layers[0] + self.head, *layers[1:]], np.float32)
 
@@ -315,9 +333,9 @@ def choose(
 ) -> Int[Array, ""]:
     """Chooses the segment that the next tick runs, given the segment for which each row waits.
 
-    A tick of cost c with n of W rows filled wastes c · (W − n) / n per filled row. The segment with
-    the least waste is chosen (in a tie, the deepest), unless some row is overdue (`PATIENCE`); then
-    it is the segment of the longest-waiting row.
+    A tick of cost c with n of W = `places` rows filled wastes c · (W − n) / n per filled row. The
+    segment with the least waste is chosen (in a tie, the deepest), unless some row is overdue
+    (`PATIENCE`); then it is the segment of the longest-waiting row.
     """
     count = segments.count
     if count == 1:
@@ -336,7 +354,7 @@ def choose(
 def pick(
     here_P: Bool[Array, "P"], since_P: Int[Array, "P"], tick: Int[Array, ""], places: int
 ) -> tuple[Int[Array, "B"] | None, Bool[Array, "B"]]:
-    """Returns the rows of a tick, longest-waiting first, and a mask of the rows that do work.
+    """Returns the `places` rows of a tick, longest-waiting first, and a mask of rows that do work.
 
     `here_P` is True for rows that wait for the tick's segment. The mask is False for other rows,
     which only fill up the tick. If a tick holds every row of the pool, returns (None, `here_P`).

@@ -67,13 +67,13 @@ class Speculation:
         request.check(self.model)
         if data_axes() or request.total is not None:
             raise UserError(
-                "self-speculation supports only one data shard and one host; run one process per "
-                "device"
+                "policy Speculate decodes on one data shard of one host, but the mesh has several "
+                "shards or the request sets total; run one process per device, or change the policy"
             )
         if request.samples_per_prompt > 1 or request.forced is not None or request.hazards:
             raise UserError(
-                "self-speculation records no hazards and supports neither forced prefixes nor "
-                "several samples per prompt; use another policy"
+                "policy Speculate records no hazards and supports neither forced prefixes nor "
+                "several samples per prompt; leave these settings out, or use another policy"
             )
         self._layer = policy.layer
         self._exit = self.model.exit_layers.index(policy.layer)
@@ -92,7 +92,10 @@ class Speculation:
         self._over[row] = True
 
     def turn(self) -> list[Grown]:
-        """Prefills prompts in the first call, runs a round in later calls; returns new tokens."""
+        """Prefills prompts in the first call, runs a round in later calls; returns new tokens.
+
+        The list has one entry per completion that had not ended.
+        """
         if self._rows is None:
             return self._began()
         engine, active_B = self._engine, ~np.asarray(self._over)
@@ -254,11 +257,12 @@ def accepted(
     draft_BG: Int[Array, "B G"],
     keys_B: Key[Array, "B"],
 ) -> tuple[Int[Array, "B"], Float[Array, "B V"]]:
-    """Returns the number of drafted tokens that are accepted, and the weights of the next token.
+    """Returns how many drafted tokens are accepted [B], and the next token's weights [B, V].
 
-    The G tokens `draft_BG` were drawn from `q_BGV`; `p_BCV` are the distributions of all layers at
-    the same positions and after the last draft (C = G + 1). (Leviathan et al., arXiv:2211.17192,
-    algorithm 1.)
+    The next token is drawn with probability weight / Σ weight. The G tokens `draft_BG` were drawn
+    from the exit's distributions `q_BGV`; `p_BCV` are the distributions of all layers at the same
+    positions and after the last draft (C = G + 1). (Leviathan et al., arXiv:2211.17192, algorithm
+    1.)
     """
     drafted = draft_BG.shape[1]
     p_BG = jnp.take_along_axis(p_BCV[:, :-1], draft_BG[..., None], axis=-1)[..., 0]
@@ -278,7 +282,7 @@ def accepted(
 
 
 def _weights(sampling: Sampling, logits: Float[Array, "*A V"]) -> Float[Array, "*A V"]:
-    """Returns the probability of drawing each token, which is one-hot for greedy decoding."""
+    """Returns the probability [..., V] of drawing each token; one-hot for greedy decoding."""
     if sampling.greedy:
         return jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1])
     return jax.nn.softmax(sampling.distribution(logits))
@@ -295,7 +299,10 @@ class _Stack:
     def through(
         self, h_BCD: Array, slot_BC: Int[Array, "B C"], cache: Cache, first: int, end: int
     ) -> tuple[Array, Cache]:
-        """Runs layers `first` … `end` − 1 on the tokens at each row's cache slots `slot_BC`."""
+        """Runs layers `first` … `end` − 1 on C tokens per row; returns residuals and the cache.
+
+        `slot_BC` are the tokens' cache slots, which are also their positions in the sequence.
+        """
         batch, chunk, _ = h_BCD.shape
         rope = rope_table(self.model.arch, slot_BC)
         rows_B = jnp.arange(batch, dtype=jnp.int32)

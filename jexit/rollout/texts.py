@@ -35,7 +35,7 @@ class Generation:
 
     texts: list[str]
     tokens: list[list[int]]
-    depths: list[list[int]]  # of the pass that produced each token; the first is L
+    depths: list[list[int]]  # of the pass that produced each token; the first is all layers
     logprobs: list[list[float]]
     depth_logprobs: list[list[float]]
     hazard_logits: list[list[list[float]]] | None  # one entry per exit, NaN at exits not reached
@@ -94,8 +94,8 @@ def generate(
 
     `residuals` are layer numbers in rising order: number ℓ stands for the residual that enters
     layer ℓ, and the number of layers for the one that leaves the last layer. They are computed by
-    one more pass over each text, at the depths that decoding recorded. Where a token has left, its
-    residual is frozen or goes on through the continuation.
+    one more pass over each text, at the depths that decoding recorded. From the exit on, the
+    residual of a token that has left follows the model's continuation.
 
     Raises UserError for an invalid argument and for a request that `jexit.rollout.rollout` rejects.
     """
@@ -142,7 +142,7 @@ def generate(
 def _speculated(
     speculation: Speculation, texts: list[GrowingText], residuals: Sequence[int]
 ) -> Generation:
-    """Runs self-speculative decoding to the end and returns the completions."""
+    """Runs self-speculative decoding to the end; returns the completions, all at full depth."""
     model, request = speculation.model, speculation.request
     layers = checked_layers(residuals, model.arch.layers)
     began, count = time.perf_counter(), len(request.prompts)
@@ -234,7 +234,7 @@ def _asked(
     policy: Policy | str = Full(),
     **settings: Any,
 ) -> tuple[Request, list[GrowingText]]:
-    """Checks the arguments of `generate`; returns the request and an empty text per prompt."""
+    """Checks the arguments of `generate`; returns the request and a `GrowingText` per prompt."""
     if isinstance(prompts, str):
         raise UserError(
             "prompts is one string, but it must be a list of prompts; put the string in brackets"
@@ -289,7 +289,10 @@ def _pieces(decoding: Decoding, texts: list[GrowingText], every: int) -> Iterato
 
 
 def _look(decoding: Decoding, texts: list[GrowingText]) -> Records:
-    """Updates the texts, ends completions that contain a stop string, and returns the records."""
+    """Updates `texts`, ends completions that contain a stop string, and returns the records.
+
+    In the records, these completions end with the token that completes the stop string.
+    """
     records, cut_B = decoding.so_far(), np.zeros(len(texts), np.int32)
     over_B = records.ended_J | (records.length_J >= records.tokens_JT.shape[1])
     for row, text in enumerate(texts):
@@ -350,7 +353,10 @@ class GrowingText:
         return min((at for s in self._stop if (at := text.find(s)) >= 0), default=-1)
 
     def _settled(self) -> int:
-        """Returns the number of leading characters that later tokens cannot change."""
+        """Returns the number of leading characters of `whole` that later tokens cannot change.
+
+        Not counted are an incomplete character, and an end that may be the start of a stop string.
+        """
         end = len(self.whole.rstrip(_INCOMPLETE))
         settled = end
         for stop in self._stop:

@@ -146,7 +146,10 @@ class Ticks:
     def _next(
         self, at: Rows, records: Records, pool: Pool, draws: Array
     ) -> tuple[Rows, Records, Cache, Array]:
-        """If `draws` (at segment 0), draws the tokens of finished passes and begins new passes."""
+        """If `draws` (at segment 0), draws the tokens of finished passes and begins new passes.
+
+        Returns the rows, the records, the cache, and how many completions have begun so far.
+        """
         model, layers = self.model, self.model.arch.layers
         jobs = records.length_J.shape[0]
         draws_B = at.runs_B & draws
@@ -193,7 +196,7 @@ class Ticks:
         return after, records, cache, started
 
     def _draw(self, at: Rows) -> tuple[Array, Array, Array]:
-        """Draws tokens; returns them with the log-probabilities of the tokens and their depths."""
+        """Returns drawn tokens and the log-probabilities of the tokens and of their depths, [B]."""
         model = self.model
         logits_BV = constrain(head_logits(model.final_norm(at.h_BD), model.head_VD), ".V")
         sampling = self.draws.sampling.at(jnp.maximum(at.job_B, 0))
@@ -203,7 +206,10 @@ class Ticks:
         return token_B, logprob_B, depth_logprob_B
 
     def _fill(self, at: Rows, cache: Cache, fills_B: Array) -> tuple[Rows, Cache]:
-        """Runs the continuation in the skipped layers of rows `fills_B`; caches keys and values."""
+        """Runs the continuation in the skipped layers of rows `fills_B`; caches keys and values.
+
+        Returns the rows, those in `fills_B` with the residual after the last layer, and the cache.
+        """
         layers = self.model.arch.layers
         slot_B = self._slot(at)
         rope = rope_table(self.model.arch, slot_B[:, None])
@@ -227,7 +233,10 @@ class Ticks:
         return at.replace(h_BD=h_BD), cache
 
     def _copied(self, cache: Cache, at: Rows, begins_B: Array, job_B: Array) -> Cache:
-        """Copies the prompts' keys and values into the cache rows of completions that begin."""
+        """Returns the cache with the prompts' keys and values in rows whose completions begin.
+
+        `begins_B` marks these rows, and `job_B` contains their completions.
+        """
 
         def copy(_: Array, carry: tuple[Cache, Array]) -> tuple[Cache, Array]:
             cache, left_B = carry
@@ -239,7 +248,10 @@ class Ticks:
             return jax.lax.fori_loop(0, jnp.sum(begins_B), copy, (cache, begins_B))[0]
 
     def _run(self, at: Rows, cache: Cache, segment: Array) -> tuple[Rows, Cache]:
-        """Runs the layers of `segment` that any row needs; decides which rows leave at its exit."""
+        """Runs the layers of `segment` that any row needs; decides which rows leave at its exit.
+
+        Returns the rows with new residuals, depths and hazard logits, and the cache.
+        """
         slot_B = self._slot(at)
         rope = rope_table(self.model.arch, slot_B[:, None])
         written_B = jnp.where(at.runs_B, slot_B, cache.slots)

@@ -85,7 +85,10 @@ def at_layer(
     function: Callable[..., Any],
     *operands: Any,
 ) -> Any:
-    """Calls `function(block, *operands)` with block `layer` of `layers` (None: of `blocks`)."""
+    """Returns `function(block, *operands)` for block `layer` of `layers` (None: of `blocks`).
+
+    `blocks` contains the stacked parameters of all layers.
+    """
     if layers is None:
         graphdef, stacked = nnx.split(blocks)
         one = jax.tree.map(
@@ -98,7 +101,7 @@ def at_layer(
 
 
 def head_logits(h_BD: Float[Array, "B D"], head_VD: Float[Array, "V D"]) -> Float[Array, "B V"]:
-    """Returns the logits [B, V] of a few rows; see `jexit.model.transformer.logits_of`.
+    """Returns the float32 logits [B, V] of a few rows; see `jexit.model.transformer.logits_of`.
 
     On CPUs head · hᵀ takes half the time of h · headᵀ. A barrier keeps XLA from changing the order.
     """

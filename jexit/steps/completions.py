@@ -20,8 +20,8 @@ class Completions:
     """Rows of token ids; each row contains one or more completions with their prompts.
 
     Each completion follows its prompt and does not attend to other completions. With `branches`,
-    all completions of one prompt in a row share a single copy of the prompt, called the trunk, and
-    attend to it. This sharing changes no result, because prompt tokens run all layers.
+    all completions of one prompt in a row share a single copy of the prompt and attend to it. This
+    sharing changes no result, because prompt tokens run all layers.
 
     Arrays with axis T describe input positions; `segment_BT` (0: padding) and `positions_BT` are
     arguments of `run`. Arrays with axis C describe the tokens of the completions. `source_BC` is
@@ -64,7 +64,10 @@ class Completions:
         return self.index_BC > 0
 
     def window(self, values: Float[Array, "B T *X"]) -> Float[Array, "B C *X"]:
-        """Returns `values` at the input position whose pass produced each completion token."""
+        """Returns `values` at the input position whose pass produced each completion token.
+
+        The result [B, C, ...] has no meaning at padding (`token_BC` is False).
+        """
         index = self.source_BC.reshape(*self.source_BC.shape, *([1] * (values.ndim - 2)))
         return jnp.take_along_axis(values, index, axis=1)
 
@@ -88,12 +91,15 @@ class Completions:
         return jax.vmap(scattered)(self.source_BC, self.action_BC, depth_BC)
 
     def by_row(self, values_JW: Array) -> Array:
-        """Rearranges values by completion [J, W] into packed rows [B, C]; 0 at padding."""
+        """Rearranges values of J completions [J, W] into packed rows [B, C]; 0 at padding."""
         values_BC = values_JW[self.owner_BC, jnp.maximum(self.index_BC, 0)]
         return jnp.where(self.token_BC, values_BC, jnp.zeros((), values_JW.dtype))
 
     def by_completion(self, values_BC: Array, shape: tuple[int, int]) -> Array:
-        """Rearranges values in packed rows [B, C] by completion, `shape` [J, W]; 0 at padding."""
+        """Rearranges values in packed rows [B, C] into [J, W], a row per completion; 0 at padding.
+
+        `shape` is (J, W); the inverse of `by_row`.
+        """
         index_BC = jnp.where(self.token_BC, self.index_BC, shape[1])  # beyond the end: dropped
         values_JW = jnp.zeros(shape, values_BC.dtype)
         return values_JW.at[self.owner_BC, index_BC].set(values_BC, mode="drop")
@@ -107,8 +113,8 @@ def pad_completions(
 ) -> Completions:
     """Puts each prompt with its completion into a row of its own, in NumPy arrays.
 
-    `shape` is (T, C), the padded lengths of rows and completions. None means the longest lengths,
-    rounded up by `bucket_length` to limit recompilation.
+    `shape` is (T, C), the padded lengths of rows and completions; `pad_id` fills the rest. None
+    means the longest lengths, rounded up by `bucket_length` to limit recompilation.
     """
     lengths = [len(completion) for completion in completions]
     longest = max(len(prompt) + length for prompt, length in zip(prompts, lengths, strict=True))
@@ -189,7 +195,8 @@ def token_logprobs(
 ) -> tuple[Float[Array, "B C"], Float[Array, "B C"]]:
     """Returns the log-probability of each token, and the entropy of its distribution, in nats.
 
-    `hidden_BCD` are the hidden states, after the final norm, that predict the tokens.
+    `head_VD` is the output head, and `hidden_BCD` are the hidden states, after the final norm, that
+    predict the tokens.
     """
     result = linear_logprob(flat(hidden_BCD), head_VD, flat(tokens_BC))
     return result.logprob_N.reshape(tokens_BC.shape), result.entropy_N.reshape(tokens_BC.shape)
@@ -201,7 +208,10 @@ def flat(values: Array) -> Array:
 
 
 def bucket_length(length: int) -> int:
-    """Rounds `length` up to a multiple of max(8, p / 8), with p the power of two below `length`."""
+    """Rounds `length` up to a multiple of max(8, p / 8).
+
+    Here p is the largest power of two below `length`.
+    """
     power = 1 << max(length - 1, 1).bit_length()
     notch = max(power // 16, 8)
     return -(-length // notch) * notch

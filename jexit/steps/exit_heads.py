@@ -1,6 +1,6 @@
 """The last phase of calibration, in which only the exit heads train.
 
-The trunk does not change, so the model runs over the trajectories once, at full depth and without a
+Nothing else changes, so the model runs over the trajectories once, at full depth and without a
 backward pass. `ExitStates` stores the heads' inputs and the KLs that determine their targets. The
 heads can then train for many steps, because a step on stored inputs costs a thousandth of a pass of
 the model. The continuation does not train either: if it were trained only on the KL after the last

@@ -23,10 +23,10 @@ LossFn = Callable[[Params, Any, PRNGKey], tuple[Array, Metrics]]
 
 
 def schedule(config: OptimConfig, peak: float, steps: int) -> optax.Schedule:
-    """Returns a learning-rate schedule with a linear warm-up to `peak`, then `config.schedule`.
+    """Returns a learning-rate schedule: a linear warm-up to `peak`, then `config.schedule`.
 
-    After the warm-up, the rate stays at `peak` (constant), or falls to final_fraction · `peak` by
-    step `steps`, linearly or along a cosine.
+    After the `config.warmup_steps` (0: no warm-up), the rate stays at `peak` ("constant"), or falls
+    to `config.final_fraction` · `peak` by step `steps`, linearly or along a cosine.
     """
     warmup, end = config.warmup_steps, config.final_fraction * peak
     rest = max(steps - warmup, 1)
@@ -111,7 +111,7 @@ def gradient_step(
 ) -> tuple[TrainState, Metrics]:
     """Takes one optimiser step on the sum of `loss_fn` over the micro-batches of `batch`.
 
-    Returns the new state, and the metrics of `loss_fn` and `apply_gradients`.
+    Returns the new state, and the metrics of `loss_fn`, summed, and of `apply_gradients`.
     """
     loss, metrics, gradients = accumulated_gradients(
         loss_fn,
@@ -169,7 +169,8 @@ def apply_gradients(
     """Takes one optimiser step, or skips it; returns the new state and metrics.
 
     A step is skipped if the loss, the gradients, the new parameters or the new optimiser state are
-    not finite. A skipped step changes only the counters.
+    not finite. A skipped step changes only the counters. The metrics are `grad_norm`, before
+    clipping, and `skipped`, the number of latest steps in a row that were skipped.
     """
     norm = optax.tree.norm(gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)

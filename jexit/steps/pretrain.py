@@ -43,10 +43,10 @@ def make_pretrain_step(
 ) -> Callable[[TrainState, PretrainBatch, PRNGKey], tuple[TrainState, Metrics]]:
     """Returns the jitted pretraining step (state, batch, key) → (state, metrics).
 
-    The loss is L + `exit_loss` / E · Σ_e L_e, where L = Σ w_t · −log p(x_t) / Σ w_t over the tokens
-    x_t with weights w_t. L_e is L with the probabilities of the logit lens at exit e. `groups` are
-    the names of the groups 1, 2, … in the batch; the metric `p_right/NAME` is the mean of p(x_t)
-    over a group.
+    The loss is C + `exit_loss` / E · Σ_e C_e over the E exits. C = Σ w_t · −log p(x_t) / Σ w_t is
+    the cross-entropy of the tokens x_t with weights w_t, and C_e is C with the probabilities of the
+    logit lens at exit e. `groups` are the names of the groups 1, 2, … in the batch; the metric
+    `p_right/NAME` is the mean of p(x_t) over a group.
     """
     exits = len(split.student(split.trainable).exit_layers)
 

@@ -90,7 +90,10 @@ class Sums:
 
 
 def pairs(exit_layers: tuple[int, ...], layers: int) -> list[tuple[int, int]]:
-    """Returns (exit index, layer) for each exit and each layer that a token leaving there skips."""
+    """Returns (exit index, layer) for each exit and each layer that a token leaving there skips.
+
+    The pairs are sorted. `layers` is the number of layers.
+    """
     return [(e, m) for e, first in enumerate(exit_layers) for m in range(first, layers)]
 
 
@@ -112,7 +115,10 @@ def make_sums_step(split: SplitModel) -> Callable[[Sums, Params, Fixed, Completi
         first = sums.count == 0.0
 
         def centred(values_BCD: Array, origin_D: Array) -> tuple[Array, Array]:
-            """Returns (masked values − origin, origin); the first batch sets an origin of 0."""
+            """Returns (masked values − origin, origin).
+
+            In the first batch, an origin of 0 is replaced by the mean of the values.
+            """
             mean_D = jnp.einsum("BCD,BC->D", values_BCD, weight_BC) / jnp.maximum(count, 1.0)
             origin_D = jnp.where(first & ~jnp.any(origin_D), mean_D, origin_D)
             return (values_BCD - origin_D) * weight_BC[..., None], origin_D
@@ -198,7 +204,10 @@ class Moments:
         return a_DD, self.u_D - self.x_D @ a_DD
 
     def unexplained(self, a_DD: np.ndarray, b_D: np.ndarray) -> float:
-        """Returns (squared error of u ≈ x·A + b) / (variance of u), averaged over D."""
+        """Returns the expected squared error of u ≈ x·A + b, over the variance of u.
+
+        The ratio of the two is averaged over the D dimensions of u.
+        """
         shift_D = self.u_D - self.x_D @ a_DD - b_D
         error_D = (
             self.uu_D
@@ -210,7 +219,7 @@ class Moments:
 
 
 class Chain:
-    """The maps fitted so far, composed for each exit into one map x ↦ x + x·Q + c."""
+    """The maps of the layers fitted so far, composed for each exit into one map x ↦ x + x·Q + c."""
 
     def __init__(self, exits: int, width: int):
         self.q_EDD = np.zeros((exits, width, width))
@@ -241,7 +250,7 @@ class Chain:
         )
 
     def goes_on(self, exits: list[int], a_DD: np.ndarray, b_D: np.ndarray) -> None:
-        """Appends one more layer's map, x ↦ x + x·A + b, to the chain of each exit in `exits`."""
+        """Appends one more layer's map, x ↦ x + x·A + b, for the exits with indices `exits`."""
         for e in exits:
             self.c_ED[e] += self.c_ED[e] @ a_DD + b_D
             self.q_EDD[e] += a_DD + self.q_EDD[e] @ a_DD

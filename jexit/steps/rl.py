@@ -40,7 +40,7 @@ from jexit.steps.state import Fixed, Params, SplitModel, TrainState
 
 @struct.dataclass
 class RLBatch:
-    """A batch of J rollouts for one RL step, with the values recorded while sampling them.
+    """A batch of J rollouts of up to W tokens for one RL step, with values recorded in sampling.
 
     Rollouts of the same prompt are adjacent; `rows` packs them into rows. For each token,
     `depth_JW` is the depth of the pass that produced the token, `logprobs_JW` the token's
@@ -143,7 +143,7 @@ def score(
     config: RLConfig,
     micro_batches: int,
 ) -> tuple[Scored, Metrics]:
-    """Returns (batch with teacher scores, advantages and loss weights; metrics of the rewards)."""
+    """Returns the batch with teacher scores, advantages and loss weights; and reward metrics."""
     rows, token_JW = batch.rows, batch.token_JW.astype(jnp.float32)
     teacher_BC, teacher_hidden_BCD = teacher_scores(teacher, rows, config, micro_batches)
     log_ratio_JW = batch.logprobs_JW - rows.by_completion(teacher_BC, batch.depth_JW.shape)
@@ -193,8 +193,8 @@ def teacher_scores(
 ) -> tuple[Float[Array, "B C"], Array | None]:
     """Returns log π_teacher of every token and the teacher's final hidden states [B, C, D].
 
-    The hidden states are divided by the sampling temperature. They are None unless the loss
-    contains a KL over the whole vocabulary.
+    Both are at the sampling temperature, by which the hidden states are divided. The hidden states
+    are None unless the loss contains a KL over the whole vocabulary.
     """
     wants_hidden = config.kl_loss_coef > 0 and config.kl_loss in EXACT_KL
 
@@ -211,7 +211,11 @@ def teacher_scores(
 
 
 def depth_shares(batch: RLBatch, layers: int) -> tuple[Array, Array, Array]:
-    """Returns (depth/L, action mask, token mask), each [J, W], as arguments for `depth_cost`."""
+    """Returns (depth/L, action mask, token mask), each [J, W], as arguments for `depth_cost`.
+
+    L is the number of `layers`; the masks are 1 at tokens whose pass could leave early, and at all
+    tokens.
+    """
     masks = (mask_JW.astype(jnp.float32) for mask_JW in (batch.action_JW, batch.token_JW))
     return batch.depth_JW / layers, *masks
 
@@ -305,7 +309,11 @@ def kl_terms(
     config: RLConfig,
     teacher_head_VD: Array | None,
 ) -> Float[Array, "B C"]:
-    """Returns the KL between student and teacher at each token, as `config.kl_loss` defines it."""
+    """Returns the KL between student and teacher at each token, in nats, [B, C].
+
+    `config.kl_loss` is "exact" for KL(student ‖ teacher) and "forward" for KL(teacher ‖ student),
+    both over the whole vocabulary, or "k2" or "k3" for these estimates from the drawn token.
+    """
     if config.kl_loss not in EXACT_KL:
         return {"k2": k2, "k3": k3}[config.kl_loss](logprob_BC, item.teacher_BC)
     return linear_kl(
@@ -328,7 +336,11 @@ def tempered(hidden_BCD: Array, temperature: float) -> Array:
 
 
 def depth_metrics(batch: RLBatch, exit_layers: tuple[int, ...], layers: int) -> Metrics:
-    """Returns metrics of depth: mean, quantiles, layers per problem, share of tokens per exit."""
+    """Returns metrics of depth: mean, quantiles, layers per problem, and use of each depth.
+
+    `exit/LAYER` is the share of tokens with this depth among those that could leave early; the
+    other metrics also count the first token of each rollout.
+    """
     token_JW, depth_JW = batch.token_JW, batch.depth_JW
     known_JW = jnp.where(token_JW, depth_JW.astype(jnp.float32), jnp.nan)
     metrics = {

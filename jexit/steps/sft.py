@@ -92,7 +92,7 @@ class Taught(NamedTuple):
 def targets(
     student: Transformer, teacher: Transformer, rows: Completions, config: SFTConfig
 ) -> tuple[Array, Float[Array, "B C E"], Float[Array, "B C E"]]:
-    """Returns the teacher's final hidden states [B, C, D], log h* and log(1 − h*).
+    """Returns the teacher's final hidden states [B, C, D], and log h* and log(1 − h*), [B, C, E].
 
     The target hazards h* follow from KL(teacher's final distribution ‖ distribution at exit e).
     With `config.target="teacher"`, the exits are those of the teacher; with `"student"`, those of
@@ -131,9 +131,10 @@ def calibration_loss(
 ) -> tuple[Array, Metrics]:
     """Returns the loss and the metrics of one student run on `item`, as shares of the whole batch.
 
-    The loss is a KL between student and teacher plus `config.exit_coef` times the loss of the exit
-    heads, divided by `actions`: S times the number of action positions (tokens whose pass could
-    leave early) in the whole batch. `teacher_head_VD` is None if teacher and student share the
+    The loss is the KL between student and teacher in the direction `config.direction` (see
+    `linear_kl`) plus `config.exit_coef` times the loss of the exit heads, summed over the action
+    positions (tokens whose pass could leave early) and divided by `actions`: S times the number of
+    these positions in the whole batch. `teacher_head_VD` is None if teacher and student share the
     output head. Depths drawn with exploration need `config.exit_loss="expected"`, because −log P(d)
     would teach the exploration to the heads.
     """

@@ -34,9 +34,10 @@ class TrainState:
 class Fixed(NamedTuple):
     """The parameters that a run does not train.
 
-    `frozen` belongs to the student. `teacher` is a copy of the initial trainable parameters, or
-    None if the trunk stays fixed or no teacher is needed. Jitted steps take a `Fixed` as an
-    argument, because arrays in a closure would be compiled into the program as constants.
+    `frozen` are the student's fixed parameters. `teacher` is a copy of the initial trainable
+    parameters, or None if the base weights stay fixed or no teacher is needed. Jitted steps take a
+    `Fixed` as an argument, because arrays in a closure would be compiled into the program as
+    constants.
     """
 
     frozen: Params
@@ -51,7 +52,7 @@ class SplitModel(NamedTuple):
     fixed: Fixed
 
     def student(self, trainable: Params, fixed: Fixed | None = None) -> Transformer:
-        """Returns the model with these parameters; `fixed` defaults to `self.fixed`."""
+        """Returns the model with the parameters `trainable` and `fixed` (None: `self.fixed`)."""
         fixed = self.fixed if fixed is None else fixed
         return nnx.merge(self.graphdef, trainable, fixed.frozen)
 
@@ -98,8 +99,9 @@ def split_model(model: Transformer, *, full: bool, keep_teacher: bool = True) ->
 def parameter_labels(model: Transformer, *, full: bool) -> Params:
     """Returns the kind of each trainable parameter, in a tree with the structure of the parameters.
 
-    The kinds are `lora`, `exit` (output weights of the exit heads), `exit_bias` (their biases),
-    `exit_hidden` (their hidden layers), `continuation` and `base`. `full` is that of `split_model`.
+    The kinds are `lora`, `exit` (output weights of the exit heads), `exit_bias` (output biases),
+    `exit_hidden` (norms and hidden layers of the heads), `continuation` and `base` (all others).
+    `full` is that of `split_model`.
     """
 
     def label(path: tuple, variable: nnx.Variable) -> str:
@@ -125,6 +127,6 @@ def new_state(trainable: Params, optimizer: optax.GradientTransformation) -> Tra
 
 
 def step_key(seed: int, step: int | Array, stream: int = 0) -> PRNGKey:
-    """Returns the PRNG key of training step `step`; each `stream` has independent keys."""
+    """Returns the PRNG key of training step `step`, from `seed`; each `stream` has its own keys."""
     key = jax.random.fold_in(jax.random.key(seed), stream)
     return jax.random.fold_in(key, step)

@@ -119,7 +119,7 @@ def test_branches_see_their_trunk_and_not_each_other():
     segment_BT = jnp.array([segments + [0] * (45 - len(segments))] * 3)
     found = attend(q, KeysValues(k, v), segment_BT=segment_BT, branches=True)
     check_by_hand(found, texts, q, k, v)
-    with pytest.raises(ValueError, match="not support texts that share a trunk; give each text"):
+    with pytest.raises(ValueError, match="not support texts that share a prefix; give each text"):
         attend(
             q, KeysValues(k, v), segment_BT=segment_BT, branches=True, implementation="splash",
             interpret=True,

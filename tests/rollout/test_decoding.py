@@ -297,7 +297,7 @@ def test_a_tick_runs_the_layers_that_its_rows_need(model, prompts, monkeypatch):
 
 def test_wrong_requests_get_one_sentence(model, prompts):
     for wrong, asked, sentence in [
-        ([], {}, "prompts is empty; give at least one"),
+        ([], {}, "prompts is empty, but a request"),
         ([[1], []], {}, "prompt 1 is empty"),
         ([[1] * 512], {}, "prompt 0 has 512 tokens, but the model has 512 positions"),
         ([[1] * 505], {}, "lower max_new_tokens to at most 7"),

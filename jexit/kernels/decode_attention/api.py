@@ -32,18 +32,18 @@ def decode_attention(
     blocks of slots. The softmax is computed in float32.
 
     Args:
-      q_BNH: queries after the rotary embedding; query heads that share a key/value head are
-        adjacent.
-      keys_KLPSH: keys after the rotary embedding, for all layers and all P rows.
+      q_BNH: queries [B, N, H] after the rotary embedding; query heads that share a key/value head
+        are adjacent.
+      keys_KLPSH: keys [K, L, P, S, H] after the rotary embedding, for K heads, L layers, P rows.
       values_KLPSH: values, in the same layout.
       layer: the index of the layer whose keys and values are used.
-      rows_B: the cache row of each query; None if there is one query for every row, in order.
-      lengths_B: the number of filled slots in the row of each query, at least 1.
+      rows_B: the cache row of each query [B]; None if every row has one query, in order (B = P).
+      lengths_B: the number of filled slots in the row of each query [B], at least 1.
       implementation: `None` (by platform), `"reference"`, `"xla"`, `"pallas_tpu"` or `"pallas_gpu"`
         (the last two are interpreted on a CPU, for tests).
 
     Returns:
-      The weighted means of the values, [B, N, H], in the queries' dtype.
+      The attention output [B, N, H], in the queries' dtype.
 
     Raises:
       UserError: if shapes do not match or the implementation does not exist.

@@ -28,15 +28,15 @@ def exit_kl(
     softmax(head · h_e). The outputs carry no gradient.
 
     Args:
-      h_final_ND: the hidden states of the last layer, after the final norm.
-      h_exits_END: the hidden states at the E exits, also after the final norm.
-      head_VD: the output head.
+      h_final_ND: the last layer's hidden states of N tokens [N, D], after the final norm.
+      h_exits_END: the hidden states at the E exits [E, N, D], also after the final norm.
+      head_VD: the output head [V, D].
       implementation: `None` (by platform), `"reference"`, `"xla"`, `"pallas_tpu"` or `"pallas_gpu"`
         (the last two are interpreted on a CPU, for tests).
 
     Returns:
-      `ExitKL`: KL in nats [E, N], entropy and log-sum-exp of the final distribution [N], and
-      arg-max agreement [E, N].
+      `ExitKL`: KL in nats [E, N], entropy and log-sum-exp of the final distribution in nats [N],
+      and whether the arg-max agrees [E, N].
 
     Raises:
       UserError: if shapes do not match or the implementation does not exist.

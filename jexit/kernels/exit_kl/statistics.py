@@ -122,7 +122,11 @@ def merge_exit(left: Exit, right: Exit, final_left: Final, final_right: Final) -
 
 
 def finish(final: Final, exits: Exit) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Returns (KL, entropy, log-sum-exp, arg-max agreement) from statistics of all vocabulary."""
+    """Returns the fields of `ExitKL`, in order, from the statistics of the whole vocabulary.
+
+    They are KL(final ‖ exit), the final distribution's entropy and log-sum-exp (all in nats), and
+    whether the arg-max of exit and final distribution agree.
+    """
     log_sum = jnp.log(final.sum)
     kl = exits.cross / final.sum - log_sum + jnp.log(exits.sum)
     return (

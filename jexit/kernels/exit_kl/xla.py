@@ -21,7 +21,8 @@ def exit_kl(
 ) -> ExitKL:
     """Implements `jexit.kernels.exit_kl` in plain XLA.
 
-    `chunk_tokens` and `chunk_vocab` set the tile size; None lets the shapes determine it.
+    `chunk_tokens` and `chunk_vocab` are the numbers of tokens and vocabulary entries in a tile;
+    None lets shapes and platform determine them.
     """
     if h_final_ND.shape[0] == 0:
         return reference.exit_kl(h_final_ND, h_exits_END, head_VD)

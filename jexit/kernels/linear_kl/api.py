@@ -35,11 +35,11 @@ def linear_kl(
     the head is computed only if the head itself is differentiated.
 
     Args:
-      h_student_ND: the student's final hidden states, after the final norm.
-      h_teacher_ND: the teacher's final hidden states, after the final norm.
-      head_VD: the student's output head; also the teacher's, unless `head_teacher_VD` is set.
+      h_student_ND: the student's final hidden states of N tokens [N, D], after the final norm.
+      h_teacher_ND: the teacher's, for the same tokens; with a head of its own, D may differ.
+      head_VD: the student's output head [V, D], which is also the teacher's by default.
       direction: `"student_teacher"`, `"teacher_student"` or `"jeffreys"`.
-      head_teacher_VD: the teacher's own output head, if it differs from `head_VD`.
+      head_teacher_VD: the teacher's own output head, for the same vocabulary (None: `head_VD`).
       implementation: `None` (by platform), `"reference"`, `"xla"`, `"pallas_tpu"` or `"pallas_gpu"`
         (the last two are interpreted on a CPU, for tests).
 

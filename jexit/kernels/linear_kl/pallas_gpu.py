@@ -72,7 +72,7 @@ def _gradients(
     g_N: jax.Array,
     head_dtype: jnp.dtype | None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Returns one device's gradients for hidden states and head, as `tiled.Tiled` describes."""
+    """Returns one device's gradients for student states and head, as `tiled.Tiled` describes."""
 
     def dlogits(blocks: Blocks) -> jax.Array:
         g_T1, finished = blocks.rows

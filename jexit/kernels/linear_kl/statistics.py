@@ -57,7 +57,7 @@ class Rescale(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """The KL in nats, and the whole-vocabulary statistics that its gradient needs."""
+    """The KL of each token in nats, and the whole-vocabulary statistics that its gradient needs."""
 
     kl: jax.Array
     max_student: jax.Array
@@ -153,7 +153,10 @@ def merge(left: Statistics, right: Statistics) -> tuple[Statistics, Rescale, Res
 
 
 def finish(total: Statistics) -> Finished:
-    """Returns the KL, and the values for its gradient, from whole-vocabulary statistics."""
+    """Returns the KL, and the values for its gradient, from whole-vocabulary statistics.
+
+    The KL has the `direction` for which `of_tile` computed the statistics.
+    """
     log_sum_student, log_sum_teacher = jnp.log(total.sum_student), jnp.log(total.sum_teacher)
     # log p − log q is gap − offset; gap is the centred gap + max_teacher − pivot.
     offset = log_sum_student - log_sum_teacher
@@ -177,7 +180,7 @@ def finish(total: Statistics) -> Finished:
 def dlogits(
     z_student: jax.Array, z_teacher: jax.Array, finished: Finished, direction: str
 ) -> jax.Array:
-    """Returns the derivative of the KL with respect to the student's logits.
+    """Returns the derivative of each token's KL with respect to the student's logits `z_student`.
 
     The arrays of `finished` must broadcast against the logits.
     """

@@ -69,9 +69,12 @@ def _finished(static: _Static, *arguments: Any) -> Finished:
 
 
 def _forward(static: _Static, *arguments: Any) -> tuple[jax.Array, tuple[Any, ...]]:
-    """Returns the KL [N], and the residuals for the backward pass.
+    """Returns the KL [N] of N tokens in nats, and the residuals for `_backward`.
 
-    In each argument, `value` is the array and `perturbed` is True if it is differentiated.
+    This is the forward rule of the custom VJP `_linear_kl`, with the KL in `static.direction`.
+    Because of `symbolic_zeros`, each argument is a pair: `value` is the array, and `perturbed` is
+    True if it is differentiated. The residuals are (arrays, statistics, whether the head is
+    differentiated).
     """
     head_trains = arguments[2].perturbed
     values = tuple(None if pair is None else pair.value for pair in arguments)

@@ -62,7 +62,8 @@ def linear_kl(
 ) -> jax.Array:
     """Implements `jexit.kernels.linear_kl` in plain XLA.
 
-    `chunk_tokens` and `chunk_vocab` set the tile size; None lets the shapes determine it.
+    `chunk_tokens` and `chunk_vocab` are the numbers of tokens and vocabulary entries in a tile;
+    None lets shapes and platform determine them.
     """
     arguments = (h_student_ND, h_teacher_ND, head_VD, head_teacher_VD)
     if h_student_ND.shape[0] == 0:
@@ -83,9 +84,13 @@ def _linear_kl(static: _Static, *arguments: Any) -> jax.Array:
 
 
 def _forward(static: _Static, *arguments: Any) -> tuple[jax.Array, tuple[Any, ...]]:
-    """Returns the KL [N], and the residuals for the backward pass.
+    """Returns the KL [N] of N tokens in nats, and the residuals for `_backward`.
 
-    In each argument, `value` is the array and `perturbed` is True if it is differentiated.
+    This is the forward rule of the custom VJP `_linear_kl`, with the KL in `static.direction`.
+    Because of `symbolic_zeros`, each argument is a pair: `value` is the array, and `perturbed` is
+    True if it is differentiated. The residuals are (derivative of each KL with respect to the
+    student's hidden state, None, None) or, if the head is differentiated, (None, arrays,
+    statistics).
     """
     head_trains = arguments[2].perturbed
     values = tuple(None if pair is None else pair.value for pair in arguments)
@@ -247,7 +252,10 @@ def _merge(left: _Total, right: _Total) -> _Total:
 
 
 def _unit(total: _Total) -> jax.Array:
-    """Returns the gradient of each token's KL for the student's hidden state, float32 [N, D]."""
+    """Returns the gradient of each token's KL with respect to the student's hidden state.
+
+    It is float32 [N, D]; `total` covers the whole vocabulary.
+    """
     sums, rows = total.statistics, total.rows
     row_ND = rows.student / sums.sum_student
     unit_ND = jnp.zeros_like(row_ND)

@@ -31,9 +31,9 @@ def linear_logprob(
     The gradient of the head is computed only if the head itself is differentiated.
 
     Args:
-      h_ND: the final hidden states, after the final norm.
-      head_VD: the output head.
-      targets_N: token ids. An id that is not in the vocabulary gets log-probability −∞.
+      h_ND: the final hidden states of N tokens [N, D], after the final norm.
+      head_VD: the output head [V, D].
+      targets_N: token ids [N]. An id that is not in the vocabulary gets log-probability −∞.
       implementation: `None` (by platform), `"reference"`, `"xla"`, `"pallas_tpu"` or `"pallas_gpu"`
         (the last two are interpreted on a CPU, for tests).
 
@@ -47,7 +47,7 @@ def linear_logprob(
     shapes.check_same("linear_logprob", "targets_N", targets_N.shape, h_ND.shape[:1])
     if not jnp.issubdtype(targets_N.dtype, jnp.integer):
         raise UserError(
-            f"linear_logprob: targets_N is {targets_N.dtype} but must be integer token ids; cast it"
+            f"linear_logprob: targets_N is {targets_N.dtype} but must be integer; cast it to int32"
         )
     # Narrow integers cannot count the vocabulary.
     return OPERATION(implementation, h_ND, head_VD, targets_N.astype(jnp.int32))

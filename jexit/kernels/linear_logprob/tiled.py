@@ -72,9 +72,11 @@ def _finished(
 
 
 def _forward(static: _Static, *arguments: Any) -> tuple[LinearLogprob, tuple[Any, ...]]:
-    """Returns the outputs [N], and the residuals for the backward pass.
+    """Returns the outputs for N tokens, [N] each, and the residuals for `_backward`.
 
-    In each argument, `value` is the array and `perturbed` is True if it is differentiated.
+    This is the forward rule of the custom VJP `_linear_logprob`. Because of `symbolic_zeros`, each
+    argument is a pair: `value` is the array, and `perturbed` is True if it is differentiated. The
+    residuals are (arrays, statistics, whether the head is differentiated).
     """
     values = tuple(pair.value for pair in arguments)
     finished = _finished(static, *values)

@@ -54,7 +54,8 @@ def linear_logprob(
 ) -> LinearLogprob:
     """Implements `jexit.kernels.linear_logprob` in plain XLA.
 
-    `chunk_tokens` and `chunk_vocab` set the tile size; None lets the shapes determine it.
+    `chunk_tokens` and `chunk_vocab` are the numbers of tokens and vocabulary entries in a tile;
+    None lets shapes and platform determine them.
     """
     if h_ND.shape[0] == 0:
         return reference.linear_logprob(h_ND, head_VD, targets_N)
@@ -76,9 +77,12 @@ def _linear_logprob(
 
 
 def _forward(static: _Static, *arguments: Any) -> tuple[LinearLogprob, tuple[Any, ...]]:
-    """Returns the outputs [N], and the residuals for the backward pass.
+    """Returns the outputs for N tokens, [N] each, and the residuals for `_backward`.
 
-    In each argument, `value` is the array and `perturbed` is True if it is differentiated.
+    This is the forward rule of the custom VJP `_linear_logprob`. Because of `symbolic_zeros`, each
+    argument is a pair: `value` is the array, and `perturbed` is True if it is differentiated. The
+    residuals are (`_Units`, arrays, None) or, if the head is differentiated, (None, arrays,
+    statistics).
     """
     h_ND, head_VD, targets_N = values = tuple(pair.value for pair in arguments)
     if arguments[1].perturbed:
@@ -199,7 +203,10 @@ def _merge(left: _Total, right: _Total) -> _Total:
 
 
 def _units(total: _Total) -> _Units:
-    """Returns the float32 derivatives [N, D] of entropy and log-sum-exp for the hidden states."""
+    """Returns the float32 derivatives [N, D] of entropy and log-sum-exp by the hidden states.
+
+    `total` covers the whole vocabulary.
+    """
     sums, rows = total.statistics, total.rows
     mean_ND = rows.weight / sums.sum
     # −p (log p + H) is −p (x − Σ p x): the normaliser cancels.
