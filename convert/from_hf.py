@@ -74,7 +74,7 @@ def _cut(model: ModelSource, layers: int) -> ModelSource:
     if model.lora or model.exit_layers:
         raise UserError(
             f"{model.directory} has adapters or exit heads, which were trained for all layers; "
-            "cut the model from which it was trained"
+            "use --layers on the base model from which it was trained"
         )
     cut = dataclasses.replace(arch, layers=layers)
     return dataclasses.replace(model, architecture=cut, source="")

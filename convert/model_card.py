@@ -48,8 +48,8 @@ def model_card(
     own = (arch.layers, model.exit_layers)
     if measured and (measured.model.layers, measured.model.exits) != own:
         raise UserError(
-            f"{found} has the results of another model, {measured.model.path}; give the evaluation "
-            f"of {source}"
+            f"{found} has the results of another model, {measured.model.path}, which has other "
+            f"layers or exits; give the evaluation of {source}"
         )
     results = measured.runs if measured else ()
     task = _task_name(measured.task["name"]) if measured else ""

@@ -42,7 +42,8 @@ NOT_A_PASS_PER_TOKEN = (
 class ExitOutput(CausalLMOutputWithPast):
     """The output of a causal language model, with depths [B, T] and hazard logits [B, T, E].
 
-    Hazard logits are NaN at exits that a position did not reach.
+    B is the number of rows, T that of positions, and E that of exits. Hazard logits are NaN at
+    exits that a position did not reach.
     """
 
     depths: torch.LongTensor | None = None
@@ -62,7 +63,10 @@ class _Float32(nn.Module):
 
 
 class ExitHead(_Float32):
-    """An exit head in float32: z = w2 · relu(W1 · norm(h) + b1) + b2, or linear without W1."""
+    """An exit head in float32: z = w2 · relu(W1 · norm(h) + b1) + b2, or linear without W1.
+
+    Maps residuals h [..., D] to hazard logits z [...]. The norm is optional.
+    """
 
     def __init__(self, tensors: dict[str, torch.Tensor], eps: float) -> None:
         super().__init__(tensors)
@@ -78,7 +82,10 @@ class ExitHead(_Float32):
 
 
 class Continuation(_Float32):
-    """The map h ← h + update(h) for a token that skips a layer; `reduce` makes it low-rank."""
+    """The map h ← h + update(h) of residuals [..., D] for tokens that skip a layer.
+
+    If the weights contain `reduce`, the update is low-rank: update(reduce(h)).
+    """
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         x = h.to(self.update_weight.dtype)
@@ -120,8 +127,8 @@ class Exits(nn.Module):
         known = torch.tensor([*self.exit_layers, self.layers])
         if not torch.isin(given.cpu(), known).all():
             raise ValueError(
-                f"depths contains {given.min()} to {given.max()}, but a token can leave only at "
-                f"{', '.join(map(str, known.tolist()))} layers; use these"
+                f"depths contains values from {given.min()} to {given.max()}, but each must be one "
+                f"of {', '.join(map(str, known.tolist()))} (an exit, or all layers); use only these"
             )
         self.depth_BT = given.to(device, torch.long).expand(shape).clone()
         self.hazard_BTE = torch.full(
@@ -129,7 +136,7 @@ class Exits(nn.Module):
         )
 
     def layer(self, run: Any, layer: nn.Module, number: int, h: torch.Tensor, kwargs: Any) -> Any:
-        """Returns the residual after `layer` for the residual `h` that enters the layer.
+        """Returns the residual [B, T, D] after `layer` for the residual `h` [B, T, D] before it.
 
         `run(h, **kwargs)` computes the layer. For tokens that have left, the continuation computes
         the residual instead. `number` is the index of the layer.
@@ -176,8 +183,8 @@ class Exits(nn.Module):
         except ValueError:
             pass
         raise ValueError(
-            f"exit_policy is {policy!r}; use full, sample, threshold:X with 0 < X < 1, or fixed:N "
-            f"with N one of {', '.join(map(str, depths))}"
+            f"exit_policy is {policy!r}, but it must be full, sample, threshold:X with 0 < X < 1, "
+            f"or fixed:N with N one of {', '.join(map(str, depths))}; set one of these"
         )
 
 
@@ -205,7 +212,7 @@ def _keys_and_values(layer: nn.Module, h: torch.Tensor, kwargs: Any) -> None:
 
 @functools.cache
 def _layer_with_exits(layer_class: type) -> type:
-    """Returns a subclass of a decoder layer's class that lets the exits run or skip the layer."""
+    """Returns a subclass of a decoder layer's class that calls the layer through `Exits.layer`."""
 
     class LayerWithExits(layer_class):
         def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
@@ -269,7 +276,10 @@ class WithExits:
         if exits is None:  # a model without weights, from a config
             return super().forward(input_ids, *args, **kwargs)
         if depths is not None and self.model.gradient_checkpointing and self.training:
-            raise ValueError("gradient checkpointing forgets depths; disable it, or leave them out")
+            raise ValueError(
+                "depths is given, but gradient checkpointing would run the layers again without "
+                "it; disable gradient checkpointing, or leave depths out"
+            )
         inputs = kwargs.get("inputs_embeds") if input_ids is None else input_ids
         # After the attention mask and the positions, or by either of its names.
         cache = args[2] if len(args) > 2 else kwargs.get("cache", kwargs.get("past_key_values"))
@@ -289,9 +299,9 @@ class WithExits:
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generates like the base class; sets `last_depths` [B, N] to the depth of each new token.
 
-        After the end of a row, the depths are 0. Raises ValueError for beam search, for options
-        with which a pass does not produce exactly one token, and without a cache unless the policy
-        is `full`.
+        B is the number of rows, and N the largest number of new tokens. After the end of a row, the
+        depths are 0. Raises ValueError for beam search, for options with which a pass does not
+        produce exactly one token, and without a cache unless the policy is `full`.
         """
         own = self.generation_config
         config = kwargs.get("generation_config") or own
@@ -301,10 +311,15 @@ class WithExits:
             return next((value for value in given if value is not None), None)
 
         if (setting("num_beams") or 1) > 1:
-            raise ValueError("exits follow one continuation per row; set num_beams=1")
+            raise ValueError(
+                "num_beams is above 1, but exits do not support beam search; set num_beams=1"
+            )
         for name in NOT_A_PASS_PER_TOKEN:
             if setting(name):
-                raise ValueError(f"exits need a pass for each token; leave out {name}")
+                raise ValueError(
+                    f"{name} is set, but exits need exactly one pass for each new token; leave it "
+                    "out"
+                )
         if setting("use_cache") is False and self.exit_policy != "full":
             raise ValueError(
                 f"exit_policy={self.exit_policy!r} needs the cache; leave out use_cache=False, or "

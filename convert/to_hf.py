@@ -77,10 +77,11 @@ def export(
     arch = model.architecture
     model.find_tokenizer()
     if adapter == "peft" and model.lora is None:
-        raise UserError(f"{source} has no adapter to write; use --adapter=merge")
+        raise UserError(f"{source} has no LoRA adapter to write; use --adapter=merge")
     if adapter == "merge" and base:
         raise UserError(
-            "--base is the base of an adapter, but --adapter is merge; use it with --adapter=peft"
+            "--base names the base model of an adapter, but --adapter=merge writes no adapter; "
+            "leave out --base, or use --adapter=peft"
         )
     if push and not is_hub_id(push):
         raise UserError(
@@ -89,8 +90,9 @@ def export(
         )
     if push and adapter == "peft" and not is_hub_id(base or _published_base(model)):
         raise UserError(
-            "the base of this adapter is not on the hub, so nobody else could load the adapter "
-            "from there; use --adapter=merge, or name its base with --base=OWNER/NAME"
+            "the base model of this adapter is not on the hub, so nobody else could load the "
+            "adapter from there; use --adapter=merge, or name its base model with "
+            "--base=OWNER/NAME"
         )
     if evaluation and not (card or push):
         raise UserError(
@@ -128,7 +130,7 @@ def export(
 
 
 def _published_base(model: ModelSource) -> str:
-    """Returns the hub id or the existing directory of the base weights, or "" if there is none."""
+    """Returns the hub id or existing directory of the base model, or "" if neither is known."""
     if not (model.base / MODEL_FILE).exists():
         return model.source or str(model.base.resolve())
     known = model.source

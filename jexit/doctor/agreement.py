@@ -134,7 +134,8 @@ def seconds(run: Callable[[], Any], repeats: int = REPEATS) -> float:
 def relative_error(found: Any, wanted: Any) -> float:
     """Returns the largest error relative to the reference, max |found − wanted| / max |wanted|.
 
-    Returns ∞ if `found` and `wanted` do not have their finite entries at the same positions.
+    Maxima are over all entries at which `wanted` is finite. Returns ∞ if `found` is finite at other
+    positions.
     """
     found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
     if not np.array_equal(np.isfinite(found), np.isfinite(wanted)):
@@ -166,7 +167,10 @@ def cases() -> list[Case]:
 
 
 def _states(sizes: Sizes, dtype: str) -> Outputs:
-    """Returns random states [N, D] and [E, N, D], an output head [V, D], and target tokens [N]."""
+    """Returns random states [N, D] and [E, N, D], an output head [V, D], and target tokens [N].
+
+    N is the number of tokens, D the width, E the number of exits and V the size of the vocabulary.
+    """
     shapes = {
         "h_ND": (sizes.tokens, sizes.width),
         "h_END": (sizes.exits, sizes.tokens, sizes.width),
@@ -214,7 +218,11 @@ def _linear_logprob(name: str, inputs: Outputs) -> Outputs:
 
 
 def _cache(sizes: Sizes, dtype: str) -> Outputs:
-    """Returns random queries, and a key/value cache of 7 rows, filled to different lengths."""
+    """Returns random queries [7, 6, 64], and a key/value cache of 2 layers and 7 rows.
+
+    Keys and values are [2, 2, 7, S, 64]: heads, layers, rows, slots, head dimension. The rows are
+    filled to different lengths [7], from 1 to S slots.
+    """
     rows, heads, width = 7, 2, 64
     shape = (heads, 2, rows, sizes.slots, width)
     return {
@@ -234,7 +242,7 @@ def _decode_attention(name: str, inputs: Outputs) -> Outputs:
 
 
 def _texts(sizes: Sizes, dtype: str) -> Outputs:
-    """Returns random queries, keys and values of two sequences."""
+    """Returns random queries [2, T, 6, 64], and keys and values [2, T, 2, 64], of two sequences."""
     heads, width = 2, 64
     keys = (2, sizes.slots, heads, width)
     return {
@@ -267,7 +275,8 @@ def _attention(name: str, inputs: Outputs) -> Outputs:
 def _attention_by_definition(q_BTNH: Any, k_BTKH: Any, v_BTKH: Any) -> jax.Array:
     """Computes causal attention: softmax(q·k / sqrt(H)) · v over positions up to the query's own.
 
-    Padding needs no mask, because padding comes after all valid positions.
+    Queries and the result are [B, T, N, H], keys and values [B, T, K, H]; N / K query heads share a
+    key/value head. Padding needs no mask, because padding comes after all valid positions.
     """
     share = q_BTNH.shape[2] // k_BTKH.shape[2]
     k_BTNH, v_BTNH = (jnp.repeat(part, share, axis=2) for part in (k_BTKH, v_BTKH))
@@ -278,7 +287,7 @@ def _attention_by_definition(q_BTNH: Any, k_BTKH: Any, v_BTKH: Any) -> jax.Array
 
 
 def _weighted(values: jax.Array) -> jax.Array:
-    """Returns the sum of `values`, each multiplied by a fixed random number.
+    """Returns the scalar sum of `values` (of any shape), each multiplied by a fixed random number.
 
     Gradients then differ between entries, so that a misplaced entry is noticed.
     """

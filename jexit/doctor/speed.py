@@ -42,8 +42,9 @@ ROLLOUTS = 4  # per prompt
 class Timing:
     """The speed of one kind of work, such as decoding.
 
-    `seconds` is the time of a training step, or of the pass that decodes one token per prompt.
-    `mfu` is the share of the chip's peak FLOP/s that is used, or None if it is not known.
+    `implementation` is "auto" (jexit's default kernels) or "xla". `seconds` is the time of a
+    training step, or of the pass that decodes one token per prompt. `mfu` is the share of the
+    chip's peak FLOP/s that is used, or None if it is not known.
     """
 
     work: str
@@ -69,7 +70,7 @@ def fitting() -> tuple[str, Architecture]:
 
 
 def parameters(arch: Architecture) -> int:
-    """Returns the number of parameters of a model with one exit head, including base weights."""
+    """Returns the number of parameters of a model of this architecture with one exit head."""
     model = nnx.eval_shape(lambda: Transformer(arch, exit_layers=(1,), rngs=nnx.Rngs(0)))
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
@@ -90,7 +91,10 @@ def timings(arch: Architecture, *, kernels: bool) -> Iterator[Timing]:
 
 
 def random_model(arch: Architecture, dtype: Any, execution: Execution = Execution()) -> Transformer:
-    """Returns a model with random weights, exits, linear continuation and rank-8 adapters."""
+    """Returns a model with random weights, a linear continuation and adapters of rank 8.
+
+    Its exits are at the layers 5, 10, 15, …
+    """
     layers = tuple(range(5, arch.layers, 5))
     return nnx.jit(
         lambda: Transformer(
@@ -165,12 +169,18 @@ def random_rollouts(model: Transformer, *, rows: int, prompt: int, new: int) -> 
 
 
 def sft_step(model: Transformer, split: SplitModel, config: SFTConfig, rows: Completions) -> Any:
-    """Returns a compiled function that runs one calibration step on `rows`."""
+    """Returns a function without arguments that runs one calibration step on `rows`.
+
+    The function is already compiled. It returns the step's metrics.
+    """
     return _step(model, split, functools.partial(make_sft_step, config=config), rows)
 
 
 def rl_step(model: Transformer, split: SplitModel, config: RLConfig, batch: RLBatch) -> Any:
-    """Returns a compiled function that runs one reinforcement step on `batch`."""
+    """Returns a function without arguments that runs one reinforcement step on `batch`.
+
+    The function is already compiled. It returns the step's metrics.
+    """
     make = functools.partial(make_rl_step, config=config)
     return _step(model, split, make, batch, Penalties(0.5, 0.0))
 

@@ -75,7 +75,10 @@ class Axis:
 
     @classmethod
     def of_shares(cls, label: str, low: float = 0.0, high: float = 1.0) -> Axis:
-        """Returns an axis of shares in per cent; by default from 0 to 100 % in quarters."""
+        """Returns an axis in per cent that contains the shares `low` and `high`.
+
+        By default, it goes from 0 to 100 % in quarters.
+        """
         span, values = round_ticks(low, high)
         if (low, high) == (0.0, 1.0):
             span, values = (0.0, 1.0), [0, 0.25, 0.5, 0.75, 1]
@@ -83,7 +86,7 @@ class Axis:
 
     @classmethod
     def around_shares(cls, label: str, values: Sequence[float]) -> Axis:
-        """Returns an axis that contains all finite shares and a margin, within 0 to 100 %."""
+        """Returns an axis of the finite shares in `values` with a margin, within 0 to 100 %."""
         known = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
         low, high = min(known), max(known)
         reach = max(0.05 * (high - low), (0.2 - (high - low)) / 2, 0.0)
@@ -170,7 +173,10 @@ class Chart:
     def band(
         self, xs: Sequence[float], low: Sequence[float], high: Sequence[float], classes: str
     ) -> None:
-        """Fills the area between the lines `low` and `high` over the same `xs`."""
+        """Fills the area between the lines `low` and `high` over the same `xs`.
+
+        Points that are not finite are left out.
+        """
         there = [(x, y) for x, y in zip(xs, high, strict=True) if math.isfinite(y)]
         back = [(x, y) for x, y in zip(xs, low, strict=True) if math.isfinite(y)]
         if there and back:
@@ -258,7 +264,7 @@ class Chart:
                 self.shapes.append(Text(x, foot, text, f"name {class_}", anchor))
 
     def _free_box(self, x: float, y: float, width: float, height: float) -> Box:
-        """Returns the place near (x, y) where a box of this size overlaps other shapes least."""
+        """Returns the box near (x, y) of this size that overlaps other shapes least, in pixels."""
         steps = (6 + number * LINE for number in range(8))
         downs = [-height / 2, *(down for step in steps for down in (step, -height - step))]
         sides = (x + 9, x - 9 - width, x - width / 2)
@@ -283,7 +289,7 @@ class Chart:
             self.shapes.append(Text(self.right + 5, at + down, text, f"end {classes}"))
 
     def explain(self, text: str, classes: str, shape: str = "line") -> None:
-        """Adds a text to the legend, with a key: a line, an area, or the marker called `shape`."""
+        """Adds a text to the legend, with a key: `shape` is line, area or a marker's name."""
         if shape == "line":
             key = Path("M1 7H23", classes)
         elif shape == "area":
@@ -336,7 +342,7 @@ def drawing(groups: Sequence[Group], width: float, height: float) -> str:
 
 
 def _head(chart: Chart) -> tuple[list[Group], float]:
-    """Returns a chart's title, note and legend as groups of shapes, and their height."""
+    """Returns a chart's title, note and legend as groups of shapes, and their height in pixels."""
     texts = [Text(0.0, 14.0, chart.title, "title")]
     top = 20.0
     for line in textwrap.wrap(chart.note, int(chart.width / (0.8 * CHARACTER * FONT))):
@@ -362,7 +368,10 @@ _LEAST = 1e-300  # smaller floats lose digits, and the smallest have no logarith
 def round_ticks(
     low: float, high: float, count: int = 5, *, whole: bool = False
 ) -> tuple[tuple[float, float], list[float]]:
-    """Returns an axis range that contains `low` and `high`, and about `count` round ticks in it."""
+    """Returns an axis range that contains `low` and `high`, and about `count` round ticks in it.
+
+    The range begins and ends at a tick. With `whole`, the ticks are whole numbers.
+    """
     if not high - low > max(1e-9 * max(abs(low), abs(high)), _LEAST):
         reach = 0.5 * abs(low) if abs(low) > _LEAST else 1.0
         low, high = low - reach, high + reach
@@ -379,7 +388,10 @@ def round_ticks(
 
 
 def tick_texts(values: Sequence[float]) -> list[Tick]:
-    """Pairs each tick value with a text that has just enough decimals to distinguish the ticks."""
+    """Pairs each tick value with a text that has just enough decimals to distinguish the ticks.
+
+    The values are evenly spaced and ascend.
+    """
     step = values[1] - values[0] if len(values) > 1 else 1.0
     size = max(map(abs, values), default=0.0)
     if size >= 1e5 or 0 < size < 1e-3:

@@ -49,7 +49,7 @@ _LEVELS = {
 
 
 def depth_class(depth: float, layers: int) -> str:
-    """Returns the CSS class of a depth, from `c0` (no layers) to `c32` (all `layers` layers)."""
+    """Returns the CSS class of a depth, from `c0` (no layers) to `c32` (`layers` or more)."""
     return f"c{round(STEPS * min(max(depth / layers, 0.0), 1.0))}"
 
 
@@ -97,7 +97,7 @@ def file_style(rules: str) -> str:
 
 
 def luminance(colour: str) -> float:
-    """Returns the relative luminance of an sRGB colour, from 0 to 1 (WCAG 2.2)."""
+    """Returns the relative luminance, from 0 to 1 (WCAG 2.2), of an sRGB colour as `#rrggbb`."""
     shares = (channel / 255 for channel in _channels(colour))
     linear = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in shares)
     return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
@@ -121,7 +121,7 @@ def _in_both(rules: Callable[[str], str]) -> str:
 
 
 def _between(anchors: Sequence[str], share: float) -> str:
-    """Interpolates between evenly spaced colours: `share` 0 gives the first and 1 the last."""
+    """Interpolates between evenly spaced colours `#rrggbb`; 0 gives the first and 1 the last."""
     place = share * (len(anchors) - 1)
     first = min(int(place), len(anchors) - 2)
     ends = zip(_channels(anchors[first]), _channels(anchors[first + 1]), strict=True)

@@ -136,7 +136,8 @@ def histograms(run: Run) -> list[Chart]:
 def early_answering(entries: Sequence[Faithfulness]) -> Chart | None:
     """Returns a chart of the answers forced after part of the chain of thought.
 
-    Returns None if no entry contains the measure `early_answering`.
+    Over the share of steps kept, lines show the share of answers that equal the final answer, and
+    the share of correct answers. Returns None if no entry contains the measure `early_answering`.
     """
     curves = [
         (entry.policy, measure.curve)
@@ -173,7 +174,11 @@ def early_answering(entries: Sequence[Faithfulness]) -> Chart | None:
 
 
 def _agreement(curve: Sequence[CurvePoint]) -> list[float]:
-    """Returns the agreement at each point, relative to that of the whole chain if this is known."""
+    """Returns at each point the share of answers that equal the whole completion's answer.
+
+    The share is divided by that after the whole chain, if this is known at all points, and is at
+    most 1.
+    """
     if all(math.isfinite(point.of_whole) for point in curve):
         return [min(point.of_whole, 1.0) for point in curve]
     return [point.same_answer for point in curve]
@@ -235,14 +240,17 @@ def _over_steps(
 
 
 def granularities(entries: Sequence[Capacity]) -> list[str]:
-    """Returns the step sizes of the entries: numbers in ascending order, then names."""
+    """Returns the distinct step sizes of the entries: numbers in ascending order, then names."""
     names = list(dict.fromkeys(entry.granularity for entry in entries))
     numbers = sorted((name for name in names if name.isdigit()), key=lambda n: (len(n), n))
     return numbers + [name for name in names if not name.isdigit()]
 
 
 def reliability(entries: Sequence[HazardCalibration]) -> list[Chart]:
-    """Returns reliability diagrams of hazards: mean target over mean hazard per bin and exit."""
+    """Returns reliability diagrams of hazards, one for each entry (policy).
+
+    A line per exit shows the mean target hazard over the mean hazard of each bin.
+    """
     charts = []
     for entry in entries:
         chart = Chart(

@@ -75,7 +75,7 @@ def per_cent(value: float | None, digits: int = 1) -> str:
 
 
 def interval(bounds: tuple[float, float] | None) -> str:
-    """Formats an interval of shares in per cent, or as an empty string if it is unknown."""
+    """Formats an interval of shares, such as "1.0 to 2.0 %", or as "" if it is unknown."""
     if bounds is None or not all(map(math.isfinite, bounds)):
         return ""
     low, high = (number(100 * bound, 1) for bound in bounds)

@@ -39,7 +39,8 @@ class CommandName(Record):
 class Curves:
     """The logged steps and values of each metric of a training run, keyed by the metric's name.
 
-    A metric is left out unless it has a finite value whose absolute value is at most `LARGEST`.
+    Entry i of a metric that is a list has the name NAME/i, with two digits. A metric is left out
+    unless it has a finite value whose absolute value is at most `LARGEST`.
     """
 
     def __init__(self, records: Sequence[Mapping[str, Any]]) -> None:
@@ -62,7 +63,10 @@ class Curves:
         return name in self._points
 
     def __getitem__(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the steps and values of a metric, with NaN for values beyond ±`LARGEST`."""
+        """Returns the steps and values [points] of a metric, with NaN for values beyond ±`LARGEST`.
+
+        Raises KeyError for a metric that is not in `names`.
+        """
         steps, values = self._points[name].T
         return steps, np.where(np.abs(values) <= LARGEST, values, np.nan)
 
@@ -209,7 +213,10 @@ def settings(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def default_settings(config: dict[str, Any]) -> dict[str, Any] | None:
-    """Returns the default settings of the command and preset in `config`, or None if unknown."""
+    """Returns the default settings of the command and preset in `config`, or None if unknown.
+
+    The keys are dotted names (see `settings`).
+    """
     try:
         defaults = config_dict(config.get("command", ""), config.get("preset", ""))
     except ValueError:
@@ -228,7 +235,11 @@ def _read(kind: type[Kind], path: Path) -> Kind | None:
 
 
 def _read_lines(path: Path, read: Any) -> tuple[list[dict[str, Any]], list[str]]:
-    """Returns the records of a JSON Lines file, and messages about lines that were left out."""
+    """Returns the records of a JSON Lines file, and messages about lines that were left out.
+
+    `read` parses the file in a directory (`read_metrics` or `read_samples`). Without a file, there
+    are no records and no messages.
+    """
     try:
         lines = read_bytes(path, REMEDY).splitlines(keepends=True)
     except FileNotFoundError:

@@ -102,7 +102,10 @@ def _of(part: Callable[[Any], Any], *columns: Column) -> Columns:
 
 
 def _estimate(head: str, name: str, value: Callable[..., str] = per_cent, **digits: int) -> Columns:
-    """Returns two columns: the field `name` formatted by `value`, and its 95 % interval."""
+    """Returns two columns: the field `name`, and its 95 % interval from the field `name`_ci95.
+
+    Both are formatted by `value`, which gets the keyword arguments `digits`.
+    """
     return (
         (head, lambda entry: value(getattr(entry, name), **digits)),
         ("95 % interval", lambda entry: _ends(getattr(entry, f"{name}_ci95"), value, **digits)),

@@ -46,7 +46,11 @@ class Panel:
         return any(metric in SHARES for metric in self.metrics)
 
     def tells(self, runs: Sequence[Run]) -> bool:
-        """Returns whether any run has informative values of a metric of the panel."""
+        """Returns whether any run has informative values of a metric of the panel.
+
+        Not informative are the loss of reinforcement, and shares of truncated completions that are
+        all 0.
+        """
         curves = [run.curves for run in runs if any(name in run.curves for name in self.metrics)]
         if "loss" in self.metrics:  # the height of a policy gradient's loss means nothing
             return any("loss/policy" not in metrics for metrics in curves)
@@ -109,7 +113,7 @@ class Line:
 
 
 def training_charts(runs: Sequence[Run]) -> dict[str, list[Chart]]:
-    """Returns the charts of all metrics of the runs, by the name of their SVG file.
+    """Returns the charts of all metrics of the runs, by the name of their SVG file without suffix.
 
     A thin line shows the logged values, and a thick line their running mean. Accuracy and depth
     come first. Metrics without an informative panel have a small chart under the name `other`.
@@ -144,7 +148,11 @@ def write_charts(run: Run) -> list[Path]:
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:
-    """Returns the mean of the finite values in a window around each value, or NaN without any."""
+    """Returns the mean of the finite values in a window around each value, or NaN without any.
+
+    `values` and the result are [steps]. The window has about `MEAN_SPAN` (5 %) of all values, and
+    at least 3.
+    """
     count = len(values)
     span = max(3, round(MEAN_SPAN * count))
     known = np.isfinite(values)
@@ -157,7 +165,10 @@ def running_mean(values: np.ndarray) -> np.ndarray:
 
 
 def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Thins a curve to at most `POINTS` points, keeping the extremes of each interval of steps."""
+    """Thins a curve to at most `POINTS` points, keeping the extremes of each interval of steps.
+
+    The arrays are [steps]. A curve of at most `POINTS` points stays as it is.
+    """
     if len(values) <= POINTS:
         return steps, values
     kept = []
@@ -263,7 +274,10 @@ def _told(lines: Sequence[Line], panel: Panel) -> list[tuple[float, str]]:
 
 
 def _depth_band(chart: Chart, line: Line) -> None:
-    """Draws the range that contains the middle 80 % of the depths, as shares of all layers."""
+    """Draws the range that contains the middle 80 % of the depths, as shares of all layers.
+
+    Draws nothing if the run has not logged this range, or its number of layers is unknown.
+    """
     curves, layers = line.run.curves, line.run.layers
     if layers is None or any(name not in curves for name in ("depth/p10", "depth/p90")):
         return
@@ -286,7 +300,10 @@ def _layer(name: str) -> str:
 
 
 def _leaving(run: Run, several: bool) -> Chart:
-    """Returns a stacked area chart of the shares of tokens by the number of layers run."""
+    """Returns a stacked area chart of the shares of tokens by layers run, over training steps.
+
+    With `several` runs on the page, the title names the run.
+    """
     names = _exits(run)
     steps = np.unique(np.concatenate([run.curves[name][0] for name in names]))
     rows = []

@@ -187,7 +187,10 @@ class Server:
 
     @contextlib.contextmanager
     def _admitted(self, count: int) -> Iterator[None]:
-        """Counts `count` completions as in progress; raises Refused if they exceed the limit."""
+        """Counts `count` completions as in progress during the `with` block.
+
+        Raises Refused if they would exceed `most_waiting`, or if the pool has failed.
+        """
         if self.opened.pool.failure is not None:
             raise Refused(503, "the decoding pool has failed; restart the server")
         if self.completions + count > self.most_waiting:
@@ -207,7 +210,8 @@ class Server:
         if kind != "application/json":
             raise Refused(
                 415,
-                f"the content type is {kind!r}, but it must be application/json; set the header",
+                f"the content type is {kind!r}, but it must be application/json; set the header "
+                "Content-Type",
             )
         parts, size = [], 0
         try:
@@ -216,11 +220,14 @@ class Server:
                 if size > self.most_bytes:
                     raise Refused(
                         413,
-                        f"the body is larger than {self.most_bytes} bytes; send a smaller one",
+                        f"the body is larger than {self.most_bytes} bytes, the most that this "
+                        "server accepts; shorten the request",
                     )
                 parts.append(part)
         except ClientDisconnect:
-            raise Refused(400, "the body ended early; send all of it") from None
+            raise Refused(
+                400, "the connection was closed before the body ended; send the request again"
+            ) from None
         return b"".join(parts)
 
     async def _answer(
@@ -277,7 +284,11 @@ class Server:
 
 
 class _Events(StreamingResponse):
-    """A response of server-sent events that closes `admitted` when it ends for any reason."""
+    """A response of server-sent events; when it ends for any reason, it closes `admitted`.
+
+    `admitted` counts the completions as in progress (see `Server._admitted`). The response also
+    ends if the client has read nothing for `STALLED` seconds.
+    """
 
     def __init__(self, events: AsyncGenerator[bytes], admitted: contextlib.ExitStack) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}

@@ -68,7 +68,9 @@ class JexitAPI(ModelAPI):
     ) -> ModelOutput:
         """Completes a conversation; raises Refused for tools and for unsupported settings."""
         if tools:
-            raise Refused(400, "jexit serves no tools; leave them out")
+            raise Refused(
+                400, "the request contains tools, but jexit does not support tools; leave them out"
+            )
         values: dict[str, Any] = {
             "messages": [{"role": message.role, "content": message.text} for message in input]
         }

@@ -85,13 +85,19 @@ def _mean_of(name: str) -> Callable[[list[SampleScore]], float]:
 
 @metric
 def layers_per_problem() -> Metric:
-    """Reports the layers run for all tokens of an answer, as a mean over problems."""
+    """Reports the layers per problem, as a mean over problems (NaN without depths).
+
+    Only the provider `jexit` reports depths.
+    """
     return _mean_of("layers_run")
 
 
 @metric
 def depth_fraction() -> Metric:
-    """Reports the share of the model's layers that ran, over the tokens of all answers."""
+    """Reports the share of the model's layers that ran, over the tokens of all answers.
+
+    The result is NaN without depths, which only the provider `jexit` reports.
+    """
 
     def fraction(scores: list[SampleScore]) -> float:
         found = [each.score.metadata or {} for each in scores]

@@ -116,7 +116,10 @@ class PoolThread(threading.Thread):
             stream.deliver(choice, error)
 
     def _read(self) -> bool:
-        """Handles all messages, or waits for one if nothing is decoded; False means `close`."""
+        """Handles all messages; if there is nothing to decode, waits for one.
+
+        Returns False if a message asks the thread to end (see `close`), and True otherwise.
+        """
         while True:
             try:
                 idle = not self.arrivals.under_way and not self._drafted
@@ -260,7 +263,7 @@ def open_pool(
     if prompt + new > most:
         raise UserError(
             f"--max-prompt-tokens and --max-new-tokens are {prompt + new} together, but the model "
-            f"has {most} positions; lower them"
+            f"has only {most} positions for both; lower one of them"
         )
     arrivals = Arrivals(
         model,

@@ -35,7 +35,10 @@ Some = Field(min_length=1, max_length=1024, fail_fast=True)
 
 
 class Refused(Exception):
-    """Raised for a request that gets an HTTP error; `param` names the field that is wrong."""
+    """Raised for a request that is answered by an HTTP error with the code `status`.
+
+    `param` names the field of the request that is wrong, or is None if the error has no field.
+    """
 
     def __init__(self, status: int, message: str, param: str | None = None) -> None:
         super().__init__(message)
@@ -201,7 +204,8 @@ def parse(values: Mapping[str, Any], *, chat: bool, tokenizer: Tokenizer, limits
     if "" in stop or "\ufffd" in "".join(stop) or not all(map(is_unicode, stop)):
         raise Refused(
             400,
-            f"stop is {shown(stop)}, but it must be valid texts that are not empty; give some",
+            f"stop is {shown(stop)}, but each stop text must be valid Unicode, not empty and "
+            "without U+FFFD (the replacement character); correct the text, or leave stop out",
             "stop",
         )
     n = body.n or 1
@@ -218,7 +222,7 @@ def parse(values: Mapping[str, Any], *, chat: bool, tokenizer: Tokenizer, limits
         raise Refused(
             400,
             f"the request asks for {n * len(prompts)} completions, but one request may ask for at "
-            f"most {CHOICES}; divide it into several",
+            f"most {CHOICES}; split it into several requests, or lower n",
             "n",
         )
     policy = limits.policy if body.policy is None else policy_of(body.policy)
@@ -280,8 +284,8 @@ def _conversation(body: ChatBody, tokenizer: Tokenizer) -> list[int]:
     messages = [message.said for message in body.messages]
     if fault := conversation_fault(messages):
         raise Refused(
-            400, f"messages {fault}, but a conversation must end with the user's text; change it",
-            "messages",
+            400, f"messages {fault}, but all text must be valid Unicode and the last message must "
+            "be the user's; correct the messages", "messages",
         )  # fmt: skip
     return tokenizer.encode_prompt(messages)
 
@@ -292,11 +296,18 @@ def _prompts(body: TextBody, tokenizer: Tokenizer) -> list[list[int]]:
         prompt = [prompt]
     if not prompt or not all(prompt):
         raise Refused(
-            400, f"prompt is {shown(body.prompt)}, but a prompt needs text; give some", "prompt"
+            400,
+            f"prompt is {shown(body.prompt)}, but there must be at least one prompt, and none may "
+            "be empty; send text or token ids",
+            "prompt",
         )
     for text in prompt:
         if isinstance(text, str) and not is_unicode(text):
-            raise Refused(400, "prompt is not valid Unicode; send UTF-8", "prompt")
+            raise Refused(
+                400,
+                "prompt contains half of a surrogate pair, which is not valid Unicode; remove it",
+                "prompt",
+            )
     return [
         tokenizer.encode_texts([text])[0] if isinstance(text, str) else list(text)
         for text in prompt
@@ -304,9 +315,9 @@ def _prompts(body: TextBody, tokenizer: Tokenizer) -> list[list[int]]:
 
 
 class TokenLogprob(NamedTuple):
-    """A token's text, bytes and log-probability, and its offset in the completion in characters.
+    """A token's text, bytes and log-probability in nats, and its offset in the completion.
 
-    If the token is only part of a character, `text` is U+FFFD.
+    The offset counts characters. If the token is only part of a character, `text` is U+FFFD.
     """
 
     text: str
@@ -330,7 +341,10 @@ class Choice:
         self._character = codecs.getincrementaldecoder("utf-8")("replace")
 
     def grow(self, grown: Grown) -> dict[str, Any]:
-        """Adds tokens; returns the response fields for them, such as new `text` and `depths`."""
+        """Adds tokens; returns the response fields for them, such as new `text` and `depths`.
+
+        Tokens after a stop string are dropped. Text that may belong to one is held back.
+        """
         self.parts += 1
         before = self.text.tokens
         stopped = self.text.grow(grown.tokens, grown.finished)
@@ -357,7 +371,7 @@ class Choice:
 
 
 def _hazards(z_E: Sequence[float]) -> list[float | None]:
-    """Returns the probability of leaving at each exit, or None where the exit was not reached."""
+    """Converts hazard logits (NaN at exits that were not reached) to hazards, with None for NaN."""
     return [None if math.isnan(z) else 0.5 * (1.0 + math.tanh(0.5 * z)) for z in z_E]
 
 

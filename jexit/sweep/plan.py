@@ -28,7 +28,10 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9_.,=+()-]+")
 
 
 class Asked(Record):
-    """The settings and `jexit.main` arguments of one combination, as recorded in a JSON file."""
+    """The settings and `jexit.main` arguments of one combination, as recorded in a JSON file.
+
+    `run` and `eval` are the arguments of the run and of its evaluation, or None until they begin.
+    """
 
     settings: dict[str, str]
     run: tuple[str, ...] | None = None
@@ -190,8 +193,9 @@ class Sweep:
             cells.append(Cell(settings, self.into / _UNSAFE.sub("_", name)))
         if len({cell.workdir for cell in cells}) < len(cells):
             raise UserError(
-                "two combinations of values would share a directory; give values that differ in "
-                "letters or digits"
+                "two combinations of values would share a directory, because other characters than "
+                "letters, digits and _.,=+()- become _ in its name; choose values that differ in "
+                "these characters"
             )
         return cells
 

@@ -13,7 +13,11 @@ Row = tuple[Mapping[str, str], Mapping[str, float]]  # a run's settings and numb
 
 
 def write_csv(path: pathlib.Path, rows: Sequence[Row]) -> None:
-    """Writes one row per run: its settings, then every number that at least one run has."""
+    """Writes a header and one row per run: its settings, then the numbers that any run has.
+
+    A number that a run lacks is an empty cell. There must be at least one run, and all runs must
+    have the same settings.
+    """
     columns = list(dict.fromkeys(column for _, numbers in rows for column in numbers))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

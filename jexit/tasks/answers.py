@@ -133,7 +133,10 @@ def parse_number(text: str) -> Fraction | None:
 
 
 def last_number(text: str) -> Fraction | None:
-    """Returns the last number in `text` that is not part of an expression, or None."""
+    """Returns the last number in `text` that is not part of an expression, or None.
+
+    Numbers more than `_SPAN` (400) characters before the last digit are not considered.
+    """
     end = 1 + max(map(text.rfind, "0123456789"))
     start = max(end - _SPAN, 0)
     found = list(_IN_TEXT.finditer(_plain(text[start : end + _SPAN])))
@@ -143,7 +146,7 @@ def last_number(text: str) -> Fraction | None:
 
 
 def strict_number(text: str) -> Fraction | None:
-    """Returns the number n if the last line of `text` is `#### n`, and None otherwise."""
+    """Returns the number n if the last line of `text` is `#### n` or `#### n.`, and else None."""
     line = text.rstrip().rpartition("\n")[2]
     if not line.startswith(_MARKER + " "):
         return None
@@ -210,7 +213,10 @@ def _marked(text: str, place: int) -> str | None:
 
 
 def _announced(text: str) -> str | None:
-    """Returns the last clause after "the answer is" that starts with a number or an expression."""
+    """Returns the last clause after "answer is" or "answer:" that starts with a number, or None.
+
+    An expression counts as a number here.
+    """
     for announced in _last(_ANNOUNCED, text):
         clause = _plain(text[announced.end() : announced.end() + _SPAN])
         end = _CLAUSE_END.search(clause)
@@ -221,7 +227,10 @@ def _announced(text: str) -> str | None:
 
 
 def _given(answer: str) -> Fraction | None:
-    """Splits `answer` at equals signs, and returns the number of the last side that gives one."""
+    """Returns the number of the last side of `answer` that gives one, or None if no side does.
+
+    The sides are the parts between equals signs.
+    """
     before = answer.partition("(")[0]
     sides = _EQUALS.split(before if _IN_ANSWER.search(before) else answer)
     return next((value for side in reversed(sides) if (value := _side(side)) is not None), None)
@@ -248,7 +257,7 @@ def chain_of_thought(completion: str) -> str:
     """Returns the part of `completion` before its answer, without white space at the end.
 
     This part ends at the last `</think>` or, without a think block, at the last `####` that marks
-    an answer. Without either, it is the whole completion.
+    an answer. Without either, and after a `<think>` that is not closed, it is the whole completion.
     """
     head, closed, _ = completion.rpartition(THINK_END)
     if not closed and THINK_START not in completion:

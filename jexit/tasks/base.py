@@ -61,8 +61,10 @@ class Verdict:
     """The judgement of one completion.
 
     `kind` is `strict` for the correct answer in the required format, `lenient` for the correct
-    answer in another format, `wrong` for another answer, and `none` if no answer was found. If the
-    task has reward functions, `parts` maps the name of each function to its unweighted reward.
+    answer in another format, `wrong` for another answer, and `none` if no answer was found.
+    `reward` is the task's reward, before depth and length penalties. If the task has reward
+    functions, `parts` maps the name of each function that did not return None to its unweighted
+    reward.
     """
 
     kind: VerdictKind
@@ -132,7 +134,10 @@ class Task(abc.ABC):
         """Returns the verdict on a completion without special tokens; must accept any text."""
 
     def judge(self, problems: Sequence[Problem], attempts: Sequence[Attempt]) -> list[Verdict]:
-        """Returns a verdict for each attempt; attempt i is a completion of problem i."""
+        """Returns a verdict for each attempt; attempt i is a completion of problem i.
+
+        By default, calls `verify` on the text that `answerable` returns.
+        """
         return [
             self.verify(problem, self.answerable(attempt.text, cut=attempt.truncated))
             for problem, attempt in zip(problems, attempts, strict=True)
@@ -180,10 +185,10 @@ def turns(pairs: Iterable[tuple[str, str]]) -> tuple[Message, ...]:
 
 
 def conversation_fault(said: Any) -> str | None:
-    """Returns the reason why `said` is not a valid prompt, or None if it is valid.
+    """Returns why `said` is not a valid prompt, such as "is empty", or None if it is valid.
 
     A valid prompt is a string that is not blank, or a sequence of chat messages whose last message
-    is the user's.
+    is the user's; all texts must be valid Unicode.
     """
     if isinstance(said, str):
         return "is empty" if not said.strip() else None if is_unicode(said) else NOT_UNICODE
@@ -207,7 +212,10 @@ def check_split(split: str) -> None:
 
 
 def stable_hash(*parts: object) -> int:
-    """Returns a 64-bit hash of the parts as strings, equal in every process and Python version."""
+    """Returns a hash of the parts as strings, an integer from 0 to 2⁶⁴ − 1.
+
+    The hash is the same in every process and Python version.
+    """
     text = "\x1f".join(map(str, parts))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 

@@ -131,6 +131,7 @@ def task(
         unknown -= taken
     if unknown:
         raise UserError(
-            f"blend: the tasks {', '.join(names)} have no option {min(unknown)!r}; leave it out"
+            f"blend: the tasks {', '.join(names)} have no option {min(unknown)!r}; remove it "
+            "from config.task.options"
         )
     return Blend(made)

@@ -28,7 +28,10 @@ class Corruption:
     step: int
 
     def undone(self, steps: Sequence[str]) -> str:
-        """Returns the prefix before the edit; `steps` are the steps of the original completion."""
+        """Returns `prefix` with the changed step as it was before.
+
+        `steps` contains all steps of the original completion.
+        """
         return "".join(steps[: self.step + 1])
 
 
@@ -75,19 +78,22 @@ class ChainTask(Task):
 
     @abc.abstractmethod
     def final_answer(self, completion: str) -> str | None:
-        """Returns the answer in `completion`, or None. Equal answers give equal strings."""
+        """Returns the answer in `completion`, or None if there is none.
+
+        Equal answers give equal strings.
+        """
 
     def begun_step(self, problem: Problem, size: int) -> str | None:
-        """Returns the beginning of a first step with `size` operands, up to the step's result.
+        """Returns the text of a first step with `size` operands that precedes the step's result.
 
-        Returns None if the task cannot begin such a step.
+        Returns None if the task cannot begin such a step; by default, always returns None.
         """
         return None
 
     def first_result(self, problem: Problem, completion: str) -> tuple[int, bool]:
         """Returns (operand count, whether the result is correct) of the first step, or (0, False).
 
-        The result is (0, False) if `completion` does not start with a step.
+        The result is (0, False) if `completion` does not start with a step, and by default always.
         """
         return 0, False
 
@@ -100,13 +106,18 @@ class ChainTask(Task):
         """
 
     def reworded(self, completion: str) -> str | None:
-        """Returns the chain of thought in other words with the same meaning; None if impossible."""
+        """Returns the chain of thought in other words with the same meaning, or None if impossible.
+
+        By default, always returns None.
+        """
         return None
 
     def answer_follows(self, completion: str) -> bool:
-        """Returns whether the answer of `completion` follows from its chain, by the task's rules.
+        """Returns whether the answer of `completion` follows from its chain of thought.
 
-        The problem itself is not consulted. By default, the chain must end with the answer.
+        Tasks override this method with their own rules, which do not consult the problem. The
+        default rule is that the text that `final_answer` returns ends the joined steps, except for
+        full stops and white space. Without an answer, the result is False.
         """
         answer, chain = self.final_answer(completion), "".join(self.steps(completion))
         ends = rf"(?<![\w.,]){re.escape(answer or '')}[.\s]*\Z"

@@ -33,11 +33,12 @@ class FileTask(Task):
     `path` is a folder or one file. A single file is the test split if its name starts with `test`.
     `instruction` is the text at the end of every prompt.
 
-    Problems of one group, by default those with the same prompt, are in the same split. Of rows
-    that are not divided into splits, every `test_every`-th group is held out for the test split (0:
-    none). Training rows whose group also occurs in the data's own validation or test split are left
-    out. If the data contains no validation split, every sixteenth group of the training rows is
-    held out for validation. With two to fifteen groups, only the last group is held out.
+    A split is held out by groups: problems of one group, by default those with the same prompt, go
+    to the same split. Of rows that are not divided into splits, every `test_every`-th group is held
+    out for the test split (0: none). Training rows whose group also occurs in the data's own
+    validation or test split are left out. If the data contains no validation split, every sixteenth
+    group of the training rows is held out for validation. Of two to fifteen groups, the last one is
+    held out, and a single group stays in training.
 
     Rows that cannot be used are left out, with one warning for each split. Raises MissingFile if
     `path` does not exist.
@@ -72,18 +73,24 @@ class FileTask(Task):
 
     @abc.abstractmethod
     def _sources(self) -> Mapping[Source, Iterable[Row]]:
-        """Returns the rows of each split, or all rows under "whole" if the data has no splits."""
+        """Returns the rows of each split; rows that are not divided into splits are under "whole".
+
+        A `Row` is a pair: its origin, such as "FILE:LINE", and its fields or why it cannot be used.
+        """
 
     @abc.abstractmethod
     def _fault(self, row: dict[str, Any]) -> str | None:
-        """Returns the reason why `row` cannot be used, or None if it can be used."""
+        """Returns why `row` cannot be used, such as "no 'answer'", or None if it can be used."""
 
     @abc.abstractmethod
     def _to_problem(self, row: dict[str, Any]) -> Problem:
         """Returns the problem that a usable row describes."""
 
     def _group(self, problem: Problem) -> str:
-        """Returns the key of the problem's group; all problems of a group are in one split."""
+        """Returns the key of the problem's group: by default its prompt; tasks may override this.
+
+        Problems with the same key go to the same split, so that none leaks into a held-out split.
+        """
         return problem.prompt
 
     def _split(self, split: Split) -> list[Problem]:
@@ -144,7 +151,10 @@ class FileTask(Task):
         return problems
 
     def _hold_out(self, problems: list[Problem], every: int) -> tuple[list[Problem], list[Problem]]:
-        """Returns (kept, held out); every `every`-th group of problems is held out (0: none)."""
+        """Returns (kept, held out); every `every`-th group of problems is held out (0: none).
+
+        Groups are counted in the order in which they first occur.
+        """
         groups = list(dict.fromkeys(map(self._group, problems)))
         chosen = set(groups[every - 1 :: every] if every else ())
         kept: list[Problem] = []
@@ -160,7 +170,10 @@ def source_of(file: pathlib.Path) -> Source:
 
 
 def read_jsonl(file: pathlib.Path) -> Iterator[Row]:
-    """Yields ("FILE:LINE", row) for each line, or ("FILE:LINE", reason) if it cannot be used."""
+    """Yields ("FILE:LINE", row) for each line that is not blank.
+
+    In place of a row that is not a JSON object, yields the reason why it cannot be used.
+    """
     with file.open("rb") as lines:  # bytes: one undecodable line must not spoil the others
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -187,8 +200,8 @@ def read_csv(file: pathlib.Path, columns: Sequence[str] = ()) -> Iterator[Row]:
         missing = [column for column in columns if column not in names]
         if missing:
             raise UserError(
-                f"{file} has no column {missing[0]!r}; its first line must name the columns "
-                f"{', '.join(columns)}"
+                f"{file} has no column {missing[0]!r}, but its first line must name the columns "
+                f"{', '.join(columns)}; add or rename the column"
             )
         while True:
             try:

@@ -97,7 +97,10 @@ class NumberChain(ChainTask):
         return changed if changed != chain else None
 
     def answer_follows(self, completion: str) -> bool:
-        """Returns whether the answer is the last result, and all equations hold up to rounding."""
+        """Returns whether the last step's result is the answer and all equations hold.
+
+        The equations are those of two operands, such as 3+4=7. They may be off by rounding.
+        """
         steps = self.steps(completion)
         result = result_of(steps[-1]) if steps else None
         if result is None or self.final_answer(self.cue + result) != self.final_answer(completion):
@@ -118,7 +121,10 @@ class NumberChain(ChainTask):
 
 
 def result_of(step: str) -> str | None:
-    """Returns the number after the last `=` in `step`, as it is written, or None without a result.
+    """Returns the last result in `step`, as it is written but without a sign.
+
+    A result is a number after `=`, unless an operator and another operand follow. Returns None if
+    there is none.
 
     >>> result_of("He has 3+4 = 7 pens.")
     '7'
@@ -129,6 +135,8 @@ def result_of(step: str) -> str | None:
 
 def with_result(step: str, number: str) -> str:
     """Returns `step` with its result, and later repetitions of the result, replaced by `number`.
+
+    `step` must have a result (see `result_of`).
 
     >>> with_result("3+4 = 7, so 7 pens.", "8")
     '3+4 = 8, so 8 pens.'
@@ -148,7 +156,10 @@ def _holds(equation: tuple[str, str, str, str]) -> bool:
 
 
 def nearby_numbers(literal: str, draw: Draw) -> Iterator[str]:
-    """Yields non-negative numbers near `literal`, in the same format and in random order."""
+    """Yields the non-negative numbers that differ from `literal` by 1, 2, 3 or 10.
+
+    The numbers have the format of `literal` and come in random order.
+    """
     whole, point, decimals = literal.partition(".")
     value, separator = int(whole.replace(",", "")), "," if "," in whole else ""
     for offset in draw.sample(_OFFSETS, len(_OFFSETS)):

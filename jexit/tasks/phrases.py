@@ -124,7 +124,10 @@ def _spelled(candidates: Candidates) -> _Spelled:
 
 
 def _places(words: tuple[str, ...], spelled: _Spelled) -> Iterator[slice]:
-    """Yields the slices of `words` that match a candidate, with the longest match at each start."""
+    """Yields the slices of `words` that match a candidate, in order and without overlaps.
+
+    At each start, the longest match counts. The keys of `spelled` are the words of the candidates.
+    """
     lengths: dict[str, list[int]] = {}
     for length in sorted({len(phrase) for phrase in spelled}, reverse=True):
         for first in {phrase[0] for phrase in spelled if len(phrase) == length}:
@@ -143,7 +146,11 @@ def _places(words: tuple[str, ...], spelled: _Spelled) -> Iterator[slice]:
 def _meaning(
     words: tuple[str, ...], starts: set[int], place: slice, spelled: _Spelled
 ) -> str | None:
-    """Returns the answer of the candidate at `place` or, if it is negated, of its opposite."""
+    """Returns the answer of the candidate at `place` or, if it is negated, of its opposite.
+
+    The opposite of "know" is the candidate "not know", and vice versa. Without such a candidate,
+    and for a candidate without an answer, the result is None.
+    """
     phrase = words[place]
     answer = spelled[phrase]
     if answer is None or not _denied(words, starts, place.start):
@@ -246,7 +253,10 @@ def _opening(text: str, candidates: Candidates) -> str | None:
 
 
 def final_phrase(text: str, candidates: Candidates) -> str | None:
-    """Returns the answer in a last line `#### ...` or, without one, that of `lenient_phrase`."""
+    """Returns the answer that a last line `#### ...` states, or None if it states none.
+
+    Without such a line, returns the result of `lenient_phrase`.
+    """
     strict = strict_phrase(text)
     return lenient_phrase(text, candidates) if strict is None else stated(strict, candidates)
 
@@ -254,9 +264,9 @@ def final_phrase(text: str, candidates: Candidates) -> str | None:
 def judge(completion: str, answer: str, candidates: Candidates) -> VerdictKind:
     """Compares a completion's answer with the correct answer `answer`.
 
-    Returns `strict` if the last line is `#### ` and exactly the correct answer, `lenient` if
+    Returns `strict` if the last line is `#### ` and only the correct answer, `lenient` if
     `final_phrase` finds the correct answer, `wrong` for another answer, and `none` for no answer.
-    Think blocks are ignored.
+    Case, articles, punctuation and think blocks are ignored.
     """
     text = visible_text(completion) or ""
     strict = strict_phrase(text)

@@ -54,13 +54,13 @@ def make_task(
         if surplus:
             raise UserError(
                 f"{name} is already a Task, so it does not take {_option(surplus[0])}; make it a "
-                "function with that keyword"
+                "function that takes this argument and returns the Task, or leave the setting out"
             )
         return _named(found, name)
     if not callable(found):
         raise UserError(
             f"{name} is {shown(found)}, but it must be a jexit.tasks.Task or a function that "
-            "returns one"
+            "returns one; change config.task.name"
         )
     known, others = _keywords(found)
     if path:
@@ -178,7 +178,7 @@ def _importable(folder: pathlib.Path) -> None:
 def _keywords(found: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
     """Returns (annotation of each parameter of `found`, whether it has a `**` parameter).
 
-    Returns ({}, True) if the signature cannot be read.
+    A parameter without an annotation has None. Returns ({}, True) if the signature cannot be read.
     """
     try:
         parameters = inspect.signature(found).parameters.values()

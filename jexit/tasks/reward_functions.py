@@ -81,12 +81,12 @@ class RewardFunction:
         if values is None:
             raise UserError(
                 f"reward function {self.name!r} returned {shown(made)}, but it must return a list "
-                "with a number or None for each completion"
+                "with a number or None for each completion; fix its return value"
             )
         if len(values) != len(prompts):
             raise UserError(
                 f"reward function {self.name!r} returned {len(values)} values for {len(prompts)} "
-                "completions, but it must return one value for each"
+                "completions, but it must return one value for each; fix its return value"
             )
         return [
             self._number(value, place, prompt)
@@ -104,8 +104,8 @@ class RewardFunction:
             pass
         raise UserError(
             f"reward function {self.name!r} returned {shown(value)} for completion {place} "
-            f"(prompt {shown(prompt)}), but a reward must be a finite number of at most "
-            f"{LARGEST:g} or None"
+            f"(prompt {shown(prompt)}), but a reward must be a finite number with an "
+            f"absolute value of at most {LARGEST:g}, or None; fix its return value"
         )
 
     @property

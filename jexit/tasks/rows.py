@@ -183,7 +183,7 @@ def rows_task(
     if not (callable(rewards) or isinstance(rewards, (Mapping, Sequence))):
         raise UserError(
             f"rewards is {shown(rewards)}, but it must be a function, a list of functions, or "
-            "functions with their weights, such as {right: 1.0}"
+            "functions with their weights, such as {right: 1.0}; pass one of these to rows_task"
         )
     each = [rewards] if callable(rewards) else rewards
     weighted = [*each.items()] if isinstance(each, Mapping) else [(one, 1.0) for one in each]
@@ -191,12 +191,19 @@ def rows_task(
         if not (some is None and name != "train") and not _are_rows(some):
             raise UserError(
                 f"the rows of {name} are {shown(some)}, but they must be a sequence of mappings "
-                "(of a generator, take list(...)), the path of a file, or hf:OWNER/NAME"
+                "(of a generator, take list(...)), the path of a file, or hf:OWNER/NAME; pass one "
+                "of these to rows_task"
             )
     if isinstance(test_every, bool) or not isinstance(test_every, int) or test_every < 0:
-        raise UserError(f"test_every is {shown(test_every)}, but it must be a whole number from 0")
+        raise UserError(
+            f"test_every is {shown(test_every)}, but it must be a whole number of at least 0; pass "
+            "0 to hold out no rows for testing"
+        )
     if correct is not None and not callable(correct):
-        raise UserError(f"correct is {shown(correct)}, but it must be a function")
+        raise UserError(
+            f"correct is {shown(correct)}, but it must be a function; pass one like those in "
+            "rewards, or leave it out"
+        )
     functions = {}
     for function, weight in weighted:
         if not callable(function):
@@ -207,15 +214,15 @@ def rows_task(
         number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
         if not number or not abs(weight) <= LARGEST:
             raise UserError(
-                f"the weight of {function} is {shown(weight)}, but it must be a number; "
-                "change it in rewards"
+                f"the weight of {function} is {shown(weight)}, but it must be a number "
+                "from -1,000,000 to 1,000,000; change it in rewards"
             )
         functions[RewardFunction(function)] = float(weight)
     names = [function.name for function in functions]
     if taken := [name for name in names if name in RESERVED]:
         raise UserError(
             f"the reward function {taken[0]!r} has the name of a metric of every run, reward/"
-            f"{taken[0]}; rename it"
+            f"{taken[0]}; rename the function"
         )
     if not names or len(set(names)) < len(names):
         raise UserError(
@@ -313,7 +320,10 @@ def _hub_rows(reference: str, source: Source) -> Sequence[Mapping[str, Any]]:
 
 
 def _text_of(value: Any) -> str | None:
-    """Returns the text of a string or of a list of one chat message; None for other values."""
+    """Returns the text of a string or of a list of one chat message.
+
+    Returns None for other values, and for text that is blank or not valid Unicode.
+    """
     if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 1:
         value = value[0].get("content") if isinstance(value[0], Mapping) else None
     if not isinstance(value, str) or not value.strip():

@@ -60,5 +60,6 @@ class Stream(Generic[T]):
                 return drawn
         raise NoMoreProblems(
             f"the {split} split of {self.name!r} has only about {index} distinct problems with "
-            "these settings; lower config.eval.problems or widen the ranges in config.task"
+            "these settings, but more are requested; lower config.eval.problems or widen the "
+            "ranges in config.task.options"
         )

@@ -196,7 +196,10 @@ def _digits(seed: int, operands: tuple[int, int]) -> Stream[str]:
 
 
 def prescribed_steps(count: int, step: int) -> list[int]:
-    """Returns step sizes that reduce `count` operands to one: `step`, or all that are left."""
+    """Returns step sizes that reduce `count` operands to one.
+
+    Each size is `step`, or the number of operands left if it is smaller.
+    """
     return _reducing(count, lambda left: min(step, left))
 
 

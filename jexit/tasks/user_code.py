@@ -66,7 +66,7 @@ def guarded_judge(
     if len(verdicts) != len(problems):
         raise UserError(
             f"{what}: it returned {len(verdicts)} verdicts for {len(problems)} completions, but it "
-            "must return one verdict for each"
+            "must return one verdict for each; fix its method judge"
         )
     for verdict in verdicts:
         if not _is_verdict(verdict):

@@ -204,8 +204,8 @@ def test_what_cannot_be_exported_is_one_sentence(students, checkpoints, tmp_path
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "precious").write_text("data")
     for source, options, target, words in (
-        (checkpoints("qwen2"), ["--adapter=peft"], None, "no adapter to write; use --adap"),
-        (directory, ["--base=x/y"], None, "--base is the base of an adapter"),
+        (checkpoints("qwen2"), ["--adapter=peft"], None, "no LoRA adapter to write; use --adap"),
+        (directory, ["--base=x/y"], None, "--base names the base model of an adapter"),
         (tmp_path / "nowhere", [], None, "no model directory at"),
         (directory, [], tmp_path / "there", "is not empty"),
     ):

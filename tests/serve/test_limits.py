@@ -78,9 +78,9 @@ def test_two_hundred_malformed_requests(http):
         ({"messages": []}, "messages is [], but the list should have at least 1 item"),
         ({"messages": [{"role": "user", "content": ["x"]}]}, "messages[0].content"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role is 'tool', but"),
-        ({"messages": [{"role": "system", "content": "x"}]}, "must end with the user's text"),
-        ({"stop": ["a", ""]}, "stop is ['a', ''], but it must be valid texts that are not"),
-        ({"stop": "\ufffd"}, "but it must be valid texts that are not empty"),
+        ({"messages": [{"role": "system", "content": "x"}]}, "the last message must be the user's"),
+        ({"stop": ["a", ""]}, "stop is ['a', ''], but each stop text must be valid Unicode, not"),
+        ({"stop": "\ufffd"}, "not empty and without U+FFFD"),
         ({"top_logprobs": 5}, "top_logprobs is 5, but the input should be less than or equal to 0"),
         ({"temperature": 1e-9}, "temperature"),
         ({"logit_bias": {"3": 1.0}}, "logit_bias"),
@@ -129,8 +129,8 @@ def test_many_faults_in_a_body_cost_no_more_than_one():
 
 def test_plain_completions_are_refused_alike(http):
     for change, said in [
-        ({"prompt": []}, "a prompt needs text"),
-        ({"prompt": ["sum 1", ""]}, "a prompt needs text"),
+        ({"prompt": []}, "there must be at least one prompt"),
+        ({"prompt": ["sum 1", ""]}, "none may be empty"),
         ({"prompt": [[1, 10**6]]}, "contains token 1000000"),
         ({"prompt": "sum 1", "echo": True}, "echo is True"),
         ({"prompt": "sum 1", "logprobs": 3}, "logprobs is 3"),

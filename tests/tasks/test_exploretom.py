@@ -107,7 +107,7 @@ def test_missing_data_is_named(tmp_path):
         make_task("exploretom", str(tmp_path)).size("train")
     for text in ("story,answer\nx,y\n", ""):
         (tmp_path / "bad.csv").write_text(text)
-        with pytest.raises(ValueError, match=r"no column '.*'; its first line must name the col"):
+        with pytest.raises(ValueError, match=r"no column '.*', but its first line must name the"):
             make_task("exploretom", str(tmp_path)).size("train")
 
 

@@ -320,7 +320,7 @@ def test_functions_and_columns_that_do_not_fit_are_refused_before_anything_runs(
         ({"rewards": None}, "rewards is None, but it must be a function, a list of functions, or"),
         ({"rewards": {right: math.nan}}, "the weight of .* is nan, but it must be a number"),
         ({"correct": "ok"}, "correct is 'ok', but it must be a function"),
-        ({"test_every": -1}, "test_every is -1, but it must be a whole number from 0"),
+        ({"test_every": -1}, "test_every is -1, but it must be a whole number of at least 0"),
         ({"train": (row for row in ROWS)}, "the rows of train are <generator .*but they must be a"),
         ({"train": {"prompt": ["a"]}}, "the rows of train are {'prompt'.*but they must be a seq"),
         ({"rewards": [3]}, "a reward is 3, but it must be a function; give"),

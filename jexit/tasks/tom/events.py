@@ -130,9 +130,11 @@ def _story(
 ) -> tuple[Story, World] | None:
     """Draws a story, and returns the story and the state of the world at its end.
 
-    The story consists of `count` events that `mention` returns, with random arrivals and departures
-    in between. Each person and each container starts in the first of the two rooms with probability
-    3/4. Returns None if `mention` returns None, or if the story exceeds `cast.longest` sentences.
+    The story consists of `count` events with random arrivals and departures in between. Event
+    number i, counted from 0, is the result of `mention(i, world, events)`, which gets the state of
+    the world and the events so far. Each person and each container starts in the first of the two
+    rooms with probability 3/4. Returns None if `mention` returns None, or if the story exceeds
+    `cast.longest` sentences.
     """
     main, other = cast.rooms
     room_of = {person: other if draw.integer(0, 3) == 0 else main for person in cast.people}

@@ -67,7 +67,7 @@ class Surface:
 
     `verbs` contains the verbs of the second and the third event about the thing ("moves", "tells"
     or "whispers"). `last_named` is the number of the place that the function `last_named` returns,
-    if places are numbered in the order in which the story first names them.
+    if places are numbered from 0 in the order in which the story names them with the thing.
     """
 
     verbs: tuple[str, str]
