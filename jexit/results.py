@@ -429,7 +429,11 @@ class Completion(Record):
 
 
 def numbers(place: str, value: Any) -> dict[str, float]:
-    """Returns the finite numbers in `value` by path; `place` is the beginning of every path."""
+    """Returns the finite numbers in `value` by path; `place` is the beginning of every path.
+
+    A pair of numbers is an interval, with the paths PATH/low and PATH/high. Other sequences,
+    strings and booleans are left out.
+    """
     if isinstance(value, Record):
         value = value.model_dump(exclude_unset=True)
     if isinstance(value, Mapping):

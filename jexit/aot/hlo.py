@@ -171,7 +171,10 @@ class Module:
         return max(0, -(-(end - first) // step))
 
     def _step(self, body: Computation, index: int | None) -> int | None:
-        """Returns the constant that a loop adds to element `index` of its tuple, or None."""
+        """Returns the constant that an iteration adds to element `index` of the loop's tuple.
+
+        Returns None if `index` is None or if the element does not change by adding a constant.
+        """
         root = next((i for i in body.values() if i.is_root), None)
         if root is None or root.opcode != "tuple" or index is None:
             return None

@@ -149,7 +149,7 @@ def _compile(program: Program, mesh: Mesh, exit_share: float) -> Report:
 
 
 def _resident(program: Program, arguments: int) -> int:
-    """Returns the bytes on a device of the run's state beyond the step's `arguments` bytes."""
+    """Returns the bytes of the run's state on one device, without the step's `arguments` bytes."""
     together = {id(leaf): leaf for _, leaf in on_devices((program.inputs, program.resident))}
     return max(0, device_bytes(list(together.values())) - arguments)
 
@@ -288,7 +288,7 @@ def _collectives(cost: Cost | None) -> str:
 
 
 def _footnotes(reports: list[Report]) -> list[str]:
-    """Returns notes for the table that explain its columns and name figures that are bounds."""
+    """Returns notes for the table that explain its columns and name numbers that are bounds."""
     notes = [
         "resident: the run's state on a device that is not an argument of this step; peak: the sum "
         "of arguments, resident state, temporaries and new outputs",

@@ -128,7 +128,10 @@ class Tokenizer:
     @thinking.setter
     def thinking(self, value: Thinking) -> None:
         if value not in get_args(Thinking):
-            raise UserError(f"thinking is {value!r}; choose one of {', '.join(get_args(Thinking))}")
+            raise UserError(
+                f"thinking is {value!r}, but it must be one of {', '.join(get_args(Thinking))}; "
+                "choose one of these"
+            )
         if value != "auto" and not self.has_thinking_switch:
             raise UserError(
                 f"thinking is {value!r}, but the chat template of {self.directory} has no switch "
@@ -259,7 +262,10 @@ class Tokenizer:
         return begin if begin is not None and self.backend.encode("")[:1] == [begin] else None
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Returns the token ids of each text, with `begin_id` in front if the tokenizer has one."""
+        """Returns the token ids of each text, with `begin_id` in front if the tokenizer has one.
+
+        A text that already starts with the begin token does not get a second one.
+        """
         made = self.encode_batch(texts)
         if self.begin_id is None:
             return made
@@ -337,7 +343,10 @@ class Tokenizer:
 
 
 def _left_open(text: str) -> str:
-    """Returns the rendered string `text` up to the mark `_OPEN_END` after its last message."""
+    """Returns the rendered string `text` up to the mark `_OPEN_END` after its last message.
+
+    Raises UserError if the chat template has left out the mark.
+    """
     before, mark, after = text.rpartition(_OPEN_END.strip())
     if not mark:
         raise UserError("it omits the end of the message that is to be continued")

@@ -46,7 +46,8 @@ class ModelCompleter:
     ) -> list[Attempt | None]:
         """Returns the model's continuation of each prefix, which follows the problem's prompt.
 
-        With `answer_only`, at most `ANSWER_TOKENS` tokens are decoded. An entry is None if prompt
+        An attempt contains only the new tokens, not the prefix, and has no verdict. With
+        `answer_only`, at most `ANSWER_TOKENS` tokens are decoded. An entry is None if prompt
         and prefix leave room for fewer than `ANSWER_TOKENS` tokens (or than `max_new_tokens`, if
         that is less). Prefixes with more room, but not enough for a full reply, are decoded
         together in a second batch. The smallest room in this batch is the limit for its replies.

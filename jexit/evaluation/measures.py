@@ -136,7 +136,10 @@ class Measurer:
         return self.attempts[policy]
 
     def _recorded(self, attempts: Sequence[Attempt]) -> Recorded:
-        """Returns attempts at the first problems, with their prompts, for another forward pass."""
+        """Returns `attempts`, with their prompts, for another forward pass.
+
+        The attempts must be those at the first problems of the examination, in order.
+        """
         return Recorded(
             self.examination.prompts[: len(attempts)],
             [made.ids for made in attempts],
@@ -202,7 +205,10 @@ class Measurer:
         ]
 
     def _faithfulness_paired(self) -> list[Record]:
-        """Compares the measured policy with full depth on the problems measured under both."""
+        """Compares the measured policy with full depth on the problems measured under both.
+
+        Returns the differences of the accuracy and of each measure; [] if the policy is full depth.
+        """
         found: list[Record] = []
         for policy in self._policies[:-1]:
             scores = (scores_of(self._attempts(name)) for name in (policy, "full"))

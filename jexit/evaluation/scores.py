@@ -78,7 +78,7 @@ def paired(
 ) -> PairedMeasure | None:
     """Compares a policy's scores (`ours`) with full depth (`theirs`) on their common problems.
 
-    Returns None if no problem is common to both.
+    The record's `difference` is ours − theirs. Returns None if no problem is common to both.
     """
     common = sorted(set(ours.numbers) & set(theirs.numbers))
     if not common:

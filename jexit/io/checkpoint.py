@@ -147,8 +147,9 @@ class Checkpoints:
             if there.get(name) != here.get(name):
                 raise UserError(
                     f"checkpoint {self.directory / str(step)} contains other parameters than this "
-                    f"config ({name} is {there.get(name)} in the checkpoint, but {here.get(name)} "
-                    "in this config); use the same config or another --workdir"
+                    f"config (the shape of {name} is {there.get(name)} in the checkpoint, but "
+                    f"{here.get(name)} in this config, where None means that it does not exist); "
+                    "use the same config or another --workdir"
                 )
 
     def _check_bytes(self, step: int, named: dict[str, Any]) -> None:

@@ -72,7 +72,8 @@ def fitted_continuation(stage: Stage, trajectories: Trajectories, trainable: Par
 def rows_at_a_time(config: Config, rows: int) -> int:
     """Returns the rows per batch of a fit to `rows` rows of trajectories (see `Trajectories`).
 
-    The result is a multiple of the number of data shards.
+    The result is a multiple of the number of data shards: at most the rows of a training batch and
+    an eighth of `rows`, but at least one row per shard.
     """
     shards = data_shards()
     return max(1, min(rows_of_batch(config), rows // HELD_BACK) // shards) * shards

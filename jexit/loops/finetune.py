@@ -24,9 +24,9 @@ from jexit.steps.state import TrainState, new_state, step_key
 def finetune(config: Config, workdir: pathlib.Path) -> None:
     """Fine-tunes for `config.steps` steps and writes the model to `WORKDIR/model`.
 
-    With `finetune.policy=full`, the written model is a trunk without exits, with the adapters
-    merged into it. With `sample`, depths are drawn with the settings under which the exits were
-    trained.
+    With `finetune.policy=full`, the written model has no exits, and the adapters are merged into
+    its base weights. With `sample`, depths are drawn with the settings under which the exits were
+    trained, and the written model keeps its exits.
     """
     policy: Policy = Full()
     if config.finetune.policy == "sample":

@@ -19,7 +19,7 @@ trains costs another 2·D·V for its own gradient. An exit's hazard head costs 4
 if the head is linear) and twice as much backward.
 
 The count of a step contains, in
-- pretraining: a forward and backward pass of the trunk, and the logits of every position; if the
+- pretraining: a forward and backward pass of all layers, and the logits of every position; if the
   exits have a loss, also the logits of every position at each exit;
 - fine-tuning: a forward and backward pass, and the logits of the references' tokens;
 - calibration: the teacher's pass, with `sft.target=student` also a pass of the student, the logits
@@ -76,11 +76,11 @@ class PassSize(NamedTuple):
     def of_branches(
         cls, trunk_B: np.ndarray, branch_B: np.ndarray, first_B: np.ndarray
     ) -> PassSize:
-        """Returns the size of a pass over branches (completions), each with a trunk (its prompt).
+        """Returns the size of a pass over B completions (here branches) and their prompts (trunks).
 
-        A branch of `branch_B` tokens attends to itself and to its trunk of `trunk_B` tokens.
-        Branches may share a trunk; the mask `first_B` selects one branch per trunk, so that each
-        trunk counts once.
+        Completion i, of `branch_B[i]` tokens, attends to itself and to its prompt of `trunk_B[i]`
+        tokens. Completions may share a prompt; the boolean mask `first_B` selects one completion
+        per prompt, so that each prompt counts once.
         """
         trunk_B, branch_B = np.asarray(trunk_B, np.int64), np.asarray(branch_B, np.int64)
         trunks, branches = cls.of(trunk_B[first_B]), cls.of(branch_B)
@@ -137,7 +137,8 @@ class ModelFlops:
     ) -> float:
         """Returns the FLOPs of a calibration step with `samples` student passes.
 
-        `size` is that of one pass over the batch, and `target` is the setting `sft.target`.
+        `size` is that of one pass over the batch, whose completions have `completion_tokens` tokens
+        in all, and `target` is the setting `sft.target`.
         """
         measured = self.forward(size, adapters=False)
         if target == "student":
@@ -150,12 +151,18 @@ class ModelFlops:
         return 3.0 * len(self.exit_layers) * self._exit_head() * tokens
 
     def finetune_step(self, size: PassSize, completion_tokens: int) -> float:
-        """Returns the FLOPs of a fine-tuning step on prompts and references."""
+        """Returns the FLOPs of a fine-tuning step on prompts and references.
+
+        `size` is that of one pass over both, and `completion_tokens` counts the references' tokens.
+        """
         passes = self.forward(size) + self.backward(size)
         return passes + self.logits(completion_tokens, trained=True)
 
     def rl_step(self, size: PassSize, completion_tokens: int, *, updates: int) -> float:
-        """Returns the FLOPs of an RL step without its rollouts: a teacher pass and the updates."""
+        """Returns the FLOPs of an RL step without its rollouts: a teacher pass and the updates.
+
+        `size` is that of one pass over all rollouts, which have `completion_tokens` tokens in all.
+        """
         scored = self.forward(size, adapters=False) + self.logits(completion_tokens)
         return scored + updates * self._student(size, completion_tokens)
 

@@ -104,10 +104,11 @@ def calibrate(config: Config, workdir: pathlib.Path) -> None:
 def exit_states(
     stage: Stage, trajectories: Trajectories, trainable: Params
 ) -> tuple[ExitStates, np.ndarray]:
-    """Returns the training data of the exit heads, and the indices of its usable positions.
+    """Returns the training data of the exit heads, and the int32 indices of its usable positions.
 
-    A position is usable if its pass could leave early. The model runs once over trajectories with
-    up to `sft.lens_tokens` usable positions.
+    A position is usable if its pass could leave early. The model runs once over trajectories until
+    there are `sft.lens_tokens` usable positions or no further trajectories; surplus positions are
+    left out of the indices.
     """
     config, states_of = stage.config, make_exit_states(stage.split)
     size = rows_at_a_time(config, len(trajectories))

@@ -106,7 +106,10 @@ class Trainer:
         self._compilations.shapes = shapes
 
     def chosen(self, state: TrainState) -> TrainState:
-        """Returns the state of the best checkpoint, if configured and saved, otherwise `state`."""
+        """Returns the state of the best checkpoint with `checkpoint.final=best`, otherwise `state`.
+
+        If no checkpoint has a score, the result is `state` too.
+        """
         step = self.checkpoints.best_step() if self.config.checkpoint.final == "best" else None
         if step is None:
             return state
