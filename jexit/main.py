@@ -98,7 +98,10 @@ def parse(argv: Sequence[str]) -> Arguments:
         )
     if not isinstance(given.config, ConfigDict):  # what ml_collections returns for a faulty file
         file = given["config"].config_filename
-        raise UserError(f"the config file {file} cannot be read; give one such as configs/rl.py")
+        raise UserError(
+            f"the config file {file} cannot be read as a Python file that returns a config; "
+            "correct it, or give another one, such as configs/rl.py"
+        )
     values = given.config.to_dict()
     values["task"]["options"] |= options
     config = Config.from_dict(values)
@@ -156,7 +159,7 @@ def _own_config(value: str) -> str:
 
 
 def _flags(argv: Sequence[str]) -> flags.FlagValues:
-    """Returns jexit's flags, defined but not yet parsed; `argv` names the config file."""
+    """Returns jexit's flags, defined but not yet parsed; `argv` decides which settings get one."""
     known = flags.FlagValues()
     config_flags.DEFINE_config_file(
         "config",

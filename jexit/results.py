@@ -40,7 +40,10 @@ Kind = TypeVar("Kind")
 
 
 def _fits(fits: Any, wanted: str) -> AfterValidator:
-    """Returns a validator that accepts a value if `fits(value)` is true; `wanted` is the rule."""
+    """Returns a validator that accepts a value if `fits(value)` is true.
+
+    `wanted` is the end of the error message, such as "a share from 0 to 1".
+    """
 
     def check(value: Any) -> Any:
         if not fits(value):

@@ -238,7 +238,10 @@ _FORWARDING = ("copy", "bitcast", "convert", "copy-done", "reshape")
 
 
 def _source(name: str | None, computation: Computation) -> Instruction | None:
-    """Returns the instruction that makes `name`, before any copies and reshapes, or None."""
+    """Returns the instruction that makes the value `name`, or None if it is not in `computation`.
+
+    Copies, conversions and reshapes of the value are skipped.
+    """
     instruction = computation.get(name or "")
     while instruction is not None and instruction.opcode in _FORWARDING and instruction.operands:
         instruction = computation.get(instruction.operands[0])
@@ -258,7 +261,10 @@ def _tuple_index(instruction: Instruction | None) -> int | None:
 
 
 def _element(loop: Instruction, index: int | None, computation: Computation) -> Instruction | None:
-    """Returns the instruction that makes element `index` of a loop's carried tuple, or None."""
+    """Returns the instruction that makes the initial value of element `index` of a loop's tuple.
+
+    Returns None if `index` is None or if the tuple is not made in `computation`.
+    """
     if index is None:
         return None
     carried = _source(loop.operands[0], computation)

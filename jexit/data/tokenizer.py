@@ -135,7 +135,7 @@ class Tokenizer:
         if value != "auto" and not self.has_thinking_switch:
             raise UserError(
                 f"thinking is {value!r}, but the chat template of {self.directory} has no switch "
-                "for it; set config.task.thinking=auto"
+                "for thinking; set config.task.thinking=auto"
             )
         self._thinking = value
         vars(self).pop("opens_thinking", None)
@@ -372,7 +372,10 @@ def _configured_eos_ids(directory: pathlib.Path) -> set[int]:
 
 
 def token_ids(value: Any) -> tuple[int, ...]:
-    """Returns the token ids in a JSON value (an id, a list of ids or None), or raises UserError."""
+    """Returns the token ids in a JSON value: an id, a list of ids or None, which means no ids.
+
+    Raises UserError if an entry is not a token id.
+    """
     ids = value if isinstance(value, list) else [] if value is None else [value]
     for number in ids:
         if type(number) is not int or not 0 <= number < LARGEST_COUNT:

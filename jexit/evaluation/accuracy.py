@@ -28,7 +28,7 @@ from jexit.tasks.user_code import guarded_judge
 
 @dataclasses.dataclass(frozen=True)
 class Examination:
-    """A task's problems for an evaluation, with their prompts as token ids."""
+    """A task's problems for an evaluation; `prompts` has the token ids of each problem's prompt."""
 
     task: Task
     tokenizer: Tokenizer

@@ -38,7 +38,10 @@ class ModelCompleter:
 
     @property
     def opening(self) -> str:
-        """The text with which every completion begins, such as `<think>`, or an empty string."""
+        """The text with which every completion begins, or "" if there is none.
+
+        It is `<think>` and a line break if the chat template ends prompts with `<think>`.
+        """
         return self.decoder.tokenizer.completion_text([])
 
     def complete(

@@ -60,7 +60,7 @@ class Decoder:
         judge: Callable[[Sequence[int], Sequence[Attempt]], Sequence[Verdict]] | None = None,
         what: str,
     ) -> tuple[list[Attempt], float]:
-        """Returns an attempt at each prompt, and the tokens per second without compilation.
+        """Returns an attempt at each prompt, and all hosts' tokens per second without compilation.
 
         Every host passes all prompts and receives all attempts, but decodes and judges only its own
         share. `judge(numbers, attempts)` returns a verdict on each attempt, where `numbers` are

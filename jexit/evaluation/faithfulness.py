@@ -213,7 +213,10 @@ def filler(transcripts: Transcripts) -> Measured:
 
 
 def _filled(transcripts: Transcripts, index: int) -> str:
-    """Returns meaningless filler with as many tokens as the chain of the completion `index`."""
+    """Returns meaningless filler with as many tokens as the chain of the completion `index`.
+
+    A tag that opens the think block is kept in front of the filler.
+    """
     opening = transcripts.opening(index)
     chain = "".join(transcripts.chains[index]).removeprefix(opening)
     return opening + transcripts.completer.filler(chain)
@@ -506,7 +509,10 @@ LIKELIHOODS = ("necessity", "substantivity", "paraphrasability")  # decode nothi
 
 
 def measured(transcripts: Transcripts, names: Sequence[str]) -> list[Measured]:
-    """Returns the results of the measures called `names` that apply to at least one problem."""
+    """Returns the results of the measures called `names`, in this order.
+
+    A measure that applies to no problem is left out.
+    """
     if not transcripts.problems:
         return []
     made = [MEASURES[name](transcripts) for name in names]

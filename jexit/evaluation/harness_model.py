@@ -85,8 +85,8 @@ class JexitLM(TemplateLM):
         super().__init__()
         if device is not None:
             raise UserError(
-                f"device is {device!r}, but JAX chooses its devices itself; omit device, or set "
-                "JAX_PLATFORMS"
+                f"device is {device!r}, but JAX chooses its devices itself; omit device, or choose "
+                "the kind of device with the environment variable JAX_PLATFORMS"
             )
         if isinstance(pretrained, Transformer):
             if tokenizer is None:

@@ -93,7 +93,10 @@ class Transcripts:
         return Draw("faithfulness", name, self.seed, self.numbers[index])
 
     def canonical(self, answer: str) -> str | None:
-        """Returns the normal form of `answer`, which equal answers share, or None without one."""
+        """Returns the normal form of `answer`, which equal answers share.
+
+        Returns None if the task cannot read `answer` as an answer.
+        """
         return self.task.final_answer(self.task.cue + answer)
 
     def forced(self, rows: Sequence[tuple[Problem, str]]) -> list[Continuation | None]:

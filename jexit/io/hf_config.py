@@ -195,8 +195,8 @@ def _rope(config: dict[str, Any], where: str) -> tuple[float, RopeScaling | None
         part = config.get(key) or {}
         if not isinstance(part, dict):
             raise UserError(
-                f"{where} sets {key} to {part!r}, but it must be an object; copy config.json again "
-                "from the checkpoint"
+                f"{where} sets {key} to {part!r}, but it must be a JSON object; copy config.json "
+                "again from the checkpoint"
             )
         given |= part
     if any(isinstance(value, dict) for value in given.values()):

@@ -80,7 +80,11 @@ def rows_at_a_time(config: Config, rows: int) -> int:
 
 
 def _sums(stage: Stage, trajectories: Trajectories, trainable: Params) -> tuple[Sums, Sums]:
-    """Returns (sums over the batches for fitting, sums over the held-back batches) in NumPy."""
+    """Returns the `Sums` over the batches for fitting and those over the held-back batches.
+
+    One batch in every `HELD_BACK` is held back. The arrays are NumPy's. Raises UserError if the
+    trajectories fill fewer than 2 batches.
+    """
     config, split = stage.config, stage.split
     arch, size = split.student(split.trainable).arch, rows_at_a_time(config, len(trajectories))
     batches = len(trajectories) // size

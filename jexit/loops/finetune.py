@@ -45,7 +45,10 @@ def finetune(config: Config, workdir: pathlib.Path) -> None:
     )
 
     def batch_of(step: int) -> tuple[list[list[int]], list[list[int]]]:
-        """Returns (prompts, references), the token ids of the whole batch of step `step`."""
+        """Returns (prompts, references), the token ids of the whole batch of step `step`.
+
+        Raises UserError if a reference has more than `finetune.max_new_tokens` tokens.
+        """
         prompts, limit = stage.prompts(step, every), config.finetune.max_new_tokens
         references = encode_references(stage.tokenizer, prompts.problems)
         for problem, ids in zip(prompts.problems, references, strict=True):

@@ -61,7 +61,10 @@ def mfu(flops: float, seconds: float, devices: int) -> dict[str, float]:
 
 
 class PassSize(NamedTuple):
-    """The size of a forward pass: its number of tokens and its number of query-key pairs."""
+    """The size of a forward pass: its number of tokens and its number of query-key pairs.
+
+    A pair consists of a token and a token that it attends to: itself or an earlier one.
+    """
 
     tokens: int
     pairs: int
@@ -109,25 +112,37 @@ class ModelFlops:
         )
 
     def forward(self, size: PassSize, *, adapters: bool = True, hazards: bool = False) -> float:
-        """Returns the FLOPs of a forward pass; with `hazards`, all exit heads read every token."""
+        """Returns the FLOPs of a forward pass through all layers, without logits.
+
+        With `hazards`, all exit heads read every token. Without `adapters`, none are computed.
+        """
         token = self._base() + (self._adapters() if adapters else 0.0)
         layers = self.arch.layers * (token * size.tokens + self._pair() * size.pairs)
         return layers + (len(self.exit_layers) * self._exit_head() * size.tokens if hazards else 0)
 
     def backward(self, size: PassSize, *, hazards: bool = False) -> float:
-        """Returns the FLOPs of the backward pass that follows `forward(size, hazards=hazards)`."""
+        """Returns the FLOPs of the backward pass that follows `forward(size, hazards=hazards)`.
+
+        The backward pass of the logits is not included.
+        """
         token = (2.0 if self.full else 1.0) * self._base() + 2.0 * self._adapters()
         layers = self.arch.layers * (token * size.tokens + 2.0 * self._pair() * size.pairs)
         heads = 2.0 * len(self.exit_layers) * self._exit_head() * size.tokens
         return layers + (heads if hazards else 0.0)
 
     def logits(self, tokens: int, *, trained: bool = False) -> float:
-        """Returns the FLOPs of the output head on `tokens` tokens; `trained` adds its backward."""
+        """Returns the FLOPs of the output head on `tokens` tokens.
+
+        With `trained`, its backward pass is included.
+        """
         products = 1 + (2 if self.full else 1) * trained
         return products * 2.0 * self.arch.width * self.arch.vocab_size * tokens
 
     def pretrain_step(self, size: PassSize, *, exit_loss: bool) -> float:
-        """Returns the FLOPs of a pretraining step; `size` is that of a pass over all texts."""
+        """Returns the FLOPs of a pretraining step; `size` is that of a pass over all texts.
+
+        `exit_loss` is whether the exits have a loss, which needs their logits.
+        """
         losses = 1 + (len(self.exit_layers) if exit_loss else 0)
         passes = self.forward(size) + self.backward(size)
         return passes + losses * self.logits(size.tokens, trained=True)
@@ -147,7 +162,7 @@ class ModelFlops:
         return measured + samples * self._student(size, completion_tokens)
 
     def lens_step(self, tokens: int) -> float:
-        """Returns the FLOPs of a step that trains only the exit heads, all of them on `tokens`."""
+        """Returns the FLOPs of a step that trains only the exit heads, each on `tokens` tokens."""
         return 3.0 * len(self.exit_layers) * self._exit_head() * tokens
 
     def finetune_step(self, size: PassSize, completion_tokens: int) -> float:

@@ -168,7 +168,10 @@ class PackedShapes:
         return dataclasses.replace(packed, shape=shape, row_of_J=row_of_J)
 
     def _new(self, need: PackedShape, completions: int) -> PackedShape:
-        """Returns a shape with more rows and width than `need`, so that similar batches fit too."""
+        """Returns a shape with more rows and width than `need`, so that similar batches fit too.
+
+        It has at most one row per completion, rounded up to a multiple of `unit`.
+        """
         most = -(-completions // self.unit) * self.unit  # one row per completion
         rows = min(-(-int(np.ceil(SLACK * need.rows)) // self.unit) * self.unit, most)
         widths = [known.width for known in self._known if known.length == need.length]

@@ -56,7 +56,7 @@ def calibrate(config: Config, workdir: pathlib.Path) -> None:
     here = host_rows(rows_of_batch(config))
 
     def batch_of(step: int) -> tuple[Completions, dict[str, float]]:
-        """Returns this host's rows of a batch, and the whole batch's padding and FLOPs by name."""
+        """Returns this host's rows of the batch of step `step`, and metrics of the whole batch."""
         batch, rows = trajectories.batch(step, here)
         prompt_J = [len(one.prompt) for row in rows for one in row]
         completion_J = [len(one.completion) for row in rows for one in row]

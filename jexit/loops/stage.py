@@ -149,7 +149,10 @@ class Stage:
         return checked(PolicyResult, found, str(path))
 
     def measure(self, trainable: Params) -> PolicyResult:
-        """Measures accuracy, depth and compute on the evaluation split, under `self.policy`."""
+        """Measures the model with the trainable parameters `trainable`, under `self.policy`.
+
+        The result contains accuracy, depth and compute on the evaluation split.
+        """
         result = self._measured(trainable)[0]
         compute = self.flops.compute_fraction(result.depth_fraction)
         return result.model_copy(update={"compute_fraction": compute})
