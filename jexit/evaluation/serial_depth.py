@@ -74,8 +74,8 @@ def _after(equation: Any, before: Sequence[int]) -> list[int]:
         return [deepest + params["length"] * carried] * len(equation.outvars)
     if name == "while":
         raise NotImplementedError(
-            "the program contains a while loop, whose length and therefore serial depth is not "
-            "known; use a scan or a loop with fixed bounds instead"
+            "the program contains a loop of unknown length (while), so its serial depth is not "
+            "known; use a scan, whose length is fixed, instead"
         )
     inside = jax.tree.leaves(list(params.values()))
     if any(isinstance(part, core.Jaxpr | core.ClosedJaxpr) for part in inside):
