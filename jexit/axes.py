@@ -12,8 +12,8 @@
 | J | completions (rows may have several) | W | tokens of one completion |
 | C | completion tokens of a row | | |
 
-A name such as `hazard_logits_BTE` has one axis per letter, in that order. Depths are int32 layer
-counts (1 … L), never indices into the exits.
+A name such as `hazard_logits_BTE` has one axis per letter, in that order. In a jaxtyping type, `*A`
+stands for any number of axes. Depths are int32 layer counts (1 … L), never indices into the exits.
 """
 
 from jaxtyping import Array, Bool, Float, Int, Key

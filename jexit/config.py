@@ -852,13 +852,14 @@ def check_key(key: str) -> type:
 def check_exits(exits: tuple[int, ...], layers: int) -> tuple[int, ...]:
     """Returns `exits` or, if it is empty, every 5th layer of a model with `layers` layers.
 
-    Raises UserError if an exit is not below `layers`, or if the default is empty.
+    `exits` must be in rising order. Raises UserError if an exit is not below `layers`, or if there
+    is no 5th layer below `layers`.
     """
     exits = tuple(exits) or tuple(range(5, layers, 5))
     if not exits:
         raise UserError(
             f"a model of {layers} layers is too shallow for the default exits at every 5th layer; "
-            "set config.exits.layers"
+            "set config.exits.layers to lower layer numbers, such as (1,2)"
         )
     if exits[-1] >= layers:
         raise UserError(

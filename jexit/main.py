@@ -88,12 +88,20 @@ def parse(argv: Sequence[str]) -> Arguments:
             "correct the file"
         ) from error
     if len(rest) > 1:
-        raise UserError(f"argument {rest[1]!r} is not a flag; options look like --config.seed=1")
+        raise UserError(
+            f"argument {rest[1]!r} is not a flag; write options with two dashes and an equals "
+            "sign, such as --config.seed=1"
+        )
     if given.config is None:
-        raise UserError("there is no config; give one such as --config=configs/rl.py")
+        raise UserError(
+            "the command line names no config file; give one, such as --config=configs/rl.py"
+        )
     if not isinstance(given.config, ConfigDict):  # what ml_collections returns for a faulty file
         file = given["config"].config_filename
-        raise UserError(f"the config file {file} cannot be read; give one such as configs/rl.py")
+        raise UserError(
+            f"the config file {file} cannot be read as a Python file that returns a config; "
+            "correct it, or give another one, such as configs/rl.py"
+        )
     values = given.config.to_dict()
     values["task"]["options"] |= options
     config = Config.from_dict(values)
@@ -151,7 +159,7 @@ def _own_config(value: str) -> str:
 
 
 def _flags(argv: Sequence[str]) -> flags.FlagValues:
-    """Returns jexit's flags, defined but not yet parsed; `argv` names the config file."""
+    """Returns jexit's flags, defined but not yet parsed; `argv` decides which settings get one."""
     known = flags.FlagValues()
     config_flags.DEFINE_config_file(
         "config",
@@ -207,7 +215,10 @@ def dispatch(config: Config, workdir: pathlib.Path, topology: str | None = None)
         preflight(config, topology)
         return
     if config.command == "generate" and several_hosts():
-        raise UserError("generate supports only one host; start it on one, without --coordinator")
+        raise UserError(
+            "the command generate runs on one host only, but this run has several; start it on one "
+            "host, without --coordinator"
+        )
     if config.command == "generate":
         generate.print_generations(config)
         return

@@ -161,7 +161,7 @@ def _preset(
     lora_rank: int = 8,
     **other: Any,
 ) -> Preset:
-    """Returns a preset; `heads` counts query and key/value heads, `other` overrides `common`."""
+    """Returns a preset; `heads` is (query, key/value heads), and `other` overrides `common`."""
     shape = {"width": width, "layers": layers, "mlp_width": mlp_width}
     shape |= {"query_heads": heads[0], "kv_heads": heads[1], "head_dim": width // heads[0]}
     architecture = Architecture(**shape | common | other)

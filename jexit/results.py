@@ -40,7 +40,10 @@ Kind = TypeVar("Kind")
 
 
 def _fits(fits: Any, wanted: str) -> AfterValidator:
-    """Returns a validator that accepts a value if `fits(value)` is true; `wanted` is the rule."""
+    """Returns a validator that accepts a value if `fits(value)` is true.
+
+    `wanted` is the end of the error message, such as "a share from 0 to 1".
+    """
 
     def check(value: Any) -> Any:
         if not fits(value):
@@ -429,7 +432,11 @@ class Completion(Record):
 
 
 def numbers(place: str, value: Any) -> dict[str, float]:
-    """Returns the finite numbers in `value` by path; `place` is the beginning of every path."""
+    """Returns the finite numbers in `value` by path; `place` is the beginning of every path.
+
+    A pair of numbers is an interval, with the paths PATH/low and PATH/high. Other sequences,
+    strings and booleans are left out.
+    """
     if isinstance(value, Record):
         value = value.model_dump(exclude_unset=True)
     if isinstance(value, Mapping):

@@ -61,7 +61,8 @@ class Keywords:
         for name, value in values.items():
             if not (isinstance(name, str) and name.isidentifier()):
                 raise UserError(
-                    f"{where}.{shown(name)} does not exist; use a name that is a Python identifier"
+                    f"{where}.{shown(name)} does not exist; use a name that is a Python identifier "
+                    "(letters, digits and underscores, not beginning with a digit)"
                 )
             for item in value if isinstance(value, (tuple, list)) else (value,):
                 if not isinstance(item, (bool, int, float, str)):
@@ -173,7 +174,8 @@ def checked(hint: Any, value: Any, where: str) -> Any:
             return float(value)
         except OverflowError:
             raise UserError(
-                f"{where} is {shown(value)}; it is too large for a floating-point number"
+                f"{where} is {shown(value)}; it is too large for a floating-point number, so lower "
+                "it"
             ) from None
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise UserError(f"{where} is {shown(value)}; {remedy_of(hint)}")

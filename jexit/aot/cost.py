@@ -122,7 +122,8 @@ def cost_of(module: Module, *, branch_share: float = 1.0, loops: Mapping[str, in
 def largest_arrays(module: Module, count: int) -> list[tuple[Array, str]]:
     """Returns the `count` largest arrays that the module makes, each with its origin.
 
-    Arguments do not count. The origin of an array is the `op_name` of the instruction that makes
+    Arguments do not count, and neither do arrays in a TPU's on-chip memory and intermediate results
+    inside fusions. The origin of an array is the `op_name` of the instruction that makes
     the array, such as `jit(step)/while/body/dot_general`. If the compiler added that instruction,
     the origin is the `op_name` of the nearest operation that uses the array. Arrays of equal type
     and shape are listed once.
@@ -228,7 +229,10 @@ def _products(instruction: Instruction, computation: Computation) -> Cost:
 
 
 def _dot_flops(instruction: Instruction, computation: Computation, contracted: str) -> float:
-    """Returns the FLOPs of a matrix product over the axes `contracted`, such as "1,2"."""
+    """Returns the FLOPs of a matrix product.
+
+    `contracted` lists the axes of the left operand over which the product sums, such as "1,2".
+    """
     left = computation[instruction.operands[0]].arrays[0].dims
     depth = math.prod(left[int(axis)] for axis in re.findall(r"\d+", contracted))
     return 2.0 * math.prod(instruction.arrays[0].dims) * depth

@@ -171,7 +171,10 @@ class Module:
         return max(0, -(-(end - first) // step))
 
     def _step(self, body: Computation, index: int | None) -> int | None:
-        """Returns the constant that a loop adds to element `index` of its tuple, or None."""
+        """Returns the constant that an iteration adds to element `index` of the loop's tuple.
+
+        Returns None if `index` is None or if the element does not change by adding a constant.
+        """
         root = next((i for i in body.values() if i.is_root), None)
         if root is None or root.opcode != "tuple" or index is None:
             return None
@@ -235,7 +238,10 @@ _FORWARDING = ("copy", "bitcast", "convert", "copy-done", "reshape")
 
 
 def _source(name: str | None, computation: Computation) -> Instruction | None:
-    """Returns the instruction that makes `name`, before any copies and reshapes, or None."""
+    """Returns the instruction that makes the value `name`, or None if it is not in `computation`.
+
+    Copies, conversions and reshapes of the value are skipped.
+    """
     instruction = computation.get(name or "")
     while instruction is not None and instruction.opcode in _FORWARDING and instruction.operands:
         instruction = computation.get(instruction.operands[0])
@@ -255,7 +261,10 @@ def _tuple_index(instruction: Instruction | None) -> int | None:
 
 
 def _element(loop: Instruction, index: int | None, computation: Computation) -> Instruction | None:
-    """Returns the instruction that makes element `index` of a loop's carried tuple, or None."""
+    """Returns the instruction that makes the initial value of element `index` of a loop's tuple.
+
+    Returns None if `index` is None or if the tuple is not made in `computation`.
+    """
     if index is None:
         return None
     carried = _source(loop.operands[0], computation)

@@ -149,7 +149,7 @@ def _compile(program: Program, mesh: Mesh, exit_share: float) -> Report:
 
 
 def _resident(program: Program, arguments: int) -> int:
-    """Returns the bytes on a device of the run's state beyond the step's `arguments` bytes."""
+    """Returns the bytes of the run's state on one device, without the step's `arguments` bytes."""
     together = {id(leaf): leaf for _, leaf in on_devices((program.inputs, program.resident))}
     return max(0, device_bytes(list(together.values())) - arguments)
 
@@ -182,7 +182,10 @@ def _refused(
 
 
 def _largest_inputs(program: Program) -> list[str]:
-    """Returns the names and sizes of the largest arrays on the devices before the step."""
+    """Returns the largest arrays on the devices before the step, each as a text with its name.
+
+    Shapes and sizes are those on one device.
+    """
     sized = {}
     for path, leaf in reversed(on_devices((program.inputs, program.resident))):
         names = [name for name in names_of(path) if name not in _UNSAID and name[0] != "["]
@@ -201,7 +204,10 @@ def _array(leaf: jax.ShapeDtypeStruct, shape: tuple[int, ...]) -> Array:
 
 
 def _largest_types(program: Program, lowered: jax.stages.Lowered) -> list[Array]:
-    """Returns the largest arrays that a step makes, with their shapes before partitioning."""
+    """Returns the largest arrays that a step makes, with their shapes before partitioning.
+
+    Arrays of the type and shape of an argument are left out.
+    """
     found = {
         Array(_STABLEHLO.get(dtype, dtype), tuple(map(int, dims.split("x")[:-1])))
         for dims, dtype in re.findall(r"tensor<((?:\d+x)+)(\w+)>", lowered.as_text())
@@ -288,7 +294,7 @@ def _collectives(cost: Cost | None) -> str:
 
 
 def _footnotes(reports: list[Report]) -> list[str]:
-    """Returns notes for the table that explain its columns and name figures that are bounds."""
+    """Returns notes for the table that explain its columns and name numbers that are bounds."""
     notes = [
         "resident: the run's state on a device that is not an argument of this step; peak: the sum "
         "of arguments, resident state, temporaries and new outputs",

@@ -49,7 +49,7 @@ from jexit.steps.state import Fixed, SplitModel, new_state, parameter_labels, sp
 
 
 def rows_of(config: Config) -> int:
-    """Returns the number of rows in a micro-batch of a training step."""
+    """Returns the number of sequences (in RL, completions) in a micro-batch of a training step."""
     samples = config.rl.rollouts if config.command == "rl" else 1
     return config.batch_size * samples // config.optim.accumulate
 
@@ -181,7 +181,8 @@ def _labelled(
     """
     if is_confidence(name):
         raise UserError(
-            f"policy {name!r} cannot be compiled ahead of time; remove it from config.eval.policies"
+            f"policy {name!r} cannot be compiled ahead of time, because it replaces the model's "
+            "exit heads; remove it from config.eval.policies"
         )
     if control_of(name) is not None:
         return " (prescribed)", Prescribed(jax.ShapeDtypeStruct((rows, columns), jnp.int32))

@@ -161,7 +161,8 @@ def _gpu(name: str, description: str, count: int) -> Topology:
         )
     except NotImplementedError as error:  # JAX has looked for a GPU already, and found none
         raise UserError(
-            f"compiling for {name} needs JAX_PLATFORMS=cpu; set it and run the command again"
+            f"compiling for {name} on a machine without a GPU needs the environment variable "
+            "JAX_PLATFORMS=cpu; set it and run the command again"
         ) from error
     return Topology(name, "gpu", list(described.devices))
 

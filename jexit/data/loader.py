@@ -158,9 +158,10 @@ def encode_references(
 def _encoded(
     tokenizer: Tokenizer, problems: Sequence[Problem], length: int
 ) -> list[tuple[list[int], int]]:
-    """Returns (token ids, prompt length) for each problem: its prompt and reference completion.
+    """Returns (token ids, prompt length) for each problem.
 
-    Raises UserError if a problem has more than `length` token ids.
+    The ids are those of the prompt, the reference completion and the end token. Raises UserError if
+    a problem has more than `length` of them, or no reference completion.
     """
     prompts = encode_problems(tokenizer, problems)
     completions = encode_references(tokenizer, problems)
@@ -280,7 +281,10 @@ def _shuffled(seed: int, size: int) -> grain.MapDataset:
 def _short_enough(
     task: Task, tokenizer: Tokenizer, split: Split, max_prompt_tokens: int
 ) -> tuple[int, ...]:
-    """Returns the indices of the problems in a finite split whose prompts are within the limit."""
+    """Returns the indices of the problems in a finite split whose prompts are within the limit.
+
+    Raises UserError if there are none.
+    """
     problems = [task.problem(split, index) for index in range(task.size(split) or 0)]
     lengths = map(len, encode_problems(tokenizer, problems))
     kept = tuple(i for i, tokens in enumerate(lengths) if tokens <= max_prompt_tokens)

@@ -75,7 +75,10 @@ def _source_files(source: pathlib.Path) -> dict[str, pathlib.Path]:
 
 
 def _rows(file: pathlib.Path) -> Iterator[dict[str, str]]:
-    """Yields the rows of a published file, in the dataset's schema; raises UserError if damaged."""
+    """Yields the rows of a published file, in the dataset's schema.
+
+    Raises UserError if a row is damaged or if there are none.
+    """
     empty = True
     for place, row in read_jsonl(file):
         empty = False

@@ -128,11 +128,14 @@ class Tokenizer:
     @thinking.setter
     def thinking(self, value: Thinking) -> None:
         if value not in get_args(Thinking):
-            raise UserError(f"thinking is {value!r}; choose one of {', '.join(get_args(Thinking))}")
+            raise UserError(
+                f"thinking is {value!r}, but it must be one of {', '.join(get_args(Thinking))}; "
+                "choose one of these"
+            )
         if value != "auto" and not self.has_thinking_switch:
             raise UserError(
                 f"thinking is {value!r}, but the chat template of {self.directory} has no switch "
-                "for it; set config.task.thinking=auto"
+                "for thinking; set config.task.thinking=auto"
             )
         self._thinking = value
         vars(self).pop("opens_thinking", None)
@@ -259,7 +262,10 @@ class Tokenizer:
         return begin if begin is not None and self.backend.encode("")[:1] == [begin] else None
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Returns the token ids of each text, with `begin_id` in front if the tokenizer has one."""
+        """Returns the token ids of each text, with `begin_id` in front if the tokenizer has one.
+
+        A text that already starts with the begin token does not get a second one.
+        """
         made = self.encode_batch(texts)
         if self.begin_id is None:
             return made
@@ -337,7 +343,10 @@ class Tokenizer:
 
 
 def _left_open(text: str) -> str:
-    """Returns the rendered string `text` up to the mark `_OPEN_END` after its last message."""
+    """Returns the rendered string `text` up to the mark `_OPEN_END` after its last message.
+
+    Raises UserError if the chat template has left out the mark.
+    """
     before, mark, after = text.rpartition(_OPEN_END.strip())
     if not mark:
         raise UserError("it omits the end of the message that is to be continued")
@@ -363,7 +372,10 @@ def _configured_eos_ids(directory: pathlib.Path) -> set[int]:
 
 
 def token_ids(value: Any) -> tuple[int, ...]:
-    """Returns the token ids in a JSON value (an id, a list of ids or None), or raises UserError."""
+    """Returns the token ids in a JSON value: an id, a list of ids or None, which means no ids.
+
+    Raises UserError if an entry is not a token id.
+    """
     ids = value if isinstance(value, list) else [] if value is None else [value]
     for number in ids:
         if type(number) is not int or not 0 <= number < LARGEST_COUNT:

@@ -28,7 +28,7 @@ from jexit.tasks.user_code import guarded_judge
 
 @dataclasses.dataclass(frozen=True)
 class Examination:
-    """A task's problems for an evaluation, with their prompts as token ids."""
+    """A task's problems for an evaluation; `prompts` has the token ids of each problem's prompt."""
 
     task: Task
     tokenizer: Tokenizer
@@ -42,7 +42,8 @@ class Examination:
     def attempts(self, decoder: Decoder, policy: Policy, name: str) -> tuple[list[Attempt], float]:
         """Decodes and judges one attempt at each problem under `policy`.
 
-        Returns (attempts, tokens per second). `name` is the policy's name in error messages.
+        Returns (attempts, tokens per second), with the attempts in the order of `problems`. `name`
+        is the policy's name in error messages.
         """
 
         def judge(numbers: Sequence[int], attempts: Sequence[Attempt]) -> list[Verdict]:
@@ -83,7 +84,11 @@ def policy_result(
     *,
     tokens_per_second: float = math.nan,
 ) -> PolicyResult:
-    """Computes a policy's accuracy, depth and other results from one judged attempt per problem."""
+    """Computes a policy's accuracy, depth and other results from one judged attempt per problem.
+
+    `attempts` are in the order of the examination's problems. `layers` is the model's number of
+    layers. `policy`, the policy's name, and `tokens_per_second` are copied into the result.
+    """
     histogram = np.bincount(
         [depth for made in attempts for depth in made.depths], minlength=layers + 1
     )
@@ -132,9 +137,10 @@ def part_totals(attempts: Sequence[Attempt]) -> dict[str, tuple[float, int]]:
 
 
 def text_means(hosts: list[dict[str, tuple[float, int]]]) -> dict[str, float]:
-    """Returns the means of the task's own metrics over all hosts.
+    """Returns {name: mean} of a task's own metrics over all hosts.
 
-    Each entry of `hosts` maps the name of a metric to its (sum, count) on one host.
+    Each entry of `hosts` maps the name of a metric to its (sum, count) on one host. A metric whose
+    counts are all 0 is left out.
     """
     means = {}
     for name in sorted({name for totals in hosts for name in totals}):
@@ -192,7 +198,8 @@ def _warn_of_fewer(name: str, split: str, asked: int, found: int) -> None:
 def check_room(prompts: list[list[int]], section: str, max_new_tokens: int, positions: int) -> None:
     """Raises UserError if the longest prompt plus `max_new_tokens` exceeds the model's positions.
 
-    `positions` is this limit. The message names the setting `config.{section}.max_new_tokens`.
+    `prompts` are token ids, and `positions` is the model's number of positions. The message names
+    the setting `config.{section}.max_new_tokens`.
     """
     longest = max(map(len, prompts))
     if longest + max_new_tokens > positions:

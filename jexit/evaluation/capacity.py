@@ -31,8 +31,8 @@ def prescribed(
 
     `granularity` is the prescribed size, or its name. `by_policy` maps the names of policies to
     their results and attempts, and must include `full`. A record also contains the share of
-    completions whose steps have this size, the accuracy of these completions, and the difference in
-    accuracy from full depth.
+    completions whose steps have this size, the accuracy of these completions (None without any)
+    and, except for `full` itself, the accuracy minus that at full depth.
     """
     task = examination.task
     assert isinstance(task, ChainTask)
@@ -65,8 +65,9 @@ def begun_steps(
 ) -> list[tuple[Capacity, Scores]]:
     """Measures how often the first step is correct when a forced prefix fixes its size.
 
-    Returns a pair (record, scores per problem) for each measured size in `task.begun_sizes`. A size
-    is measured on the problems that have enough operands, so the problems differ between sizes. As
+    Returns a pair (record, scores per problem) for each measured size in `task.begun_sizes`. A
+    score is 1 if the first step has this size and a correct result, otherwise 0. A size is measured
+    on the problems that have enough operands, so the problems differ between sizes. As
     the prefix fixes the size, the result does not depend on the size that the model would choose.
     The policy decides the depths of the prefix's tokens too, as if the model had written them.
 
@@ -114,9 +115,10 @@ def begun_steps(
 
 
 def less_full(entry: Capacity, ours: Scores, full: Scores) -> Capacity:
-    """Returns a copy of `entry` with the difference in accuracy from full depth on its problems.
+    """Returns a copy of `entry` that also contains its accuracy minus that at full depth.
 
-    `ours` and `full` are the scores under the policy of `entry` and at full depth.
+    `ours` and `full` are the scores of the same problems under the policy of `entry` and at full
+    depth.
     """
     pair = paired(entry.policy, "accuracy", ours, full)
     assert pair is not None, "every policy has the same problems"

@@ -56,7 +56,8 @@ class Outcomes(NamedTuple):
     """The results on N problems under one policy: correctness, layers run and number of tokens.
 
     `name` is the evaluation and policy, DIR[@POLICY]. `layers` is the model's number of layers, and
-    `problems` contains the hashes of the problems.
+    `problems` contains the hashes of the problems. `correct_N` is 1 for a correct answer, else 0.
+    `layers_N` contains the layers run, summed over the tokens of a completion.
     """
 
     name: str
@@ -97,7 +98,10 @@ def differences(ours: Outcomes, theirs: Outcomes) -> dict[str, tuple[float, floa
 
 
 def comparison(ours: Outcomes, theirs: Outcomes) -> str:
-    """Formats a comparison of two evaluations; raises UserError if their problems differ."""
+    """Returns a comparison of two evaluations as text; raises UserError if their problems differ.
+
+    The text is the one that the command prints (see the module).
+    """
     found = differences(ours, theirs)
     lines = [f"{'':34}  {'accuracy':>9}  {'layers/token':>13}  {'layers/problem':>14}"]
     for some in (ours, theirs):
@@ -138,7 +142,7 @@ def read(evaluation: str) -> Outcomes:
     if policy not in runs:
         raise UserError(
             f"{directory} has no results of the policy {policy!r}; use one of "
-            f"{', '.join(runs) or 'another evaluation'}"
+            f"{', '.join(runs) or 'the policies of another evaluation, because it has none'}"
         )
     path, again = Path(directory) / PROBLEMS, "run the evaluation again, which writes it"
     try:
@@ -153,7 +157,10 @@ def read(evaluation: str) -> Outcomes:
     outcomes, run = Outcomes(evaluation, found.model.layers, names, *columns), runs[policy]
     totals = len(names), int(outcomes.tokens_N.sum()), round(run.accuracy * run.problems)
     if totals != (run.problems, run.tokens, int(outcomes.correct_N.sum())):
-        raise UserError(f"{path} does not agree with eval.json under {policy!r}; {again}")
+        raise UserError(
+            f"{path} does not agree with eval.json under {policy!r} on the number of problems, "
+            f"tokens or correct answers; {again}"
+        )
     return outcomes
 
 
@@ -164,7 +171,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         if len(arguments) != 2:
-            raise UserError(f"{len(arguments)} evaluations were given, but two are compared")
+            raise UserError(
+                f"{len(arguments)} evaluations were given, but two are compared; give exactly two, "
+                "each as DIR or DIR@POLICY"
+            )
         print(comparison(*map(read, arguments)))
     except (ValueError, OSError) as error:
         print(f"jexit: {error}", file=sys.stderr)

@@ -38,7 +38,10 @@ class ModelCompleter:
 
     @property
     def opening(self) -> str:
-        """The text with which every completion begins, such as `<think>`, or an empty string."""
+        """The text with which every completion begins, or "" if there is none.
+
+        It is `<think>` and a line break if the chat template ends prompts with `<think>`.
+        """
         return self.decoder.tokenizer.completion_text([])
 
     def complete(
@@ -46,7 +49,8 @@ class ModelCompleter:
     ) -> list[Attempt | None]:
         """Returns the model's continuation of each prefix, which follows the problem's prompt.
 
-        With `answer_only`, at most `ANSWER_TOKENS` tokens are decoded. An entry is None if prompt
+        An attempt contains only the new tokens, not the prefix, and has no verdict. With
+        `answer_only`, at most `ANSWER_TOKENS` tokens are decoded. An entry is None if prompt
         and prefix leave room for fewer than `ANSWER_TOKENS` tokens (or than `max_new_tokens`, if
         that is less). Prefixes with more room, but not enough for a full reply, are decoded
         together in a second batch. The smallest room in this batch is the limit for its replies.

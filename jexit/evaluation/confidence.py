@@ -36,7 +36,10 @@ class ConfidenceHeads(nnx.Module):
         self.shift = None if maps is None else ExitParam(maps[1])
 
     def __call__(self, h: Float[Array, "*A D"], exit_index: Int[Array, ""]) -> Float[Array, "*A"]:
-        """Returns float32 logits [...] of the confidence at one exit, for residuals h [..., D]."""
+        """Returns float32 logits [...] of the confidence at one exit, for residuals h [..., D].
+
+        `exit_index` is the index of the exit in the model's `exit_layers`.
+        """
         if self.map is not None and self.shift is not None:
             h = h + (h @ self.map[exit_index] + self.shift[exit_index]).astype(h.dtype)
         head_VD = (self.embed.embedding if self.head is None else self.head.kernel)[...]
@@ -63,7 +66,10 @@ def logits_at_exits(result: PolicyResult, exit_layers: Sequence[int]) -> float:
 
 
 def confident(parts: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Returns the split model `parts` with its exit heads replaced by `ConfidenceHeads`."""
+    """Returns the model `parts`, with its exit heads replaced by `ConfidenceHeads`.
+
+    Argument and result are models as `nnx.split` returns them: (graphdef, *states).
+    """
     model: Transformer = nnx.merge(*parts)
     model.exits = ConfidenceHeads(model)
     return nnx.split(model)

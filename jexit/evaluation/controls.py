@@ -26,9 +26,10 @@ from jexit.tasks import Attempt
 def evaluate_control(
     decoder: Decoder, examination: Examination, name: str, of: Sequence[Attempt]
 ) -> tuple[PolicyResult, list[Attempt]]:
-    """Returns the results and the attempts of the control `name`, such as `shuffled:POLICY`.
+    """Returns the results and the attempts of a control.
 
-    `of` contains the attempts under the policy whose mean depth the control matches.
+    `name` is `shuffled`, `fixed:matched`, or one of these with `:POLICY` appended. `of` contains
+    the attempts under the policy whose mean depth the control matches.
     """
     if name.startswith("shuffled"):
         depth_BT = shuffled_depths(
@@ -109,6 +110,8 @@ def shuffled_depths(
     Column i is the depth of the pass that produces token i, as in `Prescribed`. The depths of all
     passes that could leave early are permuted across all attempts. Columns beyond an attempt's
     length are drawn from these depths with replacement, because the new completion may be longer.
+    If no pass could leave early, all depths are `layers`. Column 0 has no effect, because a
+    completion's first token always runs all layers.
     """
     rng = np.random.default_rng(seed)
     depths = [depth for made in attempts for depth in made.depths[1:]]
@@ -131,8 +134,9 @@ def compared(
 ) -> ControlDifference:
     """Returns a policy's accuracy and depth fraction minus those of a control, with 95 % intervals.
 
-    `ours` are the policy's attempts, and `theirs` the control's at the same problems. A positive
-    `accuracy_difference` is the gain from choosing which tokens to stop.
+    `ours` are the policy's attempts, and `theirs` the control's at the same problems. `layers` is
+    the model's number of layers, and `seed` that of the bootstrap. A positive `accuracy_difference`
+    is the gain from choosing which tokens to stop.
     """
     correct = [[float(made.correct) for made in some] for some in (ours, theirs)]
     # For each attempt, the layers that ran and the layers that full depth would have run.

@@ -60,7 +60,7 @@ class Decoder:
         judge: Callable[[Sequence[int], Sequence[Attempt]], Sequence[Verdict]] | None = None,
         what: str,
     ) -> tuple[list[Attempt], float]:
-        """Returns an attempt at each prompt, and the tokens per second without compilation.
+        """Returns an attempt at each prompt, and all hosts' tokens per second without compilation.
 
         Every host passes all prompts and receives all attempts, but decodes and judges only its own
         share. `judge(numbers, attempts)` returns a verdict on each attempt, where `numbers` are
@@ -127,10 +127,11 @@ def attempts_of(
 
 
 def make_policy(text: str, layers: int, sample: Sample = Sample()) -> Policy:
-    """Parses the name of a policy, such as `full`, `sample`, `fixed:6` or `confidence:0.9`.
+    """Returns the policy with a name such as `full`, `sample`, `fixed:6` or `confidence:0.9`.
 
-    `sample` is the policy to return for the name `sample`. Raises UserError if the name is unknown,
-    or if N in `fixed:N` is more than `layers`, the number of the model's layers.
+    `sample` is the policy to return for the name `sample`. `confidence:X` gives `Threshold(X)`, for
+    a model whose exit heads are `ConfidenceHeads`. Raises UserError if the name is unknown, or if N
+    in `fixed:N` is more than `layers`, the number of the model's layers.
     """
     kind, argument = parse_policy(text, "confidence")
     if kind == "fixed":

@@ -58,7 +58,7 @@ def depth_by_class(
 
     `tokens(ids)` returns the text of each token id; see `token_classes` for `mark` and `end_ids`.
     The first token of each completion is left out, because it comes from the prompt's last pass,
-    which always runs every layer.
+    which always runs every layer. A class without tokens is left out too.
     """
     depths: dict[str, list[int]] = {name: [] for name in CLASSES}
     for made in attempts:

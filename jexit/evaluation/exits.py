@@ -30,8 +30,9 @@ def kl_and_agreement(
 ) -> tuple[Float[Array, "B C E"], Bool[Array, "B C E"]]:
     """Compares the next-token distribution of `final_BCD` with the E distributions of `other_EBCD`.
 
-    Returns KL(final ‖ other) in nats, and whether both have the same most likely token. The output
-    head `head_VD` turns the hidden states into logits.
+    Returns KL(final ‖ other) in nats, and whether both have the same most likely token, each as
+    [B, C, E]. The output head `head_VD` turns the hidden states, [B, C, D] and [E, B, C, D], into
+    logits.
     """
     shape = other_EBCD.shape
     found = exit_kl(
@@ -48,9 +49,10 @@ def compare_exits(
 ) -> tuple[Array, ...]:
     """Compares the predictions at each exit with those after the last layer.
 
-    The first two outputs, [B, C, E], are KL(π_L ‖ π_e) in nats and whether π_L and π_e have the
-    same most likely token. Here π_e is the next-token distribution at exit e, and π_L the one after
-    the last layer, when all earlier tokens ran every layer. Three outputs [B, C] follow for each
+    `rows` contains B sequences with C completion tokens each, and the model has E exits. The first
+    two outputs, [B, C, E], are KL(π_L ‖ π_e) in nats and whether π_L and π_e have the same most
+    likely token. Here π_e is the next-token distribution at exit e, and π_L the one after the last
+    layer, when all earlier tokens ran every layer. Three outputs [B, C] follow for each
     threshold in `THRESHOLDS`: depth, KL and agreement when every token leaves at the first exit
     whose KL is below the threshold.
     """
@@ -80,11 +82,12 @@ def exit_quality(
 ) -> ExitQuality:
     """Measures how close each exit's predictions are to the last layer's, on given completions.
 
-    `policy` is the name of the policy that produced `recorded`, and `student` the split model. The
-    field `exits` of the result contains the agreement of each exit alone. The field `leaving`
-    contains, for each threshold in `THRESHOLDS`, the agreement when every token leaves at the first
-    exit whose KL is below the threshold. Tokens that run all layers then attend to keys and values
-    of tokens that have left.
+    `policy` is the name of the policy that produced `recorded`, and `student` the model as
+    (graphdef, *states). The averages leave out the first token of each completion. The field
+    `exits` of the result contains the agreement of each exit alone. The field `leaving` contains,
+    for each threshold in `THRESHOLDS`, the agreement when every token leaves at the first exit
+    whose KL is below the threshold. Tokens that run all layers then attend to keys and values of
+    tokens that have left.
     """
     found = recorded.through(lambda rows, _: compare_exits(student[0], student[1:], rows))
     lengths = [len(ids) for ids in recorded.completions]

@@ -60,14 +60,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     """Runs the tasks that the command line requests and returns lm-eval's results.
 
-    If `options.output` is set, the results are also written to this JSON file. Raises UserError or
-    OSError if a model, a task or a setting does not exist.
+    `options` is the parsed command line. If `options.output` is set, the results are also written
+    to this JSON file. Raises UserError or OSError if the model or a task does not exist, if a
+    setting is not valid, or if the file cannot be written.
     """
     target = pathlib.Path(options.output) if options.output else None
     if target:  # hours of work must not end at a path that cannot be written
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.is_dir() or not os.access(target.parent, os.W_OK):
-            raise UserError(f"--output={target} cannot be written; give a file in another folder")
+            raise UserError(
+                f"--output={target} cannot be written, because it is a folder or lies in a folder "
+                "without write permission; give the path of a file in another folder"
+            )
     manager = TaskManager(include_path=options.include_path)
     tasks = options.tasks.split(",")
     unknown = [task for task in tasks if not manager.match_tasks([task])]
@@ -159,7 +163,8 @@ def _count(text: str) -> int | float:
         value = 0.0
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(
-            f"its value is {text!r}, but it must be a number of questions, or a fraction below 1"
+            f"its value is {text!r}, but it must be above 0: a number of questions, or a fraction "
+            "below 1 of them"
         )
     return int(value) if value >= 1 else value
 

@@ -85,12 +85,15 @@ class JexitLM(TemplateLM):
         super().__init__()
         if device is not None:
             raise UserError(
-                f"device is {device!r}, but JAX chooses its devices itself; omit device, or set "
-                "JAX_PLATFORMS"
+                f"device is {device!r}, but JAX chooses its devices itself; omit device, or choose "
+                "the kind of device with the environment variable JAX_PLATFORMS"
             )
         if isinstance(pretrained, Transformer):
             if tokenizer is None:
-                raise UserError("a model object was given without a tokenizer; pass tokenizer= too")
+                raise UserError(
+                    "a model object was given without a tokenizer, but texts cannot be encoded "
+                    "without one; pass the model's tokenizer as tokenizer="
+                )
             self._model, self.texts = pretrained, tokenizer
         else:
             self._model, self.texts = load(pretrained, dtype=dtype)
@@ -120,7 +123,10 @@ class JexitLM(TemplateLM):
         self.depth_total, self.tokens = 0, 0
 
     def get_model_info(self) -> dict[str, Any]:
-        """Returns the settings, mean depth and token count that lm-eval adds to its results."""
+        """Returns the settings, mean depth and token count that lm-eval adds to its results.
+
+        The depths are None if no token has been scored or generated yet.
+        """
         layers = self._model.arch.layers
         depth = self.depth_total / self.tokens if self.tokens else None
         return {
@@ -305,7 +311,11 @@ class _Truncating:
 
 
 def _refuse(settings: Mapping[str, Any]) -> None:
-    """Raises UserError for a generation setting that has an effect but is not supported."""
+    """Raises UserError for a generation setting that has an effect but is not supported.
+
+    `settings` contains the settings that jexit does not read. A value of None has no effect, and
+    neither do the values in `_NEUTRAL`.
+    """
     for name, value in settings.items():
         if value is None or (name in _NEUTRAL and value == _NEUTRAL[name]):
             continue

@@ -34,8 +34,9 @@ def _decisions(
 ) -> tuple[Float[Array, "B C E"], Bool[Array, "B C E"], HiddenBTD]:
     """Runs `rows` through the student at the depths `depth_BC`.
 
-    Returns the hazards, a mask of the exits that each token reached, and the final hidden states.
-    `sample` gives the temperature and the lower bound of hazards.
+    Returns the hazards, a mask of the exits that each token reached (none for a completion's first
+    token), and the final hidden states [B, C, D]. `sample` gives the temperature and the lower
+    bound of hazards.
     """
     result = run(
         student,
@@ -146,7 +147,8 @@ def hazards_of(
 ) -> list[list[list[float | None]]]:
     """Returns the hazard of every token at each exit, and None at exits that were not reached.
 
-    The lists are indexed by completion, token and exit. `student` is a split model. `sample` gives
+    The lists are indexed by completion, token and exit. A completion's first token has only None,
+    since no policy decides its depth. `student` is a model as (graphdef, *states). `sample` gives
     the temperature and the lower bound of hazards.
     """
     hazard_BCE, there_BCE = recorded.through(

@@ -145,7 +145,10 @@ def drawn_over_runs(values_RN: np.ndarray, *pseudo: float) -> np.ndarray:
 
 
 def _resampled(values: Values, seed: int) -> np.ndarray:
-    """Returns `DRAWS` sums of `values`, each over problems drawn with replacement."""
+    """Returns `DRAWS` sums of `values`, each over as many problems, drawn with replacement.
+
+    One seed draws the same problems for all `values` of the same length.
+    """
     values_N, rng, count = np.asarray(values, float), np.random.default_rng(seed), len(values)
     drawn = [values_N[rng.integers(0, count, count)].sum() for _ in range(DRAWS)]
     return np.asarray(drawn)
@@ -172,7 +175,7 @@ def _drawn_weights(problems: int, pseudo: int, seed: int) -> np.ndarray:
 
 
 def _around(value: float, low: float, high: float, limits: Interval) -> Interval:
-    """Clips the interval to `limits`, then extends it to contain `value`, unless `value` is NaN."""
+    """Returns (low, high), clipped to `limits` and then extended to contain `value`, unless NaN."""
     ends = np.clip([low, high], *limits)
     return float(np.fmin(ends[0], value)), float(np.fmax(ends[1], value))
 

@@ -29,7 +29,7 @@ Pair = tuple[Sequence[int], Sequence[int]]  # ids of a context and of its contin
 class Score:
     """The log-probabilities (nats) and depths of a continuation's tokens.
 
-    `greedy` is whether each token is the most likely one.
+    `greedy` is whether every token is the most likely one, given the tokens before it.
     """
 
     logprobs: list[float]
@@ -73,10 +73,12 @@ class Scorer:
         if not 1 <= self.max_length <= most:
             raise UserError(
                 f"max_length is {max_length}, but it must be at least 1 and at most {most}, the "
-                "number of the model's positions"
+                "number of the model's positions; change it, or leave it out"
             )
         if batch_size < 1:
-            raise UserError(f"batch_size is {batch_size}, but it must be at least 1")
+            raise UserError(
+                f"batch_size is {batch_size}, but a batch needs at least 1 row; raise batch_size"
+            )
         self._graphdef, *self._states = nnx.split(model)
         self._policy, self._pad_id = policy, pad_id
         self._key, self._batch_size = jax.random.key(seed), batch_size
@@ -92,7 +94,8 @@ class Scorer:
         if not context or not continuation:
             raise UserError(
                 f"the context has {len(context)} tokens and the continuation has "
-                f"{len(continuation)}, but each must have at least one token"
+                f"{len(continuation)}, but each must have at least one token; begin an empty "
+                "context with the begin-of-text token, and leave out an empty continuation"
             )
         if len(continuation) > self.max_length:
             raise UserError(
@@ -198,7 +201,8 @@ def token_scores(
 ) -> tuple[Float[Array, "B C"], Bool[Array, "B C"], Int[Array, "B C"]]:
     """Scores the continuation tokens of a batch under `policy`.
 
-    Returns the log-probability in nats, whether the token is the most likely one, and the depth.
+    Returns the log-probability in nats, whether the token is the most likely one, and the depth of
+    the pass that predicts it, each as [B, C].
     """
     model: Transformer = nnx.merge(graphdef, *states)
     if policy.draws:

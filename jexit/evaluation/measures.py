@@ -33,7 +33,11 @@ DIRECT = "at_once"  # the value of `task.steps` that requests an answer without 
 
 
 def check_measures(task: Task, names: tuple[str, ...]) -> None:
-    """Raises UserError if a measure in `names` cannot be applied to the task."""
+    """Raises UserError if a measure in `names` cannot be applied to the task.
+
+    The measures of faithfulness need a `ChainTask`, and `capacity` needs one whose prompts can
+    prescribe the size of a step.
+    """
     chains = [name for name in names if name in MEASURES]
     if chains and not isinstance(task, ChainTask):
         raise UserError(
@@ -68,7 +72,11 @@ class Measurer:
     _faithful: dict[str, list[Measured]] = dataclasses.field(init=False, default_factory=dict)
 
     def parts(self) -> list[tuple[str, Callable[[], Sequence[Record]]]]:
-        """Returns the sections of `eval.json` to fill, each with the function that measures it."""
+        """Returns the sections of `eval.json` to fill, each with the function that measures it.
+
+        The functions must be called in this order. If a section occurs several times, it contains
+        the records of all its functions.
+        """
         names, task = self.config.eval.measures, self.examination.task
         once = {
             "exits": self._exits,
@@ -127,7 +135,10 @@ class Measurer:
         return self.split.decodable(self.split.trainable)
 
     def _hazard_policy(self, policy: str) -> Sample:
-        """Returns the settings of hazards: the decoder's under `sample`, otherwise the defaults."""
+        """Returns the temperature and lower bound of hazards: under `sample` the decoder's.
+
+        Under other policies they are 1 and 0.
+        """
         return self.decoder.sample if policy == "sample" else Sample()
 
     def _attempts(self, policy: str) -> list[Attempt]:
@@ -136,7 +147,10 @@ class Measurer:
         return self.attempts[policy]
 
     def _recorded(self, attempts: Sequence[Attempt]) -> Recorded:
-        """Returns attempts at the first problems, with their prompts, for another forward pass."""
+        """Returns `attempts`, with their prompts, for another forward pass.
+
+        The attempts must be those at the first problems of the examination, in order.
+        """
         return Recorded(
             self.examination.prompts[: len(attempts)],
             [made.ids for made in attempts],
@@ -202,7 +216,10 @@ class Measurer:
         ]
 
     def _faithfulness_paired(self) -> list[Record]:
-        """Compares the measured policy with full depth on the problems measured under both."""
+        """Compares the measured policy with full depth on the problems measured under both.
+
+        Returns the differences of the accuracy and of each measure; [] if the policy is full depth.
+        """
         found: list[Record] = []
         for policy in self._policies[:-1]:
             scores = (scores_of(self._attempts(name)) for name in (policy, "full"))

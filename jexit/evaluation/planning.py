@@ -41,8 +41,9 @@ def residuals_at(
 ) -> tuple[Float[Array, "B C R D"]]:
     """Returns the residuals that enter the R `layers`, in the passes that produce completions.
 
-    Each pass runs `depth_BC` layers. In the layers that it skips, its residual follows the model's
-    continuation.
+    The result is a tuple of one array. Layers count from 0; the number of layers stands for the
+    residual after the last one. Each pass runs `depth_BC` layers. In the layers that it skips, its
+    residual follows the model's continuation.
     """
     model = nnx.merge(graphdef, *states)
     policy = Prescribed(rows.input_depths(depth_BC, model.arch.layers))
@@ -55,8 +56,9 @@ def planning(
 ) -> list[Planning]:
     """Measures how well probes at each exit, and after the last layer, predict later tokens.
 
-    `policy` is the name of the policy that produced `recorded`, and `student` the split model.
-    Probes are fitted on every second completion and measured on the others.
+    `policy` is the name of the policy that produced `recorded`, and `student` the model as
+    (graphdef, *states). Probes are fitted on every second completion and measured on the others. A
+    number of tokens ahead for which either half has no pass is left out.
     """
     recorded = _first(recorded)
     below = (0, *exit_layers, layers)
@@ -100,8 +102,9 @@ def probe(
 ) -> Bool[np.ndarray, "M"]:
     """Fits a linear probe, and returns whether it predicts each of the tokens left out of the fit.
 
-    The probe is the ridge regression of one-hot tokens on standardised features and a bias. It is
-    fitted on the rows in the mask `fits_N`, and never predicts a token that does not occur there.
+    The probe is the ridge regression of the one-hot tokens `token_N` on the standardised features
+    `x_ND` and a bias. It is fitted on the rows in the mask `fits_N`, and never predicts a token
+    that does not occur there. The result [M] has an entry for each of the other rows, in order.
     """
     known_V, class_N = np.unique(token_N[fits_N], return_inverse=True)
     x_ND = x_ND.astype(np.float64)

@@ -36,9 +36,9 @@ class Recorded:
     def through(self, program: Callable[[Completions, Any], tuple[Array, ...]]) -> list[np.ndarray]:
         """Calls `program(rows, depth_BC)` on batches of all completions, and returns the outputs.
 
-        `depth_BC` contains the depth of each completion token. Each output has the shape [B, C, …],
-        with one row per completion in order. Entries beyond the end of a completion are zeros or
-        outputs for padding.
+        `depth_BC` contains the depth of each completion token. Each returned output has the shape
+        [B, C, …], with one row per completion in order, where C is the length of the longest one.
+        Entries beyond the end of a completion are zeros or outputs for padding.
         """
         length_B = np.asarray(
             [len(p) + len(c) for p, c in zip(self.prompts, self.completions, strict=True)]

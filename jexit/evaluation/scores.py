@@ -58,7 +58,7 @@ class Scores:
         return first if self.kind == "share" else first - second
 
     def of(self, numbers: Sequence[int]) -> Scores:
-        """Returns the scores of the problems with the given indices, in this order."""
+        """Returns the scores of the problems `numbers`, in this order; all must be in `self`."""
         places = {number: place for place, number in enumerate(self.numbers)}
         chosen = [places[number] for number in numbers]
         return Scores(
@@ -78,7 +78,7 @@ def paired(
 ) -> PairedMeasure | None:
     """Compares a policy's scores (`ours`) with full depth (`theirs`) on their common problems.
 
-    Returns None if no problem is common to both.
+    The record's `difference` is ours − theirs. Returns None if no problem is common to both.
     """
     common = sorted(set(ours.numbers) & set(theirs.numbers))
     if not common:

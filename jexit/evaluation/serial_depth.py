@@ -5,8 +5,8 @@ people can read. It bounds what the model can work out without writing it down (
 2026, arXiv:2603.09786). For a token that leaves at an exit, it is the serial depth of the pass up
 to this exit. The costs are those of that paper's program for JAX (google-deepmind/serial_depth).
 Moving data costs 0, an element-wise operation 1, and a reduction or cumulative sum of n numbers
-⌈log₂ n⌉. A matrix product with the contracted size n costs ⌈log₂ n⌉ + 1, and a scan its length
-times the depth of its body.
+⌈log₂ n⌉. A matrix product with a contracted dimension of size n costs ⌈log₂ n⌉ + 1, and a scan its
+length times the depth of its body.
 """
 
 from __future__ import annotations
@@ -73,10 +73,16 @@ def _after(equation: Any, before: Sequence[int]) -> list[int]:
         carried = max((out - deepest for out in outputs), default=0)
         return [deepest + params["length"] * carried] * len(equation.outvars)
     if name == "while":
-        raise NotImplementedError("the serial depth of a loop of unknown length is not known")
+        raise NotImplementedError(
+            "the program contains a loop of unknown length (while), so its serial depth is not "
+            "known; use a scan, whose length is fixed, instead"
+        )
     inside = jax.tree.leaves(list(params.values()))
     if any(isinstance(part, core.Jaxpr | core.ClosedJaxpr) for part in inside):
-        raise NotImplementedError(f"the serial depth of the operation {name} is not known")
+        raise NotImplementedError(
+            f"the operation {name} contains a program, but the serial depth of such an operation "
+            "is not known; add its rule to jexit.evaluation.serial_depth"
+        )
     return [deepest + _cost(name, equation)] * len(equation.outvars)
 
 
@@ -106,11 +112,11 @@ def _open(jaxpr: Any) -> core.Jaxpr:
 
 
 def depth_of_passes(model: Transformer, length: int) -> dict[int, int]:
-    """Returns {layers: serial depth} of a pass over `length` tokens, for each depth of the model.
+    """Returns {layers: serial depth} of a pass over `length` tokens that runs so many layers.
 
-    The pass goes from embedding to logits. A token that leaves early waits for the head of its
-    exit. Meanwhile its residual goes through the linear continuation, if the model has one, as a
-    single map.
+    The entries are for each exit and for all layers. The pass goes from embedding to logits. A
+    token that leaves early waits for the head of its exit. Meanwhile its residual goes through the
+    linear continuation, if the model has one, as a single map.
     """
     return {
         layers: _depth_of_pass(model, layers, length)
@@ -160,7 +166,7 @@ def opaque_serial_depth(
     """Returns the mean opaque serial depth of the tokens of `attempts`, at the depths they ran.
 
     `length` is the number of tokens over which a pass attends. `policy` is the name of the policy
-    under which the attempts were decoded.
+    under which the attempts were decoded. The mean is NaN without tokens.
     """
     by_depth: Mapping[int, int] = depth_of_passes(model, length)
     serial = [by_depth[depth] for made in attempts for depth in made.depths]

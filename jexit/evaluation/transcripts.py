@@ -93,11 +93,17 @@ class Transcripts:
         return Draw("faithfulness", name, self.seed, self.numbers[index])
 
     def canonical(self, answer: str) -> str | None:
-        """Returns the normal form of `answer`, which equal answers share, or None without one."""
+        """Returns the normal form of `answer`, which equal answers share.
+
+        Returns None if the task cannot read `answer` as an answer.
+        """
         return self.task.final_answer(self.task.cue + answer)
 
     def forced(self, rows: Sequence[tuple[Problem, str]]) -> list[Continuation | None]:
-        """Returns the model's answer to each (problem, prefix) after the cue, which requests it."""
+        """Returns the model's answer to each (problem, prefix) after the cue, which requests it.
+
+        An entry is None if prompt and prefix are too long to leave room for an answer.
+        """
         asked = [(problem, chain + self.task.cue_after(chain)) for problem, chain in rows]
         return self.continued(asked, answer_only=True)
 

@@ -55,7 +55,10 @@ class ArrayStore:
             ) from error
 
     def spec(self, name: str) -> Spec:
-        """Returns the shape and dtype of the array `name`, but does not read its values."""
+        """Returns the shape and dtype of the array `name`, without reading its values.
+
+        Raises UserError if the array's metadata is damaged.
+        """
         path = (self.directory / name).resolve()
         try:
             # The checkpointer's own `metadata` logs damage instead of raising an error.

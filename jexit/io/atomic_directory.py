@@ -19,9 +19,10 @@ def atomic_directory(
 ) -> Iterator[pathlib.Path]:
     """Yields a new empty directory, and renames it to `target` when the `with` block ends.
 
-    All files are flushed to disk before the rename. If the block raises an error, the new directory
-    is removed. Raises UserError if `target` is a file, if it cannot be written, or if it is not
-    empty and `overwrite` is False.
+    All files are flushed to disk before the rename. With `overwrite`, the new directory replaces an
+    existing one. If the block raises an error, the new directory is removed, and an existing one
+    stays. Raises UserError if `target` is a file, if it cannot be written, or if it is not empty
+    and `overwrite` is False.
     """
     target = pathlib.Path(target).absolute()
     _check_target(target, overwrite)
@@ -61,7 +62,10 @@ def _check_target(target: pathlib.Path, overwrite: bool) -> None:
     if not target.exists():
         return
     if not target.is_dir():
-        raise UserError(f"{target} is a file; give the name of a directory to write")
+        raise UserError(
+            f"{target} is a file; give the name of a new or empty directory, in which jexit can "
+            "write its files"
+        )
     if not overwrite and any(target.iterdir()):
         raise UserError(
             f"{target} exists and is not empty; give another target, or remove it first"

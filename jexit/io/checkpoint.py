@@ -80,7 +80,7 @@ class Checkpoints:
         if broken := not_finite(on_device):
             raise UserError(
                 f"{broken[0]} contains NaN or infinity after step {step}, so no checkpoint of that "
-                f"step is written to {self.directory}; lower config.optim.*_lr"
+                f"step is written to {self.directory}; lower the learning rates config.optim.*_lr"
             )
         with self._write_errors():
             self._manager.save(
@@ -147,8 +147,9 @@ class Checkpoints:
             if there.get(name) != here.get(name):
                 raise UserError(
                     f"checkpoint {self.directory / str(step)} contains other parameters than this "
-                    f"config ({name} is {there.get(name)} in the checkpoint, but {here.get(name)} "
-                    "in this config); use the same config or another --workdir"
+                    f"config (the shape of {name} is {there.get(name)} in the checkpoint, but "
+                    f"{here.get(name)} in this config, where None means that it does not exist); "
+                    "use the same config or another --workdir"
                 )
 
     def _check_bytes(self, step: int, named: dict[str, Any]) -> None:
@@ -186,7 +187,7 @@ def _score(metrics: dict[str, float]) -> float:
 
 
 def _named(tree: Any) -> dict[str, Any]:
-    """Returns the arrays of a pytree by path, such as `params/kernel`, in tree order."""
+    """Returns the leaves of a pytree as arrays by path, such as `params/kernel`, in tree order."""
     arrays = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}

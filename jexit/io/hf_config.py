@@ -104,7 +104,11 @@ def config_of_architecture(
     pad_id: int | None = None,
     bos_id: int | None = None,
 ) -> dict[str, Any]:
-    """Returns the contents of a config.json for `arch`, readable by transformers 4 and 5."""
+    """Returns the contents of a config.json for `arch`, readable by transformers 4 and 5.
+
+    `dtype` is the name of the weights' dtype, such as "bfloat16". Token ids that are None or empty
+    become null.
+    """
     ends = sorted(eos_ids)
     config: dict[str, Any] = {
         "architectures": [f"{arch.family.title()}ForCausalLM"],
@@ -191,8 +195,8 @@ def _rope(config: dict[str, Any], where: str) -> tuple[float, RopeScaling | None
         part = config.get(key) or {}
         if not isinstance(part, dict):
             raise UserError(
-                f"{where} sets {key} to {part!r}, but it must be an object; copy config.json again "
-                "from the checkpoint"
+                f"{where} sets {key} to {part!r}, but it must be a JSON object; copy config.json "
+                "again from the checkpoint"
             )
         given |= part
     if any(isinstance(value, dict) for value in given.values()):
@@ -249,9 +253,10 @@ def _attention_factor(given: dict[str, Any], factor: float, where: str) -> float
 
 
 def read_adapter_config(directory: pathlib.Path) -> tuple[LoRA, str]:
-    """Returns (LoRA settings, base model) of a PEFT adapter; the base is a name, a path or "".
+    """Returns (LoRA settings, base model) of the PEFT adapter in `directory`.
 
-    Raises UserError for an adapter that is more than plain LoRA on whole projections, such as DoRA.
+    The base model is given by its hub id, its path or, if the file names none, "". Raises UserError
+    for an adapter that is more than plain LoRA, such as DoRA or one with several ranks.
     """
     file = directory / ADAPTER_CONFIG
     config = read_object(file, "copy it again")
@@ -265,8 +270,9 @@ def read_adapter_config(directory: pathlib.Path) -> tuple[LoRA, str]:
         used.append("bias")
     if used:
         raise UserError(
-            f"{file} uses {', '.join(used)}, but jexit supports only plain LoRA on whole "
-            "projections; use an adapter without these settings"
+            f"{file} uses {', '.join(used)}, but jexit supports only plain LoRA: the same "
+            "projections in every layer, one rank and one alpha, no biases, and no variants such "
+            "as DoRA; use an adapter without these settings"
         )
     known = list(names.TARGET_OF_MODULE)  # a list, because modules may not be hashable
     modules = config.get("target_modules")

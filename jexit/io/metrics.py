@@ -173,7 +173,10 @@ def read_samples(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def _read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the records of the JSON Lines file `path`; skips lines without a valid `step`."""
+    """Yields the records of the JSON Lines file `path`, or nothing if it does not exist.
+
+    Skips lines without a valid `step`, which is an integer of at least 0.
+    """
     for record in read_json_lines(path, "remove it, or repeat the run that wrote it"):
         step = record.get("step") if isinstance(record, dict) else None
         if type(step) is int and 0 <= step <= LARGEST_COUNT:

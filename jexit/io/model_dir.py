@@ -111,8 +111,8 @@ def save_model(
 
     If `base` is empty or is the directory that is replaced, all parameters are stored. Otherwise
     only LoRA adapters and exit heads are stored, and the new directory refers to the model
-    directory `base`, which must contain the base weights of `model`. Without `with_exits`, the
-    directory contains a plain transformer. `overwrite` allows an existing directory to be replaced.
+    directory `base`, which must contain the base weights of `model`. Without `with_exits`, exit
+    heads and continuation are left out. `overwrite` allows an existing directory to be replaced.
     With several hosts, all hosts must call this function, but only the primary host writes.
 
     Raises UserError if `base` has another architecture than `model`, or if `directory` exists, is
@@ -123,8 +123,9 @@ def save_model(
         origin = open_model(base)
         if origin.architecture != model.arch:
             raise UserError(
-                f"{base} is not the base of the model to save, because their architectures differ; "
-                "give the model directory from which the training started"
+                f"{base} is not the base model of the model to be saved, because they differ in "
+                "their architecture, such as the width or the number of layers; give as base= the "
+                "model directory from which the training started"
             )
         source = origin.source
         if origin.base.resolve() != pathlib.Path(directory).resolve():

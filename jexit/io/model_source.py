@@ -76,7 +76,10 @@ class ModelSource:
         return self._read(self.lora and adapter_part(self.architecture, self.lora))
 
     def exits(self) -> dict[str, np.ndarray]:
-        """Returns the parameters of exit heads and continuation by dotted path; {} without any."""
+        """Returns the parameters of exit heads and continuation by dotted path, in float32.
+
+        The result is {} if there are no exit heads.
+        """
         layers = self.exit_layers
         return self._read(exit_part(self.architecture, layers, self.exit_head) if layers else None)
 
@@ -100,7 +103,11 @@ class ModelSource:
         return tokenizer
 
     def find_tokenizer(self) -> pathlib.Path:
-        """Returns the directory with the tokenizer's files: `self.directory` or `self.base`."""
+        """Returns the directory with the tokenizer's files.
+
+        This is `self.directory` if it contains a tokenizer_config.json, otherwise `self.base`.
+        Raises MissingFile if the tokenizer's files are not there.
+        """
         own = (self.directory / "tokenizer_config.json").exists()
         return Tokenizer.find(self.directory if own else self.base)
 
@@ -124,8 +131,8 @@ def open_model(path: str | os.PathLike[str], above: tuple[pathlib.Path, ...] = (
     directory = find_model(path)
     if directory.resolve() in above:
         raise UserError(
-            f"{above[-1]} names {directory} as its base, which makes a cycle of bases; correct the "
-            f"path in {_naming_file(above[-1])}"
+            f"{above[-1]} names {directory} as its base model, which makes a cycle of base models; "
+            f"correct the path in {_naming_file(above[-1])}"
         )
     above = (*above, directory.resolve())
     check_files(directory, FOLDERS)
@@ -213,14 +220,14 @@ def _open_base(
         ) from error
     if base.lora is not None:
         raise UserError(
-            f"the base {base.directory} of {directory} has adapters of its own, but a base must "
-            "not have any; merge them first with convert.to_hf --adapter=merge"
+            f"the base model {base.directory} of {directory} has adapters of its own, but a base "
+            "model must not have any; merge them first with convert.to_hf --adapter=merge"
         )
     if architecture is not None and base.architecture != architecture:
         raise UserError(
-            f"the base {base.directory} of {directory} has been replaced by another model "
-            f"({_difference(architecture, base.architecture)}); restore the base that {directory} "
-            "was trained on"
+            f"the base model {base.directory} of {directory} has been replaced by another model "
+            f"({_difference(architecture, base.architecture)}); restore the base model that "
+            f"{directory} was trained on"
         )
     return base
 
@@ -236,7 +243,7 @@ def _difference(stored: Architecture, found: Architecture) -> str:
 
 
 def check_rising(exits: tuple[Any, ...], layers: int, what: str) -> None:
-    """Raises UserError unless `exits` are rising layer numbers from 1 to `layers` − 1.
+    """Raises UserError unless `exits` are rising layer numbers from 1 to `layers` − 1, or empty.
 
     The error message begins with `what`.
     """
@@ -272,7 +279,9 @@ def find_model(path: str | os.PathLike[str]) -> pathlib.Path:
         if shipped.is_dir():
             return shipped
     if text and pathlib.Path(text).exists():
-        raise UserError(f"{text} is a file; give the directory of a model")
+        raise UserError(
+            f"{text} is a file; give the directory of a model, with its config and weights"
+        )
     if remedy := _maker(text):
         raise MissingFile(f"there is no model at {text}; make it with {remedy}")
     if not is_hub_id(text):

@@ -144,8 +144,9 @@ def closing_table(
 def format_value(name: str, value: Any) -> str:
     """Formats the value of the metric `name` for display.
 
-    A share (see `is_share`) is formatted in per cent, an integer in full, and any other number with
-    three or four digits. A string is returned unchanged. NaN and None become "-".
+    A share (see `is_share`) is formatted in per cent, an integer below a million in full, a number
+    below 0.001 or from a million on in scientific notation, and any other number with one to three
+    decimals. A string is returned unchanged. NaN, None and other objects become "-".
     """
     number = _number(value)
     if number is None:
@@ -163,7 +164,10 @@ def format_value(name: str, value: Any) -> str:
 
 
 def is_share(name: str) -> bool:
-    """Returns whether the metric `name` is a share from 0 to 1, which is shown in per cent."""
+    """Returns whether the metric `name` is a share from 0 to 1, which is shown in per cent.
+
+    The whole name or its last part decides, such as `fraction` in `depth/fraction`.
+    """
     last = name.lower().split("/")[-1].split(" ")[-1]
     return last in _SHARES or name.lower() in _SHARES
 

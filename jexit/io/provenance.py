@@ -37,7 +37,10 @@ def record_start(workdir: Path) -> None:
 
 
 def read_starts(workdir: Path) -> tuple[Start, ...]:
-    """Returns the starts of the run in `workdir`, oldest first; invalid lines are skipped."""
+    """Returns the starts of the run in `workdir`, oldest first; () if none were recorded.
+
+    Invalid lines are skipped.
+    """
     names = [field.name for field in dataclasses.fields(Start)]
     return tuple(
         Start(**{name: line[name] for name in names})

@@ -72,14 +72,19 @@ def fitted_continuation(stage: Stage, trajectories: Trajectories, trainable: Par
 def rows_at_a_time(config: Config, rows: int) -> int:
     """Returns the rows per batch of a fit to `rows` rows of trajectories (see `Trajectories`).
 
-    The result is a multiple of the number of data shards.
+    The result is a multiple of the number of data shards: at most the rows of a training batch and
+    an eighth of `rows`, but at least one row per shard.
     """
     shards = data_shards()
     return max(1, min(rows_of_batch(config), rows // HELD_BACK) // shards) * shards
 
 
 def _sums(stage: Stage, trajectories: Trajectories, trainable: Params) -> tuple[Sums, Sums]:
-    """Returns (sums over the batches for fitting, sums over the held-back batches) in NumPy."""
+    """Returns the `Sums` over the batches for fitting and those over the held-back batches.
+
+    One batch in every `HELD_BACK` is held back. The arrays are NumPy's. Raises UserError if the
+    trajectories fill fewer than 2 batches.
+    """
     config, split = stage.config, stage.split
     arch, size = split.student(split.trainable).arch, rows_at_a_time(config, len(trajectories))
     batches = len(trajectories) // size

@@ -24,9 +24,9 @@ from jexit.steps.state import TrainState, new_state, step_key
 def finetune(config: Config, workdir: pathlib.Path) -> None:
     """Fine-tunes for `config.steps` steps and writes the model to `WORKDIR/model`.
 
-    With `finetune.policy=full`, the written model is a trunk without exits, with the adapters
-    merged into it. With `sample`, depths are drawn with the settings under which the exits were
-    trained.
+    With `finetune.policy=full`, the written model has no exits, and the adapters are merged into
+    its base weights. With `sample`, depths are drawn with the settings under which the exits were
+    trained, and the written model keeps its exits.
     """
     policy: Policy = Full()
     if config.finetune.policy == "sample":
@@ -45,7 +45,10 @@ def finetune(config: Config, workdir: pathlib.Path) -> None:
     )
 
     def batch_of(step: int) -> tuple[list[list[int]], list[list[int]]]:
-        """Returns (prompts, references), the token ids of the whole batch of step `step`."""
+        """Returns (prompts, references), the token ids of the whole batch of step `step`.
+
+        Raises UserError if a reference has more than `finetune.max_new_tokens` tokens.
+        """
         prompts, limit = stage.prompts(step, every), config.finetune.max_new_tokens
         references = encode_references(stage.tokenizer, prompts.problems)
         for problem, ids in zip(prompts.problems, references, strict=True):

@@ -19,7 +19,7 @@ trains costs another 2·D·V for its own gradient. An exit's hazard head costs 4
 if the head is linear) and twice as much backward.
 
 The count of a step contains, in
-- pretraining: a forward and backward pass of the trunk, and the logits of every position; if the
+- pretraining: a forward and backward pass of all layers, and the logits of every position; if the
   exits have a loss, also the logits of every position at each exit;
 - fine-tuning: a forward and backward pass, and the logits of the references' tokens;
 - calibration: the teacher's pass, with `sft.target=student` also a pass of the student, the logits
@@ -61,7 +61,10 @@ def mfu(flops: float, seconds: float, devices: int) -> dict[str, float]:
 
 
 class PassSize(NamedTuple):
-    """The size of a forward pass: its number of tokens and its number of query-key pairs."""
+    """The size of a forward pass: its number of tokens and its number of query-key pairs.
+
+    A pair consists of a token and a token that it attends to: itself or an earlier one.
+    """
 
     tokens: int
     pairs: int
@@ -76,11 +79,11 @@ class PassSize(NamedTuple):
     def of_branches(
         cls, trunk_B: np.ndarray, branch_B: np.ndarray, first_B: np.ndarray
     ) -> PassSize:
-        """Returns the size of a pass over branches (completions), each with a trunk (its prompt).
+        """Returns the size of a pass over B completions (here branches) and their prompts (trunks).
 
-        A branch of `branch_B` tokens attends to itself and to its trunk of `trunk_B` tokens.
-        Branches may share a trunk; the mask `first_B` selects one branch per trunk, so that each
-        trunk counts once.
+        Completion i, of `branch_B[i]` tokens, attends to itself and to its prompt of `trunk_B[i]`
+        tokens. Completions may share a prompt; the boolean mask `first_B` selects one completion
+        per prompt, so that each prompt counts once.
         """
         trunk_B, branch_B = np.asarray(trunk_B, np.int64), np.asarray(branch_B, np.int64)
         trunks, branches = cls.of(trunk_B[first_B]), cls.of(branch_B)
@@ -109,25 +112,37 @@ class ModelFlops:
         )
 
     def forward(self, size: PassSize, *, adapters: bool = True, hazards: bool = False) -> float:
-        """Returns the FLOPs of a forward pass; with `hazards`, all exit heads read every token."""
+        """Returns the FLOPs of a forward pass through all layers, without logits.
+
+        With `hazards`, all exit heads read every token. Without `adapters`, none are computed.
+        """
         token = self._base() + (self._adapters() if adapters else 0.0)
         layers = self.arch.layers * (token * size.tokens + self._pair() * size.pairs)
         return layers + (len(self.exit_layers) * self._exit_head() * size.tokens if hazards else 0)
 
     def backward(self, size: PassSize, *, hazards: bool = False) -> float:
-        """Returns the FLOPs of the backward pass that follows `forward(size, hazards=hazards)`."""
+        """Returns the FLOPs of the backward pass that follows `forward(size, hazards=hazards)`.
+
+        The backward pass of the logits is not included.
+        """
         token = (2.0 if self.full else 1.0) * self._base() + 2.0 * self._adapters()
         layers = self.arch.layers * (token * size.tokens + 2.0 * self._pair() * size.pairs)
         heads = 2.0 * len(self.exit_layers) * self._exit_head() * size.tokens
         return layers + (heads if hazards else 0.0)
 
     def logits(self, tokens: int, *, trained: bool = False) -> float:
-        """Returns the FLOPs of the output head on `tokens` tokens; `trained` adds its backward."""
+        """Returns the FLOPs of the output head on `tokens` tokens.
+
+        With `trained`, its backward pass is included.
+        """
         products = 1 + (2 if self.full else 1) * trained
         return products * 2.0 * self.arch.width * self.arch.vocab_size * tokens
 
     def pretrain_step(self, size: PassSize, *, exit_loss: bool) -> float:
-        """Returns the FLOPs of a pretraining step; `size` is that of a pass over all texts."""
+        """Returns the FLOPs of a pretraining step; `size` is that of a pass over all texts.
+
+        `exit_loss` is whether the exits have a loss, which needs their logits.
+        """
         losses = 1 + (len(self.exit_layers) if exit_loss else 0)
         passes = self.forward(size) + self.backward(size)
         return passes + losses * self.logits(size.tokens, trained=True)
@@ -137,7 +152,8 @@ class ModelFlops:
     ) -> float:
         """Returns the FLOPs of a calibration step with `samples` student passes.
 
-        `size` is that of one pass over the batch, and `target` is the setting `sft.target`.
+        `size` is that of one pass over the batch, whose completions have `completion_tokens` tokens
+        in all, and `target` is the setting `sft.target`.
         """
         measured = self.forward(size, adapters=False)
         if target == "student":
@@ -146,16 +162,22 @@ class ModelFlops:
         return measured + samples * self._student(size, completion_tokens)
 
     def lens_step(self, tokens: int) -> float:
-        """Returns the FLOPs of a step that trains only the exit heads, all of them on `tokens`."""
+        """Returns the FLOPs of a step that trains only the exit heads, each on `tokens` tokens."""
         return 3.0 * len(self.exit_layers) * self._exit_head() * tokens
 
     def finetune_step(self, size: PassSize, completion_tokens: int) -> float:
-        """Returns the FLOPs of a fine-tuning step on prompts and references."""
+        """Returns the FLOPs of a fine-tuning step on prompts and references.
+
+        `size` is that of one pass over both, and `completion_tokens` counts the references' tokens.
+        """
         passes = self.forward(size) + self.backward(size)
         return passes + self.logits(completion_tokens, trained=True)
 
     def rl_step(self, size: PassSize, completion_tokens: int, *, updates: int) -> float:
-        """Returns the FLOPs of an RL step without its rollouts: a teacher pass and the updates."""
+        """Returns the FLOPs of an RL step without its rollouts: a teacher pass and the updates.
+
+        `size` is that of one pass over all rollouts, which have `completion_tokens` tokens in all.
+        """
         scored = self.forward(size, adapters=False) + self.logits(completion_tokens)
         return scored + updates * self._student(size, completion_tokens)
 

@@ -34,7 +34,7 @@ class PackedShape:
         return self.rows * self.length
 
     def cost(self, model_width: int) -> float:
-        """Returns the cost of a pass at this shape; the unit is a position's without attention.
+        """Returns the cost of a pass at this shape, relative to one position without attention.
 
         With D = `model_width`, a position costs about 12·D² multiply-adds in matrix products and
         2·T·D in attention over T keys.
@@ -168,7 +168,10 @@ class PackedShapes:
         return dataclasses.replace(packed, shape=shape, row_of_J=row_of_J)
 
     def _new(self, need: PackedShape, completions: int) -> PackedShape:
-        """Returns a shape with more rows and width than `need`, so that similar batches fit too."""
+        """Returns a shape with more rows and width than `need`, so that similar batches fit too.
+
+        It has at most one row per completion, rounded up to a multiple of `unit`.
+        """
         most = -(-completions // self.unit) * self.unit  # one row per completion
         rows = min(-(-int(np.ceil(SLACK * need.rows)) // self.unit) * self.unit, most)
         widths = [known.width for known in self._known if known.length == need.length]
@@ -177,7 +180,11 @@ class PackedShapes:
 
 
 def _packed(lengths: Lengths, length: int, parts: int, *, shared: bool) -> Packed:
-    """Packs each of `parts` equal parts of the completions into rows of `length` tokens."""
+    """Packs each of `parts` equal parts of the completions into rows of `length` tokens.
+
+    The parts get equally many rows, as few as the packing allows. If `shared`, completions of a
+    prompt in the same row share one copy of it.
+    """
     rows: list[list[int]] = []
     for prompt_J, number_J, completion_J in zip(
         *(np.split(values, parts) for values in lengths), strict=True

@@ -1,4 +1,4 @@
-"""Pretrains the trunk of the shipped model on texts generated from the tasks."""
+"""Pretrains a model without adapters, such as the shipped one, on the texts of tasks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,10 @@ PROBED = 20  # steps whose batches are made as a check before the run writes any
 
 
 def new_model(config: Config, tokenizer: Tokenizer) -> Transformer:
-    """Returns a randomly initialised Qwen3-style trunk of the size in `config.pretrain`."""
+    """Returns a randomly initialised Qwen3-style model with the sizes in `config.pretrain`.
+
+    It has the exits that `config` describes, but no adapters. The vocabulary is the tokenizer's.
+    """
     p = config.pretrain
     arch = Architecture(
         family="qwen3",
@@ -84,10 +87,11 @@ def first_model(config: Config, tokenizer: Tokenizer) -> Transformer:
     other = [name for name in names if getattr(ours, name) != getattr(theirs, name)]
     if model.lora is not None or other:
         what = f"{other[0]} {getattr(theirs, other[0])}" if other else "adapters"
-        rule = f"{other[0]} {getattr(ours, other[0])}" if other else "a trunk without adapters"
+        rule = f"{other[0]} {getattr(ours, other[0])}" if other else "a model without adapters"
         raise UserError(
             f"config.pretrain.start={config.pretrain.start} contains a model with {what}, but the "
-            f"config requires {rule}; start from a trunk with the config's size and tokenizer"
+            f"config requires {rule}; start from a model without adapters that has the sizes of "
+            "config.pretrain and the tokenizer of config.model.path"
         )
     return model
 
@@ -108,7 +112,7 @@ def mixture(config: Config) -> list[tuple[Task, float]]:
 
 
 def pretrain(config: Config, workdir: pathlib.Path) -> None:
-    """Pretrains for `config.steps` steps and writes the trunk to `WORKDIR/model`."""
+    """Pretrains for `config.steps` steps; writes the model, without exits, to `WORKDIR/model`."""
     tokenizer = Tokenizer.load(find_model(config.model.path))
     tokenizer.system, tokenizer.thinking = config.task.system, config.task.thinking
     model = first_model(config, tokenizer)
@@ -173,7 +177,7 @@ def pretrain(config: Config, workdir: pathlib.Path) -> None:
 
     state = trainer.chosen(trainer.run(state, one_step))
     trainer.close()
-    # The exit heads are untrained, so a plain trunk is written.
+    # The exit heads are untrained, so they are not written.
     student = split.student(state.trainable)
     save_model(workdir / "model", student, tokenizer, with_exits=False, overwrite=True)
     if is_primary():

@@ -43,8 +43,9 @@ def load_model(config: Config, *, trains: bool) -> tuple[Transformer, Tokenizer]
     if trains and config.lora.rank == 0 and loaded.lora is not None:
         raise UserError(
             f"{model.path} contains LoRA adapters of rank {loaded.lora.rank}, but "
-            "config.lora.rank=0 trains the trunk itself; merge the adapters first (python -m "
-            f"convert.to_hf --adapter=merge) or set config.lora.rank={loaded.lora.rank}"
+            "config.lora.rank=0 trains the base weights themselves; merge the adapters first "
+            "(python -m convert.to_hf --adapter=merge) or set "
+            f"config.lora.rank={loaded.lora.rank}"
         )
     tokenizer.system, tokenizer.thinking = config.task.system, config.task.thinking
     return loaded, tokenizer
@@ -69,7 +70,10 @@ def with_trained_exits(config: Config) -> Config:
 
 
 def sample_policy(config: Config) -> Sample:
-    """Returns the halting policy `sample` with the hazard temperature and floor of `config.rl`."""
+    """Returns the policy `sample` with the settings of `config.rl` for hazards.
+
+    These are `hazard_temperature` and `min_hazard`.
+    """
     rl = config.rl
     # NumPy numbers: to read an array on a device, the host would have to wait for the running step.
     return Sample(np.float32(rl.hazard_temperature), np.float32(rl.min_hazard))
@@ -103,7 +107,8 @@ def load_task(config: TaskConfig, split: str) -> Task:
     if "rewards" in config.options:
         raise UserError(
             "config.task.options.rewards cannot be set; set config.task.reward_strict, "
-            "reward_lenient, reward_wrong and reward_none, or give the task's keyword another name"
+            "reward_lenient, reward_wrong and reward_none, from which jexit makes the argument "
+            "`rewards` of a task, or give your task's own keyword another name"
         )
     task = make_task(config.name, config.path or None, rewards=rewards, **config.options)
     task.time_limit = config.time_limit

@@ -56,7 +56,7 @@ def calibrate(config: Config, workdir: pathlib.Path) -> None:
     here = host_rows(rows_of_batch(config))
 
     def batch_of(step: int) -> tuple[Completions, dict[str, float]]:
-        """Returns this host's rows of a batch, and the whole batch's padding and FLOPs by name."""
+        """Returns this host's rows of the batch of step `step`, and metrics of the whole batch."""
         batch, rows = trajectories.batch(step, here)
         prompt_J = [len(one.prompt) for row in rows for one in row]
         completion_J = [len(one.completion) for row in rows for one in row]
@@ -104,10 +104,11 @@ def calibrate(config: Config, workdir: pathlib.Path) -> None:
 def exit_states(
     stage: Stage, trajectories: Trajectories, trainable: Params
 ) -> tuple[ExitStates, np.ndarray]:
-    """Returns the training data of the exit heads, and the indices of its usable positions.
+    """Returns the training data of the exit heads, and the int32 indices of its usable positions.
 
-    A position is usable if its pass could leave early. The model runs once over trajectories with
-    up to `sft.lens_tokens` usable positions.
+    A position is usable if its pass could leave early. The model runs once over trajectories until
+    there are `sft.lens_tokens` usable positions or no further trajectories; surplus positions are
+    left out of the indices.
     """
     config, states_of = stage.config, make_exit_states(stage.split)
     size = rows_at_a_time(config, len(trajectories))

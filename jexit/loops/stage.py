@@ -51,7 +51,7 @@ class Stage:
 
     @classmethod
     def open(cls, config: Config, workdir: pathlib.Path, *, updates: int) -> Stage:
-        """Loads the task and the model of `config`, and makes the optimiser.
+        """Loads the task and the model of `config`, starts the run and makes the optimiser.
 
         `updates` is the number of optimiser steps in the whole run. Raises UserError, before
         anything is written to `workdir`, if a prompt is too long or if fine-tuning with the policy
@@ -106,7 +106,8 @@ class Stage:
     def packed_shapes(self, *, shared: bool) -> PackedShapes:
         """Returns the `PackedShapes` of this run.
 
-        With `shared`, completions in a row share copies of their prompts, except under `splash`.
+        With `shared`, completions in a row share copies of their prompts, except where attention is
+        computed by `splash`, which does not support that.
         """
         config, new = self.config, getattr(self.config, self.config.command).max_new_tokens
         return PackedShapes(
@@ -148,7 +149,10 @@ class Stage:
         return checked(PolicyResult, found, str(path))
 
     def measure(self, trainable: Params) -> PolicyResult:
-        """Measures accuracy, depth and compute on the evaluation split, under `self.policy`."""
+        """Measures the model with the trainable parameters `trainable`, under `self.policy`.
+
+        The result contains accuracy, depth and compute on the evaluation split.
+        """
         result = self._measured(trainable)[0]
         compute = self.flops.compute_fraction(result.depth_fraction)
         return result.model_copy(update={"compute_fraction": compute})
@@ -213,7 +217,7 @@ class Stage:
         trainer.close()
         after = self.measure(state.trainable)
         student = self.split.student(state.trainable)
-        if self.policy == "full":  # writes a plain trunk, the base of later stages
+        if self.policy == "full":  # writes a model without exits, the base model of later stages
             merge_adapters(student)
             kept = {"with_exits": False}
         else:

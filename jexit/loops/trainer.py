@@ -80,7 +80,10 @@ class Trainer:
         self._skipping = False  # whether the last step was skipped
 
     def restore(self, state: TrainState) -> TrainState:
-        """Opens the logs; returns the newest checkpoint's state, or `state` if the run is new."""
+        """Opens the logs; returns the newest checkpoint's state, or `state` if the run is new.
+
+        If there is a checkpoint, the parts in `kept` are restored too.
+        """
         state = place_parameters(state)
         restored = self.checkpoints.restore(self._saved(state))
         if restored is not None:
@@ -106,7 +109,10 @@ class Trainer:
         self._compilations.shapes = shapes
 
     def chosen(self, state: TrainState) -> TrainState:
-        """Returns the state of the best checkpoint, if configured and saved, otherwise `state`."""
+        """Returns the state of the best checkpoint with `checkpoint.final=best`, otherwise `state`.
+
+        If no checkpoint has a score, the result is `state` too.
+        """
         step = self.checkpoints.best_step() if self.config.checkpoint.final == "best" else None
         if step is None:
             return state
@@ -251,7 +257,7 @@ class Trainer:
     def _diverged(self, where: str) -> Diverged:
         error = Diverged(
             f"the loss, the gradients or the updated parameters were not finite in {where}; last "
-            f"good checkpoint: {self._last_good}; lower config.optim.*_lr"
+            f"good checkpoint: {self._last_good}; lower the learning rates config.optim.*_lr"
         )
         self.close()
         return error
@@ -273,7 +279,10 @@ class Trainer:
 
 
 def peak_memory() -> dict[str, float]:
-    """Returns metrics of this process's peak memory in GiB: on the host and, if known, a device."""
+    """Returns the peak memory of this process in GiB, as metrics `memory/NAME`.
+
+    They are that of the host and, if JAX knows it, that of the process's first device.
+    """
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     peaks = {"memory/host_peak_gib": host / 2**30}

@@ -128,8 +128,9 @@ def teacher_trajectories(stage: Stage) -> Trajectories:
     made = store.trajectories[: sft.pool]
     if not made:
         raise UserError(
-            "all of the teacher's completions end after one token, but calibration needs longer "
-            "ones; check the model and its chat template, or set config.sft.trajectories=dataset"
+            "all of the teacher's completions, or of the data set's references, end after one "
+            "token, but calibration needs longer ones; check the model and its chat template, or "
+            "set config.sft.trajectories=dataset for a task with longer references"
         )
     return Trajectories.of(config, made, tokenizer.pad_id)
 

@@ -142,7 +142,7 @@ def test_settings_that_the_files_do_not_bear_out_are_refused_at_once(hf, peft, m
         (
             peft / "adapter_config.json",
             {"base_model_name_or_path": "."},
-            "cycle of bases; correct the path",
+            "cycle of base models; correct the path",
         ),
         (peft / "exit_heads.json", {"exit_layers": [1, 7]}, "missing exit_heads.7."),
         (peft / "exit_heads.json", {"exit_layers": [*range(90_000)]}, "heads at (0, 1, 2, 3, 4, 5"),
@@ -233,10 +233,14 @@ def test_a_base_that_is_none_is_named_with_the_remedy(models):
     edit(models / "refers", base="../whole")
     assert "must not have any; merge them first" in refusal(models / "refers")
     edit(models / "refers", base=".")
-    assert "refers as its base, which makes a cycle of bases; correct" in refusal(models / "refers")
+    assert "refers as its base model, which makes a cycle of base models; correct" in refusal(
+        models / "refers"
+    )
     edit(models / "base", base="../refers", architecture=values)
     edit(models / "refers", base="../base")
-    assert re.search("names .*refers as its base, which makes a cycle", refusal(models / "refers"))
+    assert re.search(
+        "names .*refers as its base model, which makes a cycle", refusal(models / "refers")
+    )
     shutil.rmtree(models / "base")
     assert "needs its base model at ../base, but no model was found" in refusal(models / "refers")
     (models / "base").mkdir()

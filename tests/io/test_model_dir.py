@@ -133,7 +133,7 @@ def test_a_directory_is_replaced_only_when_asked(models, model, tokenizer):
     assert same_model(load(models / "base")[0], model)
     assert description(models / "base")["source"] == "org/small"
     deeper = make_model(tokenizer.vocab_size, layers=4)
-    with pytest.raises(UserError, match="base is not the base of the model to save"):
+    with pytest.raises(UserError, match="base is not the base model of the model to be saved"):
         save_model(models / "new", deeper, tokenizer, base=models / "base")
     assert not (models / "new").exists()
 
