@@ -122,7 +122,10 @@ def _check(case: Case, name: str, dtype: str, inputs: Any, wanted: Outputs) -> C
 
 
 def seconds(run: Callable[[], Any], repeats: int = REPEATS) -> float:
-    """Returns the median time of `repeats` calls of `run`, in seconds, until outputs are ready."""
+    """Returns the median time of a call of `run` in seconds, until its outputs are ready.
+
+    There are `repeats` calls, all of which count: call a function that compiles once before.
+    """
     times = []
     for _ in range(repeats):
         start = time.perf_counter()

@@ -34,11 +34,12 @@ class Recorded:
     pad_id: int
 
     def through(self, program: Callable[[Completions, Any], tuple[Array, ...]]) -> list[np.ndarray]:
-        """Calls `program(rows, depth_BC)` on batches of all completions, and returns the outputs.
+        """Calls `program(rows, depth_BC)` on one batch after the other, and joins the outputs.
 
-        `depth_BC` contains the depth of each completion token. Each returned output has the shape
-        [B, C, …], with one row per completion in order, where C is the length of the longest one.
-        Entries beyond the end of a completion are zeros or outputs for padding.
+        `rows` contains the batch's B completions and `depth_BC` the depth of each of their tokens.
+        A returned output has the shape [N, C, …], with one row for each of all N completions, in
+        order; C is the length of the longest one. Entries beyond the end of a completion are zeros
+        or outputs for padding.
         """
         length_B = np.asarray(
             [len(p) + len(c) for p, c in zip(self.prompts, self.completions, strict=True)]

@@ -47,7 +47,7 @@ class Generation:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Piece:
-    """The text and tokens added to one completion by an update; lists have one entry per token.
+    """What one step of streaming adds to one completion; lists have one entry per token.
 
     `text` may lag behind `tokens`: the bytes of an incomplete character, and characters that may
     begin a stop string, are held back.

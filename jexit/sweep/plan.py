@@ -74,7 +74,10 @@ class Cell:
 
     @property
     def evaluation(self) -> pathlib.Path | None:
-        """The path of the complete `eval.json` of the run or its evaluation; None without one."""
+        """The path of the `eval.json` with all measures, or None if there is none.
+
+        It is that of the run's later evaluation, or else that of a run that is an evaluation.
+        """
         paths = (self.workdir / "eval" / EVALUATED, self.workdir / EVALUATED)
         return next(filter(_whole, paths), None)
 

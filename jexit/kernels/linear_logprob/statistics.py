@@ -16,7 +16,10 @@ from jexit.kernels.linear_logprob.reference import LinearLogprob
 
 
 class Statistics(NamedTuple):
-    """Statistics per token over part of the vocabulary; z is a logit, and x is z minus `max`."""
+    """Softmax statistics of each token over part of the vocabulary, float32.
+
+    z is a logit, and x is z minus `max`, the largest logit of this part.
+    """
 
     max: jax.Array
     sum: jax.Array  # Σ exp(x)
