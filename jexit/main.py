@@ -300,7 +300,7 @@ def _say(error: BaseException | str, code: int) -> int:
 def _one_line(error: BaseException) -> str:
     text = str(error.args[0] if isinstance(error, KeyError) else error).strip()
     if "Traceback (most recent call last)" in text:  # an error in a config file, reported as text
-        text = re.sub(r"^\w+: ", "", text.splitlines()[-1])
+        text = re.sub(r"^[\w.]+: ", "", text.splitlines()[-1])
     return " ".join(text.split()) or type(error).__name__
 
 

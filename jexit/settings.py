@@ -193,7 +193,7 @@ def remedy_of(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return f"choose one of {', '.join(typing.get_args(hint))}"
     if hint is dict:
-        return "it is a group of settings: set one of them, after its name and a dot"
+        return "it must be a mapping from names of settings to values, such as {'steps': 3}"
     return f"it must be of type {getattr(hint, '__name__', hint)}"
 
 

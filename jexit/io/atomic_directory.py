@@ -1,4 +1,7 @@
-"""Writes a directory either completely or not at all."""
+"""Writes a directory, such as a model or an export, either completely or not at all.
+
+The checkpoints of a run are written by Orbax (see `jexit.io.checkpoint`).
+"""
 
 from __future__ import annotations
 

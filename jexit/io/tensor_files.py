@@ -79,7 +79,7 @@ class TensorReader:
             if code not in _DTYPES:
                 raise UserError(
                     f"{path} stores {name} as {code}, but jexit reads only {', '.join(_DTYPES)}; "
-                    "use the checkpoint in one of these dtypes"
+                    "convert the checkpoint to one of these dtypes"
                 )
             self.specs[name] = Spec(tuple(part.get_shape()), _DTYPES[code])
             self._files[name] = (path, file)

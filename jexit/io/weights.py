@@ -1,9 +1,10 @@
 """Weights on disk, in jexit's own format or in Hugging Face's safetensors.
 
-Each parameter is named by its dotted path (`blocks.attn.q.kernel`). A parameter of the layers is
-one array that stacks all layers along its first axis. `convert.names` defines which tensors of a
-safetensors file form each parameter. In either format, opening the files reads only headers, and
-checks every name and shape against the model's configuration.
+Each parameter is named by its dotted path (`blocks.attn.q.kernel`). A parameter of the layers (or
+exits) is one array that stacks all layers (or exits) along its first axis. `convert.names` defines
+which tensors of a safetensors file form each parameter. In either format, opening the files checks
+every name and shape against the model's configuration, and reads no arrays, with one exception: if
+a model with tied embeddings also stores an output head, the head is compared with the embeddings.
 """
 
 from __future__ import annotations

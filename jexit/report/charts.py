@@ -27,7 +27,7 @@ Tick = tuple[float, str]  # a value on an axis and its label
 
 @dataclasses.dataclass(frozen=True)
 class Path:
-    """An outline in SVG's path syntax, with style classes and a tooltip."""
+    """A line or a shape: `d` is SVG path data, and `title` the tooltip (none if it is empty)."""
 
     d: str
     classes: str

@@ -204,7 +204,10 @@ def grown(cache: Cache, *, slots: int) -> Cache:
 
 
 def _pinned(tree: Any) -> Any:
-    """Shards the rows of every array over the data axes; caches are already sharded."""
+    """Returns `tree` with the first axis of its arrays sharded over the mesh's data axes.
+
+    Caches, which are sharded already, are left as they are.
+    """
     return jax.tree.map(
         lambda part: (
             part if isinstance(part, Cache) else constrain(part, "B" + "." * (part.ndim - 1))

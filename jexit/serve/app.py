@@ -181,8 +181,8 @@ class Server:
         if not hmac.compare_digest(given.encode(), self.api_key.encode()):
             raise Refused(
                 401,
-                "the API key is wrong or missing; send the header Authorization: Bearer KEY with "
-                "the server's --api-key",
+                "the API key is wrong or missing; send the header Authorization: Bearer KEY, where "
+                "KEY is the key that the server was started with (--api-key or JEXIT_API_KEY)",
             )
 
     @contextlib.contextmanager
@@ -316,6 +316,6 @@ def _event(value: dict[str, Any]) -> bytes:
 
 
 async def _disconnected(request: Request) -> None:
-    """Returns when the client has gone; the body of `request` must have been read before."""
+    """Returns when the client disconnects; the body of `request` must have been read before."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

@@ -315,7 +315,8 @@ def _hub_rows(reference: str, source: Source) -> Sequence[Mapping[str, Any]]:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
             f"the {split} split of {reference} cannot be loaded ({type(error).__name__}: "
-            f"{reason}); give hf:OWNER/NAME or hf:OWNER/NAME:CONFIG with this split"
+            f"{reason}); check the network and your access (hf auth login), or name a data set "
+            "that has this split, as hf:OWNER/NAME or hf:OWNER/NAME:CONFIG"
         ) from error
 
 

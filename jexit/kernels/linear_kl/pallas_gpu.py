@@ -72,7 +72,10 @@ def _gradients(
     g_N: jax.Array,
     head_dtype: jnp.dtype | None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Returns one device's gradients for student states and head, as `tiled.Tiled` describes."""
+    """Returns one device's share of the gradients of student states [N, D] and head [V, D].
+
+    `tiled.Tiled.gradients` describes them; the head's is None without `head_dtype`.
+    """
 
     def dlogits(blocks: Blocks) -> jax.Array:
         g_T1, finished = blocks.rows
