@@ -205,6 +205,7 @@ def _refusal(error: flags.IllegalFlagValueError) -> str:
 def dispatch(config: Config, workdir: pathlib.Path, topology: str | None = None) -> None:
     """Runs `config.command` in `workdir`, or only compiles its steps if `topology` is given."""
     from jexit.dist import make_mesh, several_hosts, use_mesh
+    from jexit.io.metrics import import_wandb
     from jexit.io.model_source import find_model
     from jexit.io.workdir import check_same_run, sole_run
     from jexit.loops import evaluate, finetune, generate, pretrain, rl, sft
@@ -230,6 +231,8 @@ def dispatch(config: Config, workdir: pathlib.Path, topology: str | None = None)
         "eval": evaluate.evaluate,
     }
     find_model(config.model.path)  # before a task is loaded, which may take minutes
+    if config.log.wandb_project and config.command != "eval":
+        import_wandb()  # before the run writes anything
     with sole_run(workdir), use_mesh(make_mesh(*dataclasses.astuple(config.mesh))):
         check_same_run(workdir, config)
         commands[config.command](config, workdir)

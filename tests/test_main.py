@@ -55,6 +55,7 @@ WRONG = [
     ("--config.task.max_prompt_tokens=3", "over the limit of 3;"),
     ("--config.task.name=chess", "there is no task 'chess'; set config.task.name to one of"),
     ("--config.model.path=nowhere", "no model directory at 'nowhere'"),
+    ("--config.log.wandb_project=a", "the wandb package is not installed; run pip install wandb"),
     ("--config.model.path=runs/sft-qwen3-4b", "make it with python -m jexit.main --config"),
     ("--steps=3", "--steps is not an option, but a setting; use --config.steps"),
     ("--stps=3", "Unknown command line flag 'stps'"),
@@ -66,7 +67,8 @@ WRONG = [
 ]
 
 
-def test_a_wrong_command_is_one_sentence_and_leaves_nothing(call, tmp_path_factory):
+def test_a_wrong_command_is_one_sentence_and_leaves_nothing(call, tmp_path_factory, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
     for arguments, words in WRONG:
         given = [arguments] if ": " in arguments else arguments.split()
         assert_refused(call(config("rl.py"), *given), words)

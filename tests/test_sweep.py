@@ -178,9 +178,12 @@ def test_wrong_arguments_are_refused_in_a_sentence(capsys, tmp_path, monkeypatch
         ([*GIVEN, "--jobs=10000"], "--jobs is 10000, but only"),
         ([*GIVEN, "model.path=a/b|a b"], "would share a directory"),
         ([*GIVEN, "seed=0", "seed=1"], "seed is given 2 times; give it once"),
-        (GIVEN, "run cannot run: the config file a.py does not exist"),
-        ([RL, GIVEN[1], "rl.dept_coef=0,1"], "rl.dept_coef=0 cannot run: config.rl.dept_coef does"),
-        ([RL, GIVEN[1], "--eval=e.py"], "run cannot run: the config file e.py does not exist"),
+        (GIVEN, "run cannot start: the config file a.py does not exist"),
+        (
+            [RL, GIVEN[1], "rl.dept_coef=0,1"],
+            "rl.dept_coef=0 cannot start: config.rl.dept_coef does",
+        ),
+        ([RL, GIVEN[1], "--eval=e.py"], "run cannot start: the config file e.py does not exist"),
         ([RL, GIVEN[1], f"--eval={EVAL}", "--eval.eval.problemz=3"], "config.eval.problemz does"),
     ):
         assert main(arguments) == 1

@@ -247,8 +247,8 @@ def encode_problems(tokenizer: Tokenizer, problems: Sequence[Problem]) -> list[l
 def require_problems(task: Task, split: Split) -> None:
     if task.size(split) == 0:
         raise UserError(
-            f"task {task.name!r} has no problem in its {split} split; give it data for this split, "
-            "with config.task.path or, in a task file of your own, as rows"
+            f"task {task.name!r} has no problem in its {split} split; put data for this split into "
+            f"config.task.path or, in a task file of your own, pass rows as {split}= to rows_task"
         )
 
 

@@ -202,7 +202,8 @@ class Tokenizer:
         except ValueError as error:
             raise UserError(
                 f"the chat template in {self._template_place} cannot be rendered ({error}); "
-                "correct it, or copy it again from the checkpoint"
+                "change the messages if it rejects them, or else correct the template or copy it "
+                "again from the checkpoint"
             ) from None
 
     def _template(self) -> str:

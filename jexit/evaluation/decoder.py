@@ -40,7 +40,7 @@ class Decoder:
     seed: int
 
     def policy(self, name: str) -> Policy:
-        return make_policy(name, self.layers, self.sample)
+        return make_policy(name, self.layers, self.sample, "confidence")
 
     def under(self, name: str) -> Decoder:
         """Returns this decoder, with `ConfidenceHeads` if the policy called `name` needs them."""
@@ -126,14 +126,15 @@ def attempts_of(
     return attempts
 
 
-def make_policy(text: str, layers: int, sample: Sample = Sample()) -> Policy:
-    """Returns the policy with a name such as `full`, `sample`, `fixed:6` or `confidence:0.9`.
+def make_policy(text: str, layers: int, sample: Sample = Sample(), *kinds: str) -> Policy:
+    """Returns the policy with a name such as `full`, `sample`, `threshold:0.5` or `fixed:6`.
 
-    `sample` is the policy to return for the name `sample`. `confidence:X` gives `Threshold(X)`, for
-    a model whose exit heads are `ConfidenceHeads`. Raises UserError if the name is unknown, or if N
-    in `fixed:N` is more than `layers`, the number of the model's layers.
+    `sample` is the policy to return for the name `sample`. With `confidence` among `kinds`,
+    `confidence:X` is also a name, of `Threshold(X)` for a model whose exit heads are
+    `ConfidenceHeads`. Raises UserError if the name is unknown, or if N in `fixed:N` is more than
+    `layers`, the number of the model's layers.
     """
-    kind, argument = parse_policy(text, "confidence")
+    kind, argument = parse_policy(text, *kinds)
     if kind == "fixed":
         if argument > layers:
             raise UserError(

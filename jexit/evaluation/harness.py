@@ -1,10 +1,11 @@
 """Runs the tasks of lm-evaluation-harness on a model under a halting policy.
 
     python -m jexit.evaluation.harness --model=DIR --tasks=TASK[,TASK ...] [--policy=POLICY]
-                                 [--include_path=DIR] [--limit=N] [--output=FILE]
+                                       [--include_path=DIR] [--limit=N] [--output=FILE]
 
-POLICY is full, sample, threshold:X such as threshold:0.5, or fixed:N such as fixed:6, which stops
-every token after 6 layers. Install lm-eval with the extra `eval` of this package. --include_path
+POLICY says when a token leaves: full (after all layers), sample (at exits drawn from the hazards),
+threshold:X (at the first exit whose hazard is above X, such as threshold:0.5) or fixed:N (after N
+layers, such as fixed:6). Install lm-eval with the extra `eval` of this package. --include_path
 names a folder that contains your own task files. The task files in configs/harness run tasks of
 lm-eval on local data files. In Python, importing this module registers the model `jexit`:
 

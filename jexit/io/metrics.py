@@ -183,7 +183,8 @@ def _read_records(path: Path) -> Iterator[dict[str, Any]]:
             yield record
 
 
-def _start_wandb(workdir: Path, project: str) -> Any:
+def import_wandb() -> Any:
+    """Returns the module `wandb`; raises UserError if it is not installed."""
     try:
         import wandb
     except ImportError as error:
@@ -191,6 +192,11 @@ def _start_wandb(workdir: Path, project: str) -> Any:
             "W&B logging is on, but the wandb package is not installed; run pip install wandb, or "
             "set config.log.wandb_project=''"
         ) from error
+    return wandb
+
+
+def _start_wandb(workdir: Path, project: str) -> Any:
+    wandb = import_wandb()
     with disk_errors(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
     return wandb.init(project=project, dir=str(workdir), resume="allow")

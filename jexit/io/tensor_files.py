@@ -115,8 +115,8 @@ def _find_files(directory: pathlib.Path, stem: str) -> list[pathlib.Path]:
         names = read_object(index, "copy it again").get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(v, str) for v in names.values()):
             raise UserError(
-                f"{index} has no weight_map from tensors to files, so it is damaged or no index of "
-                "safetensors files; copy it again"
+                f"{index} has no valid weight_map (names of tensors to names of files), so it is "
+                "damaged or not an index of safetensors files; copy it again"
             )
         if other := [n for n in names.values() if "/" in n or not n.endswith(".safetensors")]:
             raise UserError(

@@ -236,9 +236,10 @@ def _first(true_BC: Array) -> Array:
 
 
 def truncate_top_k(logits: Float[Array, "*A V"], top_k: Int[Array, ""] | int) -> Array:
-    """Returns the logits with −inf outside the `top_k` most likely tokens and tokens that tie.
+    """Returns the logits with −inf outside the `top_k` most likely tokens.
 
-    Tokens whose probability rounds to 0 may also be kept, but they are never drawn.
+    Tokens that tie with the last of these are kept, too. Tokens whose probability rounds to 0 may
+    also be kept, but they are never drawn.
     """
     return _truncate(logits, lambda kept, probs: jnp.sum(kept, axis=-1) >= top_k)
 

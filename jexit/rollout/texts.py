@@ -199,16 +199,18 @@ def stream(
 ) -> Iterator[Piece]:
     """Streams the completions of `generate` in pieces, as they grow.
 
-    `settings` are the keyword arguments of `generate`. The joined pieces of a prompt are the
-    completion that `generate` returns. `every` is the number of token-drawing ticks (engine steps)
-    between updates: with 1, each token is yielded as soon as it is drawn; larger values cost less
-    time. Raises UserError before the first piece.
+    `settings` are the keyword arguments of `generate`, except `residuals`. The joined pieces of a
+    prompt are the completion that `generate` returns. `every` is the number of token-drawing ticks
+    (engine steps) between updates: with 1, each token is yielded as soon as it is drawn; larger
+    values cost less time. Raises UserError before the first piece.
     """
     if every < 1:
         raise UserError(
             f"every is {every}, but it must be at least 1; set every=1 to get each token as soon "
             "as it is drawn"
         )
+    if settings.pop("residuals", ()):
+        raise UserError("stream returns no residuals; leave residuals out, or use jexit.generate")
     size = settings.pop("size", AUTOMATIC)
     request, texts = _asked(tokenizer, prompts, **settings)
     if isinstance(request.policy, Speculate):

@@ -92,8 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--port", type=int, default=8000)
     add("--api-key", default=os.environ.get(KEY_VARIABLE, ""),
         help=f"clients must send it; default: the environment variable {KEY_VARIABLE}")  # fmt: skip
-    add("--policy", default="full", help="full, sample, threshold:X or fixed:N, for requests that "
-        "name none")  # fmt: skip
+    add("--policy", default="full", help="full, sample, threshold:X, fixed:N or speculate:LAYER, "
+        "for requests that name none")  # fmt: skip
     limit = "default: 1024, or half of the model's positions if they are fewer than 2048"
     add("--max-prompt-tokens", type=int, help=f"tokens of a prompt; {limit}")
     add("--max-new-tokens", type=int, help=f"tokens of a completion; {limit}")

@@ -37,6 +37,7 @@ from jexit.serve.protocol import (
 
 PAGE = pathlib.Path(__file__).parent / "page"
 LARGE = 1 << 14  # bytes of a body that is parsed and tokenised beside the event loop
+SENT = 20.0  # seconds that a client may take to send its request's body
 STALLED = 60.0  # seconds until a client that reads nothing has left
 # The page loads nothing from elsewhere and runs no script but its own.
 PAGE_POLICY = (
@@ -215,15 +216,21 @@ class Server:
             )
         parts, size = [], 0
         try:
-            async for part in request.stream():
-                size += len(part)
-                if size > self.most_bytes:
-                    raise Refused(
-                        413,
-                        f"the body is larger than {self.most_bytes} bytes, the most that this "
-                        "server accepts; shorten the request",
-                    )
-                parts.append(part)
+            async with asyncio.timeout(SENT):
+                async for part in request.stream():
+                    size += len(part)
+                    if size > self.most_bytes:
+                        raise Refused(
+                            413,
+                            f"the body is larger than {self.most_bytes} bytes, the most that this "
+                            "server accepts; shorten the request",
+                        )
+                    parts.append(part)
+        except TimeoutError:
+            raise Refused(
+                408,
+                f"the body has not arrived within {SENT:g} seconds; send the request again",
+            ) from None
         except ClientDisconnect:
             raise Refused(
                 400, "the connection was closed before the body ended; send the request again"

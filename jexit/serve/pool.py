@@ -1,9 +1,8 @@
-"""The thread that decodes for all clients, and the streams that deliver tokens to clients."""
+"""The threads that decode for all clients, and the streams that deliver tokens to clients."""
 
 from __future__ import annotations
 
 import asyncio
-import collections
 import contextlib
 import dataclasses
 import logging
@@ -26,26 +25,74 @@ from jexit.serve.protocol import Asked, Choice, Limits, Refused, parse
 
 TURN_SECONDS = 0.04  # between two looks at who joins and leaves
 MOST_STEPS = 256  # sampling steps in this time
+DRAFTED = 4  # completions under `Speculate` at a time; each has a cache of its own
 
 _log = logging.getLogger(__name__)
 
 
-class PoolThread(threading.Thread):
-    """A thread that owns a running decoding pool and takes requests from all other threads.
+class _Worker(threading.Thread):
+    """A thread that takes streams from all other threads, and decodes them until `close`."""
 
-    If the pool fails, `failure` is the exception, and every stream raises RunEnded. Completions
-    under `Speculate` are decoded outside the pool, one at a time. A failure of such a completion
-    ends only its own request. `close` ends the thread.
+    def __init__(self, name: str) -> None:
+        super().__init__(name=name, daemon=True)
+        # Each message adds a stream, or ends the decoding of a choice of a stream.
+        self._inbox: queue.SimpleQueue[tuple[Stream, int | None] | None] = queue.SimpleQueue()
+
+    def put(self, stream: Stream, choice: int | None = None) -> None:
+        """Adds a stream, or ends the decoding of its completion `choice`."""
+        self._inbox.put((stream, choice))
+
+    def close(self) -> None:
+        """Ends the thread and waits for its end; streams that are still open raise RunEnded."""
+        self._inbox.put(None)
+        self.join()
+
+    def _read(self) -> bool:
+        """Handles all messages; if there is nothing to decode, waits for one.
+
+        Returns False if a message asks the thread to end (see `close`), and True otherwise.
+        """
+        while True:
+            try:
+                message = self._inbox.get(block=not self.under_way)
+            except queue.Empty:
+                return True
+            if message is None:
+                return False
+            stream, choice = message
+            if choice is not None:
+                self._leave(stream, choice)
+                continue
+            try:
+                self._join(stream)
+            except Exception as error:  # of this request alone
+                _log.exception("a request could not join the decoding pool")
+                stream.deliver(0, error)
+
+    @property
+    def under_way(self) -> bool:
+        """Whether there is something to decode."""
+        raise NotImplementedError
+
+    def _join(self, stream: Stream) -> None:
+        raise NotImplementedError
+
+    def _leave(self, stream: Stream, choice: int) -> None:
+        raise NotImplementedError
+
+
+class PoolThread(_Worker):
+    """The thread that owns a running decoding pool; `drafting` decodes what the pool cannot.
+
+    If the pool fails, `failure` is the exception, and every stream raises RunEnded. `close` ends
+    both threads.
     """
 
     def __init__(self, arrivals: Arrivals) -> None:
-        super().__init__(name="jexit-pool", daemon=True)
+        super().__init__("jexit-pool")
         self.arrivals = arrivals
-        # Each message joins a stream to the pool, or lets a choice of a stream leave it.
-        self._inbox: queue.SimpleQueue[tuple[Stream, int | None] | None] = queue.SimpleQueue()
+        self.drafting = _Drafting(arrivals)
         self._streams: dict[int, tuple[Stream, int]] = {}  # ticket → stream and its choice
-        self._drafted: collections.deque[tuple[Stream, int]] = collections.deque()
-        self._speculation: Speculation | None = None  # of the first of `_drafted`
         self.failure: Exception | None = None
         self._closed = False
 
@@ -53,17 +100,23 @@ class PoolThread(threading.Thread):
         """Queues the stream's request for decoding; raises RunEnded if the thread was closed."""
         if self._closed:
             raise RunEnded("the decoding pool has been closed; open the model again")
-        self._inbox.put((stream, None))
+        self._worker_of(stream).put(stream)
 
     def leave_pool(self, stream: Stream, choice: int) -> None:
         """Stops decoding one choice (completion) of a stream."""
-        self._inbox.put((stream, choice))
+        self._worker_of(stream).put(stream, choice)
+
+    def _worker_of(self, stream: Stream) -> _Worker:
+        return self.drafting if isinstance(stream.request.policy, Speculate) else self
+
+    def start(self) -> None:
+        super().start()
+        self.drafting.start()
 
     def close(self) -> None:
-        """Ends the thread and waits for its end; streams that are still open raise RunEnded."""
         self._closed = True
-        self._inbox.put(None)
-        self.join()
+        self.drafting.close()
+        super().close()
 
     def run(self) -> None:
         try:
@@ -72,7 +125,7 @@ class PoolThread(threading.Thread):
         except Exception as failure:  # of the device: out of memory, lost
             _log.exception("the decoding pool has failed")
             self.failure = error = failure
-        for stream in {stream for stream, _ in (*self._drafted, *self._streams.values())}:
+        for stream in {stream for stream, _ in self._streams.values()}:
             stream.deliver(0, error)
         while self.failure is not None and (message := self._inbox.get()) is not None:
             stream, choice = message
@@ -92,68 +145,73 @@ class PoolThread(threading.Thread):
                 if grown.finished:
                     del self._streams[grown.ticket]
                 stream.deliver(choice, grown)
-            if self._drafted:
-                self._speculate(*self._drafted[0])
 
-    def _speculate(self, stream: Stream, choice: int) -> None:
+    @property
+    def under_way(self) -> bool:
+        return bool(self.arrivals.under_way)
+
+    def _join(self, stream: Stream) -> None:
+        for choice, ticket in enumerate(self.arrivals.join(stream.request)):
+            self._streams[ticket] = stream, choice
+
+    def _leave(self, stream: Stream, choice: int) -> None:
+        for ticket, owner in list(self._streams.items()):
+            if owner == (stream, choice):
+                self.arrivals.leave(ticket)
+                del self._streams[ticket]
+
+
+class _Drafting(_Worker):
+    """The thread that decodes completions under `Speculate`, `DRAFTED` at a time, in turns.
+
+    Its programs are compiled when a request first needs them, while the pool continues. A failure
+    of a completion ends only its own request.
+    """
+
+    def __init__(self, arrivals: Arrivals) -> None:
+        super().__init__("jexit-drafting")
+        self._arrivals = arrivals
+        self._begun: dict[tuple[Stream, int], Speculation | None] = {}  # None: it waits
+
+    def run(self) -> None:
+        while self._read():
+            for stream, choice in list(self._begun)[:DRAFTED]:
+                self._round(stream, choice)
+        for stream in {stream for stream, _ in self._begun}:
+            stream.deliver(0, RunEnded("the decoding pool has been closed"))
+
+    def _round(self, stream: Stream, choice: int) -> None:
         """Runs one round of self-speculative decoding for a choice of a stream."""
         try:
-            if self._speculation is None:
+            speculation = self._begun[stream, choice]
+            if speculation is None:
                 request = stream.request
                 alone = dataclasses.replace(
                     request,
                     prompts=[request.prompts[choice]],
                     first_prompt=request.first_prompt + choice,
                 )
-                self._speculation = Speculation(self.arrivals.split, alone)
-            for grown in self._speculation.turn():
+                speculation = Speculation(self._arrivals.split, alone)
+                self._begun[stream, choice] = speculation
+            for grown in speculation.turn():
                 stream.deliver(choice, grown)
-            if self._speculation.ended:
+            if speculation.ended:
                 self._leave(stream, choice)
         except Exception as error:
             _log.exception("a speculation has failed")
             self._leave(stream, choice)
             stream.deliver(choice, error)
 
-    def _read(self) -> bool:
-        """Handles all messages; if there is nothing to decode, waits for one.
-
-        Returns False if a message asks the thread to end (see `close`), and True otherwise.
-        """
-        while True:
-            try:
-                idle = not self.arrivals.under_way and not self._drafted
-                message = self._inbox.get(block=idle)
-            except queue.Empty:
-                return True
-            if message is None:
-                return False
-            stream, choice = message
-            if choice is None:
-                self._join(stream)
-            else:
-                self._leave(stream, choice)
+    @property
+    def under_way(self) -> bool:
+        return bool(self._begun)
 
     def _join(self, stream: Stream) -> None:
-        try:
-            if isinstance(stream.request.policy, Speculate):
-                self._drafted.extend((stream, n) for n in range(len(stream.request.prompts)))
-                return
-            for choice, ticket in enumerate(self.arrivals.join(stream.request)):
-                self._streams[ticket] = stream, choice
-        except Exception as error:  # of this request alone
-            _log.exception("a request could not join the decoding pool")
-            stream.deliver(0, error)
+        for choice in range(len(stream.request.prompts)):
+            self._begun[stream, choice] = None
 
     def _leave(self, stream: Stream, choice: int) -> None:
-        if (stream, choice) in self._drafted:
-            if self._drafted[0] == (stream, choice):
-                self._speculation = None
-            self._drafted.remove((stream, choice))
-        for ticket, owner in list(self._streams.items()):
-            if owner == (stream, choice):
-                self.arrivals.leave(ticket)
-                del self._streams[ticket]
+        self._begun.pop((stream, choice), None)
 
 
 @dataclasses.dataclass(eq=False)

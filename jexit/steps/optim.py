@@ -97,7 +97,10 @@ def micro_batch(batch: Any, index: Array, micro_batches: int) -> Any:
 
 
 def joined(parts: Any) -> Any:
-    """Joins arrays [micro_batches, rows, …] into one batch; the inverse of `micro_batch`."""
+    """Joins the stacked parts [micro_batches, rows, …] of each array into one batch.
+
+    The rows [micro_batches · rows, …] are in the order of the batch that `micro_batch` divided.
+    """
     return jax.tree.map(lambda rows: jnp.swapaxes(rows, 0, 1).reshape(-1, *rows.shape[2:]), parts)
 
 

@@ -262,7 +262,7 @@ class Sweep:
             if self.evaluation:
                 parse(["jexit.main", *self.evaluating(cell, config.to_dict()["task"])])
         except ValueError as error:
-            raise UserError(f"{cell.name} cannot run: {error}") from error
+            raise UserError(f"the run in {cell.workdir} cannot start: {error}") from error
 
 
 def begun_in(into: pathlib.Path) -> list[Cell]:

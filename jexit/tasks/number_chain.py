@@ -97,9 +97,10 @@ class NumberChain(ChainTask):
         return changed if changed != chain else None
 
     def answer_follows(self, completion: str) -> bool:
-        """Returns whether the last step's result is the answer and all equations hold.
+        """Returns whether the last step has a result, which is the answer, and all equations hold.
 
-        The equations are those of two operands, such as 3+4=7. They may be off by rounding.
+        Only equations of two operands count, such as 3+4=7. Results may be off by 0.01, or by 0.5
+        after a division.
         """
         steps = self.steps(completion)
         result = result_of(steps[-1]) if steps else None

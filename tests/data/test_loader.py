@@ -212,7 +212,7 @@ def test_a_finite_data_set_as_training_text_and_an_empty_one(tmp_path):
         lambda: require_problems(task, "train"),
         lambda: text_batch([(task, 1.0)], TOKENIZER, **settings),
     ):
-        said = r"task 'gsm8k' has no problem in its train split; give it data"
+        said = r"task 'gsm8k' has no problem in its train split; put data"
         with pytest.raises(ValueError, match=said):
             ask()
 

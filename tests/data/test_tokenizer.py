@@ -148,7 +148,7 @@ def test_templates_think_as_they_are_told_or_have_no_switch():
     assert [tokenizer.encode_prompt("sum 37")] == tokenizer.encode_prompts(["sum 37"]) == [ids]
     tokenizer.thinking = "on"
     assert tokenizer.chat_text("sum 37") == PROMPT
-    with pytest.raises(UserError, match="thinking is 'yes'; choose one of auto, on, off"):
+    with pytest.raises(UserError, match="thinking is 'yes', but it must be one of auto, on, off"):
         tokenizer.thinking = "yes"
     for template, value in itertools.product([OPENED, DEFAULT_SYSTEM, None], ["on", "off"]):
         tokenizer = with_template(template)

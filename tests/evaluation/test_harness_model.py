@@ -224,6 +224,7 @@ def test_what_cannot_be_done_is_refused(small):
     for settings, sentence in (
         ({"policy": "fixed:4"}, "requests 4 layers, but the model has 3; use fixed:N"),
         ({"policy": "shuffled"}, "policy 'shuffled' is not known"),
+        ({"policy": "confidence:0.9"}, "policy 'confidence:0.9' is not known"),
         ({"device": "cuda:0"}, "JAX chooses its devices itself; omit device"),
         ({"max_length": 999}, "at most 256, the number of the model's positions"),
         ({"tokenizer": None}, "a model object was given without a tokenizer"),

@@ -145,3 +145,5 @@ def test_wrong_inputs_get_one_sentence(model):
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="every is 0"):
         stream(model, Letters(), ["a"], every=0)
+    with pytest.raises(ValueError, match="stream returns no residuals"):
+        stream(model, Letters(), ["a"], residuals=(1,))

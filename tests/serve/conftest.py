@@ -45,7 +45,12 @@ def idle(served):
     def wait(seconds: float = 20.0) -> None:
         end = time.monotonic() + seconds
         pool = served.opened.pool
-        while served.completions or pool.arrivals.under_way or pool._streams or pool._drafted:
+        while (
+            served.completions
+            or pool.arrivals.under_way
+            or pool._streams
+            or pool.drafting.under_way
+        ):
             assert time.monotonic() < end, "completions are left behind"
             time.sleep(0.02)
 

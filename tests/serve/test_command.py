@@ -15,9 +15,10 @@ import httpx
 import pytest
 
 from jexit.errors import RunEnded
-from jexit.model.policies import Sample
+from jexit.model.policies import Sample, Speculate
 from jexit.rollout import Grown, Request
 from jexit.serve import __main__ as serve
+from jexit.serve import pool as serve_pool
 from jexit.serve.pool import PoolThread, Stream
 
 MODEL = "jexit/assets/tiny-calibrated"
@@ -125,6 +126,55 @@ def test_a_request_that_cannot_join_fails_alone_and_closing_ends_the_others():
                 await anext(news)
 
     asyncio.run(both())
+
+
+def test_the_pool_goes_on_while_drafts_compile_and_a_draft_that_fails_fails_alone(monkeypatch):
+    compiled = threading.Event()
+
+    class Drafts:
+        def __init__(self, model, request):
+            self.ended, self.fails = False, request.prompts == [[2]]
+
+        def turn(self):
+            assert compiled.wait(20)
+            if self.fails:
+                raise MemoryError
+            self.ended = True
+            return [Grown(ticket=0, tokens=[5], depths=[2], logprobs=[0.0], hazard_logits=[[0.0]],
+                          finished=True)]  # fmt: skip
+
+    class Turns(Fails):
+        split, under_way = None, 0
+
+        def join(self, request):
+            self.under_way = 1
+            return [7]
+
+        def lost(self, steps):
+            self.under_way = 0
+            return [Grown(ticket=7, tokens=[2], depths=[2], logprobs=[0.0], hazard_logits=[[0.0]],
+                          finished=True)]  # fmt: skip
+
+    monkeypatch.setattr(serve_pool, "Speculation", Drafts)
+    pool = PoolThread(Turns())
+    request = Request(prompts=[[1]], max_new_tokens=4, eos_ids=(), pad_id=0, key=0)
+    drafted = dataclasses.replace(request, policy=Speculate(1), prompts=[[1], [2]])
+
+    async def both():
+        pool.start()
+        async with Stream(pool, drafted) as draft:
+            async with Stream(pool, request) as stream:
+                found = [grown.tokens async for _, grown in stream]
+            assert found == [[1], [2]] and not compiled.is_set()
+            compiled.set()
+            news = aiter(draft)
+            assert (await anext(news))[1].tokens == [5]
+            with pytest.raises(RunEnded, match="decoding has failed"):
+                await anext(news)
+        await asyncio.to_thread(pool.close)
+
+    asyncio.run(both())
+    assert pool.failure is None and not pool.drafting.under_way
 
 
 def test_a_server_whose_pool_has_failed_says_so(served, monkeypatch):

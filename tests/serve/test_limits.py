@@ -231,6 +231,19 @@ def test_who_hangs_up_frees_the_places(http, served, idle):
     assert served.metrics.hangups._value.get() == gone + 2
 
 
+def test_a_body_that_does_not_arrive_is_refused(served, monkeypatch):
+    monkeypatch.setattr(app, "SENT", 0.2)
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {served.api_key}\r\n"
+        "Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+    )
+    port = int(served.url.rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+        client.sendall(head.encode())
+        answer = client.recv(4096).decode()
+    assert answer.startswith("HTTP/1.1 408") and "has not arrived within 0.2 seconds" in answer
+
+
 def test_who_reads_nothing_has_left(monkeypatch):
     monkeypatch.setattr(app, "STALLED", 0.05)
     freed = []

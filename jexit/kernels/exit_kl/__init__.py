@@ -1,6 +1,7 @@
-"""The KL divergence from the final next-token distribution to the distribution at each exit.
+"""KL(final ‖ exit), the divergence of each exit's next-token distribution from the last layer's.
 
-The distribution at an exit is the logit lens: the output head applied to the hidden state there.
+The distribution at an exit is that of the logit lens: final norm and output head, applied to the
+hidden state there.
 """
 
 from jexit.kernels.exit_kl.api import exit_kl
