@@ -66,13 +66,20 @@ class JexitAPI(ModelAPI):
         tool_choice: ToolChoice,
         config: GenerateConfig,
     ) -> ModelOutput:
-        """Completes a conversation; raises Refused for tools and for unsupported settings."""
+        """Completes a conversation.
+
+        The reasoning of earlier assistant messages is left out of the prompt. Raises Refused for
+        tools, for other content than text and for unsupported settings.
+        """
         if tools:
             raise Refused(
                 400, "the request contains tools, but jexit does not support tools; leave them out"
             )
         values: dict[str, Any] = {
-            "messages": [{"role": message.role, "content": message.text} for message in input]
+            "messages": [
+                {"role": message.role, "content": _text(message, index)}
+                for index, message in enumerate(input)
+            ]
         }
         for name, field in SETTINGS.items():
             if (value := getattr(config, name)) is not None:
@@ -105,6 +112,20 @@ class JexitAPI(ModelAPI):
                 "exit_layers": exits,
             },
         )
+
+
+def _text(message: ChatMessage, index: int) -> str:
+    """Returns the text of message `index`; raises Refused if a part of it is not text."""
+    for number, part in enumerate(message.content_list):
+        reasoning = part.type == "reasoning" and message.role == "assistant"
+        if part.type != "text" and not reasoning:
+            raise Refused(
+                400,
+                f"messages[{index}].content[{number}].type is {part.type!r}, but jexit reads only "
+                "text; leave the part out, or write it as text",
+                "messages",
+            )
+    return message.text
 
 
 def _logprobs(found: list[TokenLogprob] | None) -> Logprobs | None:

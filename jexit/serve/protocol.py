@@ -18,7 +18,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from jexit.data.tokenizer import Tokenizer
-from jexit.model.policies import Policy, policy_of
+from jexit.model.policies import Policy, Speculate, policy_of
 from jexit.rollout import Grown, Request
 from jexit.rollout.texts import GrowingText
 from jexit.settings import is_unicode, shown
@@ -195,6 +195,8 @@ def values_of(data: bytes) -> dict[str, Any]:
 
 def parse(values: Mapping[str, Any], *, chat: bool, tokenizer: Tokenizer, limits: Limits) -> Asked:
     """Validates the fields `values` of a request; raises Refused or UserError if invalid."""
+    # An empty list of tools changes nothing; any other is an unknown field.
+    values = {name: value for name, value in values.items() if (name, value) != ("tools", [])}
     try:
         body = (ChatBody if chat else TextBody).model_validate(values)
     except ValidationError as error:
@@ -226,6 +228,13 @@ def parse(values: Mapping[str, Any], *, chat: bool, tokenizer: Tokenizer, limits
             "n",
         )
     policy = limits.policy if body.policy is None else policy_of(body.policy)
+    if body.hazards and isinstance(policy, Speculate):
+        raise Refused(
+            400,
+            f"hazards is True, but the policy {policy.name} records no hazards; leave hazards "
+            "out, or use another policy",
+            "hazards",
+        )
     request = Request(
         prompts=[prompt for prompt in prompts for _ in range(n)],
         policy=policy,
@@ -262,9 +271,10 @@ def _refused(error: ValidationError) -> Refused:
     """Converts pydantic's error to a `Refused` that describes one fault in a sentence."""
     faults = error.errors(include_url=False)
     found = next((fault for fault in faults if fault["type"] == "too_long"), faults[0])
-    # Of a value that fits none of several types, pydantic names the type as a part of the place.
     extra = found["type"] == "extra_forbidden"
-    place = [p for p in found["loc"] if isinstance(p, int) or p in FIELDS]
+    within = found["loc"][:-1] if extra else found["loc"]
+    # Of a value that fits none of several types, pydantic names the type as a part of the place.
+    place = [p for p in within if isinstance(p, int) or p in FIELDS]
     name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)[1:]
     param = str(place[0]) if place else None
     if extra:

@@ -1,12 +1,15 @@
 """Inspect's evaluations with the provider `jexit`, and with Inspect's own client of the server."""
 
+import asyncio
+
 import numpy as np
 import pytest
 
 inspect_ai = pytest.importorskip("inspect_ai", reason="inspect_ai is not installed")
 
 import jexit  # noqa: E402
-from jexit.serve import inspect_registry  # noqa: E402
+from jexit.serve import inspect_provider, inspect_registry  # noqa: E402
+from jexit.serve.protocol import Refused  # noqa: E402
 from jexit.tasks import Attempt, make_task  # noqa: E402
 from tolerances import LOGPROBS  # noqa: E402
 
@@ -61,6 +64,34 @@ def test_the_provider_decodes_and_the_task_measures(wanted):
     assert metrics["accuracy"] == pytest.approx(sum(correct) / COUNT)
     assert metrics["depth_fraction"] == pytest.approx(layers / (8 * tokens))
     assert metrics["layers_per_problem"] == pytest.approx(layers / COUNT)
+
+
+def test_only_text_reaches_the_model(served, monkeypatch):
+    """The provider refuses images and the like; it leaves out the reasoning of earlier answers."""
+    from inspect_ai import model as inspect
+
+    monkeypatch.setattr(inspect_provider, "open_pool", lambda *_, **__: served.opened)
+    provider = inspect_provider.JexitAPI("tiny")
+
+    def answer(*messages):
+        config = inspect.GenerateConfig(temperature=0, max_tokens=48)
+        return asyncio.run(provider.generate([*messages], [], "auto", config)).completion
+
+    text, image = inspect.ContentText(text="sum 37"), inspect.ContentImage(image="data:,x")
+    reasoning = inspect.ContentReasoning(reasoning="hm")
+    asked = inspect.ChatMessageUser(content="sum 12")
+    for content, kind in (([text, image], "image"), ([text, reasoning], "reasoning")):
+        rule = rf"messages\[1\]\.content\[1\]\.type is '{kind}', but jexit reads only text; leave"
+        with pytest.raises(Refused, match=rule) as caught:
+            answer(asked, inspect.ChatMessageUser(content=content))
+        assert caught.value.status == 400
+    earlier = [
+        inspect.ChatMessageAssistant(content=content)
+        for content in ("+3####3", [reasoning, inspect.ContentText(text="+3####3")])
+    ]
+    last = inspect.ChatMessageUser(content=[text])
+    plain, reasoned = (answer(asked, each, last) for each in earlier)
+    assert plain == reasoned != ""
 
 
 def test_inspects_openai_client_against_the_server(served, wanted, monkeypatch):

@@ -91,6 +91,13 @@ def test_two_hundred_malformed_requests(http):
         ({"x" * 900: 1}, "xxx… is not a field that this server knows; leave it out"),
         ({"\ud800": 1}, r"a field's name is '\ud800', but the input should be a valid"),
         ({"stream_options": {"x": 1}}, "'x' is not a field of stream_options that this server"),
+        ({"messages": [GOOD["messages"][0] | {"type": "text"}]},
+         "'type' is not a field of messages[0] that this server knows; leave it out"),
+        ({"response_format": {"type": "text", "name": "x"}},
+         "'name' is not a field of response_format that this server knows; leave it out"),
+        ({"echo": False}, "'echo' is not a field that this server knows; leave it out"),
+        ({"hazards": True, "policy": "speculate:4"},
+         "hazards is True, but the policy speculate:4 records no hazards; leave hazards out, or"),
         ({f"field{n}": 1 for n in range(70)}, "object should have at most 64 fields, not 73"),
     ],
 )  # fmt: skip
@@ -102,7 +109,7 @@ def test_each_is_told_what_is_wrong(http, change, said):
 def test_nulls_and_fields_that_change_nothing_are_taken(http):
     nulls = {"tools": None, "audio": None, "stop": None, "stream_options": None}
     said = GOOD["messages"][0] | {"refusal": None, "tool_calls": None}
-    other = {"service_tier": "auto", "metadata": {"a": "b"}, "messages": [said]}
+    other = {"tools": [], "service_tier": "auto", "metadata": {"a": "b"}, "messages": [said]}
     wanted = post(http, GOOD).json()["choices"]
     assert post(http, GOOD | nulls | other).json()["choices"] == wanted
 

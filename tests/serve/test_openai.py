@@ -34,12 +34,13 @@ def ask(client, prompt, **settings):
 )  # fmt: skip
 def test_an_answer_is_what_generate_returns(client, loaded, policy, idle):
     model, tokenizer = loaded
+    hazards = not policy.startswith("speculate")
     made = jexit.generate(
         model, tokenizer, PROMPTS, policy=jexit.model.policies.policy_of(policy),
-        max_new_tokens=48, hazards=not policy.startswith("speculate"),
+        max_new_tokens=48, hazards=hazards,
     )  # fmt: skip
     for row, prompt in enumerate(PROMPTS):
-        answer = ask(client, prompt, policy=policy, logprobs=True, hazards=True)
+        answer = ask(client, prompt, policy=policy, logprobs=True, hazards=hazards)
         (choice,) = answer.choices
         assert choice.message.content == made.texts[row] and choice.finish_reason == "stop"
         assert choice.depths == made.depths[row] and choice.layers_run == sum(made.depths[row])

@@ -56,6 +56,8 @@ def test_a_prompt_with_exits_and_without(open_page, served, loaded, scheme, widt
     for side, wanted in zip(("early", "full"), made, strict=True):
         spans = page.query_selector_all(f"#text-{side} span")
         assert len(spans) == len(wanted.depths[0])
+        said = loaded[1].decode(wanted.tokens[0], keep_special=True)
+        assert page.text_content(f"#text-{side}") == said
         shades = [int(span.get_attribute("class")[1:]) for span in spans]
         assert shades == [round(9 * (depth - 1) / 7) for depth in wanted.depths[0]]
         sums = f"{len(spans)} tokens, {sum(wanted.depths[0])} layers"
@@ -68,23 +70,53 @@ def test_a_prompt_with_exits_and_without(open_page, served, loaded, scheme, widt
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
 
-def test_what_a_model_writes_is_text(open_page, served):
-    """Markup in tokens stays text, and the page's policy lets no other script run."""
-    page = open_page()
-    token = "<img src=x onerror=alert(1)><script>alert(2)</script>"
-    choice = {
-        "index": 0, "delta": {"content": token}, "depths": [3], "hazards": [[0.5, None]],
-        "logprobs": {"content": [{"token": token, "logprob": -0.1}]},
-    }  # fmt: skip
-    said = f"data: {json.dumps({'choices': [choice]})}\n\ndata: [DONE]\n\n"
+def answer_with(page, *chunks):
+    """Answers the page's requests with `chunks`, lists of the bytes of tokens, all of 3 layers."""
+    lines = []
+    for tokens in chunks:
+        content = [
+            {"token": token.decode(errors="replace"), "bytes": [*token], "logprob": -0.1}
+            for token in tokens
+        ]
+        choice = {
+            "index": 0, "depths": [3] * len(tokens), "hazards": [[0.5, None]] * len(tokens),
+            "logprobs": {"content": content},
+        }  # fmt: skip
+        lines.append(f"data: {json.dumps({'choices': [choice]})}\n\n")
+    said = "".join(lines) + "data: [DONE]\n\n"
     page.route(
         "**/v1/chat/completions",
         lambda route: route.fulfill(body=said, content_type="text/event-stream"),
     )
+
+
+def test_what_a_model_writes_is_text(open_page, served):
+    """Markup in tokens stays text, and the page's policy lets no other script run."""
+    page = open_page()
+    token = "<img src=x onerror=alert(1)><script>alert(2)</script>"
+    answer_with(page, [token.encode()])
     run(page, served)
     assert page.inner_text("#text-early") == token
     assert page.query_selector("#text-early img, #text-early script") is None
     assert "script-src 'self'" in page.request.get(served.url).headers["content-security-policy"]
+
+
+def test_a_character_split_over_tokens_is_shown_once(open_page, served):
+    """Each token keeps its span, and the token that completes a character shows it."""
+    page = open_page()
+    tokens = [b"\xef\xbb", b"\xbfa\xf0", b"\x9f\x98", b"\x80",
+              b"\xc3", b"\xa9", b"b\x80c", b"\xe2\x82"]  # fmt: skip
+    answer_with(page, tokens[:3], tokens[3:5], tokens[5:])
+    run(page, served)
+    for side in ("early", "full"):
+        spans = page.query_selector_all(f"#text-{side} span")
+        shown = [span.text_content() for span in spans]
+        assert shown == ["", "\ufeffa", "", "😀", "", "é", "b\ufffdc", "\ufffd"]
+        assert "".join(shown) == b"".join(tokens).decode(errors="replace")
+        assert {span.get_attribute("class") for span in spans} == {"d3"}
+        assert page.inner_text(f"#numbers-{side}").startswith("8 tokens, 24 layers")
+    page.hover("#text-early span:nth-child(4)")
+    assert page.inner_text("#tip").startswith('"😀"')
 
 
 def test_errors_are_said_and_a_run_can_be_stopped(open_page, served, idle):

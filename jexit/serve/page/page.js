@@ -94,6 +94,8 @@ function numbers(side, sums) {
 async function complete(side, policy) {
   const text = byId(`text-${side}`);
   const sums = { tokens: 0, layers: 0, seconds: 0 };
+  // A character may be split over tokens: the last of them shows it, the spans before stay empty.
+  const decoder = new TextDecoder("utf-8", { ignoreBOM: true });
   const began = performance.now();
   const response = await fetch("/v1/chat/completions", {
     method: "POST",
@@ -113,9 +115,10 @@ async function complete(side, policy) {
       choice.logprobs.content.forEach((entry, place) => {
         const depth = choice.depths[place];
         const span = document.createElement("span");
-        span.textContent = entry.token;
+        span.textContent = decoder.decode(new Uint8Array(entry.bytes), { stream: true });
         span.className = `d${shadeOf(depth)}`;
-        span.dataset.tip = tipOf(entry.token, depth, entry.logprob, choice.hazards[place]);
+        const shown = span.textContent || entry.token;
+        span.dataset.tip = tipOf(shown, depth, entry.logprob, choice.hazards[place]);
         text.append(span);
         sums.tokens += 1;
         sums.layers += depth;
@@ -124,6 +127,7 @@ async function complete(side, policy) {
     sums.seconds = (performance.now() - began) / 1000;
     numbers(side, sums);
   }
+  if (text.lastChild) text.lastChild.textContent += decoder.decode(); // a character left unfinished
   return sums;
 }
 
