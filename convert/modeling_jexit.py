@@ -5,7 +5,8 @@
     tokens = model.generate(**inputs)
     model.last_depths  # the number of layers that ran for each generated token
 
-Without `trust_remote_code` the same directory loads as a plain model, which runs all layers.
+Without `trust_remote_code` the same directory loads as a plain model, which runs all layers. The
+exits need transformers 4.57 or newer.
 
 A token that leaves at an exit skips the layers above the exit. There the token's residual stays as
 it is, or goes through a linear map per layer, and each skipped layer still computes the key and
@@ -25,11 +26,18 @@ import sys
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from safetensors.torch import load_file
 from torch import nn
-from transformers import LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import cached_file
+
+if Version(transformers.__version__).release < (4, 57):
+    raise ImportError(
+        f"transformers is at version {transformers.__version__}, but exits need 4.57 or newer; run "
+        "pip install --upgrade transformers"
+    )
 
 EXIT_FILES = ("exit_heads.json", "exit_heads.safetensors")
 # Settings of `generate` with which a pass makes several tokens, or none.
@@ -51,7 +59,11 @@ class ExitOutput(CausalLMOutputWithPast):
 
 
 class _Float32(nn.Module):
-    """A module whose buffers stay in float32 when the model is cast to another dtype."""
+    """A module whose buffers stay in float32 when the model is cast to another dtype.
+
+    `follow` moves them to the device of a residual. They cannot be placed before the first pass: a
+    device map may put each layer elsewhere, and an offloaded layer has no device of its own.
+    """
 
     def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
         super().__init__()
@@ -60,6 +72,11 @@ class _Float32(nn.Module):
 
     def _apply(self, move: Any, recurse: bool = True) -> Any:
         return super()._apply(lambda tensor: tensor.to(move(tensor).device), recurse)
+
+    def follow(self, h: torch.Tensor) -> None:
+        if next(self.buffers()).device != h.device:
+            with torch.inference_mode(False):  # buffers that a later backward pass can use
+                self.to(h.device)
 
 
 class ExitHead(_Float32):
@@ -73,6 +90,7 @@ class ExitHead(_Float32):
         self.eps = eps
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
+        self.follow(h)
         x = h.to(self.out_weight.dtype)
         if hasattr(self, "norm_weight"):
             x = nn.functional.rms_norm(x, x.shape[-1:], self.norm_weight, self.eps)
@@ -88,6 +106,7 @@ class Continuation(_Float32):
     """
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
+        self.follow(h)
         x = h.to(self.update_weight.dtype)
         x = nn.functional.linear(x, self.reduce_weight) if hasattr(self, "reduce_weight") else x
         return h + nn.functional.linear(x, self.update_weight, self.update_bias).to(h.dtype)
@@ -121,6 +140,7 @@ class Exits(nn.Module):
         """
         kind, _, argument = self.policy.partition(":")
         self._decides = decides and kind in ("threshold", "sample")
+        self._called = 0
         if depths is None and decides and kind == "fixed":
             depths = torch.full(shape, int(argument))
         given = torch.full(shape, self.layers) if depths is None else torch.as_tensor(depths)
@@ -135,6 +155,18 @@ class Exits(nn.Module):
             (*shape, len(self.exit_layers)), torch.nan, dtype=torch.float32, device=device
         )
 
+    def end(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """Returns the depths [B, T] and the hazard logits [B, T, E] of the pass, on `device`.
+
+        Raises RuntimeError if a layer ran without its exits.
+        """
+        if self._called < self.layers:
+            raise RuntimeError(
+                f"{self._called} of {self.layers} layers ran with exits, but all must; something "
+                "has replaced the forward method of the others: remove it, or load the model again"
+            )
+        return {"depths": self.depth_BT.to(device), "hazard_logits": self.hazard_BTE.to(device)}
+
     def layer(self, run: Any, layer: nn.Module, number: int, h: torch.Tensor, kwargs: Any) -> Any:
         """Returns the residual [B, T, D] after `layer` for the residual `h` [B, T, D] before it.
 
@@ -143,6 +175,8 @@ class Exits(nn.Module):
         """
         if self.depth_BT is None:  # called by the layers alone
             return run(h, **kwargs)
+        self._called += 1
+        self.depth_BT, self.hazard_BTE = self.depth_BT.to(h.device), self.hazard_BTE.to(h.device)
         alive_BT = self.depth_BT > number
         if number in self.exit_layers:
             z_BT = self.heads[f"{number}"](h)
@@ -194,11 +228,20 @@ def _under(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Ten
 
 
 def _keys_and_values(layer: nn.Module, h: torch.Tensor, kwargs: Any) -> None:
-    """Writes the keys and values of a skipped layer to the cache, if there is a cache."""
+    """Writes the keys and values of a skipped layer to the cache, if there is a cache.
+
+    Raises RuntimeError if a cache is in use that is not among `kwargs`.
+    """
+    attention = layer.self_attn
     cache = kwargs.get("cache", kwargs.get("past_key_values"))
+    if cache is None and kwargs.get("use_cache"):
+        raise RuntimeError(
+            f"layer {attention.layer_idx} was called with use_cache but without cache or "
+            "past_key_values, so keys and values would be lost; use a version of transformers that "
+            "passes one of these, such as 5.24"
+        )
     if cache is None:
         return
-    attention = layer.self_attn
     x = layer.input_layernorm(h)
     shape = (*x.shape[:-1], -1, attention.head_dim)
     keys, values = attention.k_proj(x).view(shape), attention.v_proj(x).view(shape)
@@ -248,15 +291,21 @@ class WithExits:
 
     def add_exits(self, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         """Adds exits to the layers, from the data of exit_heads.json and exit_heads.safetensors."""
-        self.exits = Exits(config, tensors, self.config.num_hidden_layers).to(self.device)
+        self.exits = Exits(config, tensors, self.config.num_hidden_layers)
         self.last_depths, self._passes = None, None
         for layer in self.model.layers:
             layer.__class__ = _layer_with_exits(type(layer))
+            if "_old_forward" in vars(layer):  # what the hook of a device map calls
+                layer._old_forward = type(layer).forward.__get__(layer)
             layer.exits = [self.exits]  # in a list, so that it is not a part of the layer
 
     @property
     def exit_policy(self) -> str:
-        """How tokens leave: `full`, `sample`, `threshold:X` or `fixed:N`."""
+        """How tokens leave: `full`, `sample`, `threshold:X` or `fixed:N`.
+
+        Exits decide only in steps that extend a cache by one token, as in `generate`; to score
+        texts at given depths, use `forward(..., depths=...)`.
+        """
         return self.exits.policy
 
     @exit_policy.setter
@@ -269,7 +318,8 @@ class WithExits:
         """Runs the model like the base class; `depths` [B, T], or one number, prescribes depths.
 
         Always returns an output object, whatever `return_dict` is. Raises ValueError if depths are
-        given while training with gradient checkpointing.
+        given while training with gradient checkpointing, and RuntimeError if a layer ran without
+        its exits.
         """
         kwargs["return_dict"] = True
         exits = getattr(self, "exits", None)
@@ -289,7 +339,7 @@ class WithExits:
         exits.begin(inputs.shape[:2], inputs.device, decides=decides, depths=depths)
         try:
             out = super().forward(input_ids, *args, **kwargs)
-            found = {"depths": exits.depth_BT, "hazard_logits": exits.hazard_BTE}
+            found = exits.end(inputs.device)
         finally:
             exits.depth_BT = exits.hazard_BTE = None
         if self._passes is not None:
@@ -332,6 +382,7 @@ class WithExits:
         finally:
             self._passes = None
         sequences = made if isinstance(made, torch.Tensor) else made.sequences
+        depths = depths.to(sequences.device)  # a device map runs passes where the model begins
         tokens = sequences[:, -depths.shape[1] :]
         is_end, pad = torch.zeros_like(tokens, dtype=torch.bool), setting("pad_token_id")
         if (ends := setting("eos_token_id")) is not None:
@@ -345,13 +396,13 @@ class WithExits:
         return made
 
 
-class JexitLlamaForCausalLM(WithExits, LlamaForCausalLM):
+class JexitLlamaForCausalLM(WithExits, transformers.LlamaForCausalLM):
     """A Llama model with exits."""
 
 
-class JexitQwen2ForCausalLM(WithExits, Qwen2ForCausalLM):
+class JexitQwen2ForCausalLM(WithExits, transformers.Qwen2ForCausalLM):
     """A Qwen2 model with exits."""
 
 
-class JexitQwen3ForCausalLM(WithExits, Qwen3ForCausalLM):
+class JexitQwen3ForCausalLM(WithExits, transformers.Qwen3ForCausalLM):
     """A Qwen3 model with exits."""

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,7 @@ def completed(model, tokenizer, prompts, new=64):
 
 
 def assert_decodes_alike(theirs, ours, tokenizer, prompts, fixed):
-    """Greedy tokens and depths are jexit's: alone under the threshold, and in a padded batch."""
+    """Greedy tokens and depths are jexit's: alone, and in a padded batch."""
     for name, policy in (
         ("threshold:0.5", jexit.Threshold(0.5)),
         (f"fixed:{fixed}", jexit.Fixed(fixed)),
@@ -71,8 +72,10 @@ def assert_decodes_alike(theirs, ours, tokenizer, prompts, fixed):
         theirs.exit_policy = name
         made = jexit.generate(ours, tokenizer, prompts, policy=policy, max_new_tokens=64)
         expected = [(list(t), list(d)) for t, d in zip(made.tokens, made.depths, strict=True)]
+        alone = prompts if name == "threshold:0.5" else prompts[:1]
+        made = [completed(theirs, tokenizer, [prompt])[0] for prompt in alone]
+        assert made == expected[: len(alone)]
         if name == "threshold:0.5":
-            assert [completed(theirs, tokenizer, [prompt])[0] for prompt in prompts] == expected
             assert len({depth for _, depths in expected for depth in depths}) > 1
         assert completed(theirs, tokenizer, prompts[:8]) == expected[:8]
     assert len({depth for _, depths in expected for depth in depths}) == 1  # of `full`
@@ -179,6 +182,67 @@ def test_a_layer_that_no_row_needs_is_not_run(shipped):
         hook.remove()
     assert runs.tolist() == [sum(depth > layer for depth in depths) for layer in range(8)]
     assert runs[7] < len(depths)
+
+
+def test_offloaded_layers_have_exits(shipped, tmp_path):
+    """A device map puts hooks around the layers before they get their exits."""
+    pytest.importorskip("accelerate")
+    theirs, _, tokenizer = shipped
+    others = {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "disk"}
+    layers = {f"model.layers.{n}": "disk" if n % 3 else "cpu" for n in range(8)}
+    offloaded = AutoModelForCausalLM.from_pretrained(
+        theirs.name_or_path, trust_remote_code=True, dtype="auto", offload_folder=tmp_path,
+        device_map={"model.embed_tokens": "disk"} | others | layers,
+    )  # fmt: skip
+    assert offloaded.device.type == "meta"
+    on_disk = [layer.mlp.up_proj.weight.is_meta for layer in offloaded.model.layers]
+    assert on_disk == [at == "disk" for at in layers.values()]
+    inputs = padded(tokenizer, ["sum 37295184"])
+    with torch.no_grad():
+        wanted, found = (model(**inputs, depths=1) for model in (theirs, offloaded))
+    assert torch.equal(found.logits, wanted.logits)
+    assert torch.equal(found.depths, wanted.depths) and (found.depths == 1).all()
+    torch.testing.assert_close(
+        found.hazard_logits, wanted.hazard_logits, rtol=0, atol=0, equal_nan=True
+    )
+    for policy in ("fixed:4", "threshold:0.5"):
+        theirs.exit_policy = offloaded.exit_policy = policy
+        wanted, found = (
+            completed(model, tokenizer, ["sum 37295184"], 24) for model in (theirs, offloaded)
+        )
+        assert found == wanted
+    theirs.exit_policy = "full"
+
+
+def test_a_layer_without_exits_is_an_error(shipped):
+    """Something else, such as a hook, may have replaced its `forward`."""
+    theirs, *_ = shipped
+    layer, ids = theirs.model.layers[3], torch.tensor([[5, 6]])
+    layer.forward = type(layer).__mro__[1].forward.__get__(layer)
+    with pytest.raises(RuntimeError, match="7 of 8 layers ran with exits, but all must; "):
+        theirs(ids)
+    del layer.forward
+    assert (theirs(ids).depths == 8).all()
+
+
+def test_a_skipped_layer_needs_the_cache_that_is_in_use(shipped, monkeypatch):
+    theirs, *_ = shipped
+    layer = type(theirs.model.layers[7])
+    forward = layer.forward
+    monkeypatch.setattr(
+        layer, "forward", lambda self, h, *, cache, **kwargs: forward(self, h, **kwargs)
+    )
+    with pytest.raises(RuntimeError, match="layer 1 was called with use_cache but without cache"):
+        theirs(torch.tensor([[5, 6]]), depths=1)
+
+
+def test_an_old_transformers_is_one_sentence(monkeypatch):
+    monkeypatch.setattr("transformers.__version__", "4.51.3")
+    with pytest.raises(ImportError, match=r"version 4\.51\.3, but exits need 4\.57 or newer; run "):
+        runpy.run_path(to_hf.MODELING)
+    for version in ("4.57.0", "5.0.0.dev0"):
+        monkeypatch.setattr("transformers.__version__", version)
+        assert "WithExits" in runpy.run_path(to_hf.MODELING)
 
 
 def test_a_pass_leaves_nothing_behind(shipped, tmp_path):
