@@ -106,7 +106,10 @@ def test_a_model_that_nobody_trained_here_has_a_card_too(trained, tmp_path, caps
             "--push is 'nobody', but it must be OWNER/NAME of a repository",
         ),
         ([f"--eval={trained}"], "use it with --card or --push"),
-        (["--card", f"--eval={other}"], "has the results of another model, runs/a/model; give the"),
+        (
+            ["--card", f"--eval={other}"],
+            "has the results of another model, runs/a/model, which has other layers or exits; give the",
+        ),
         (
             ["--card", f"--eval={tmp_path}"],
             "eval.json; give an eval.json that configs/eval.py",
