@@ -108,7 +108,7 @@ def test_a_model_that_nobody_trained_here_has_a_card_too(trained, tmp_path, caps
         ([f"--eval={trained}"], "use it with --card or --push"),
         (
             ["--card", f"--eval={other}"],
-            "has the results of another model, runs/a/model, which has other layers or exits; give the",
+            "has the results of another model, runs/a/model, which has other layers or exits",
         ),
         (
             ["--card", f"--eval={tmp_path}"],

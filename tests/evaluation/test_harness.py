@@ -95,7 +95,7 @@ def test_a_built_in_task_of_generation(here):
 def test_mistakes_are_one_sentence(here, capsys):
     for option, sentence in (
         ("--num_fewshot=-1", "its value is '-1', but it must be a whole number of at"),
-        ("--limit=-3", "its value is '-3', but it must be a number of questions, or"),
+        ("--limit=-3", "its value is '-3', but it must be above 0: a number of questions"),
         ("--limit=many", "its value is 'many'"),
     ):
         with pytest.raises(SystemExit) as ended:

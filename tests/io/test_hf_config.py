@@ -118,7 +118,7 @@ def test_what_jexit_does_not_compute_is_refused_in_one_sentence():
         (QWEN3, {"rope_scaling": {**LLAMA3, "factor": 0}}, "rope_scaling.factor is 0.0; it must"),
         (QWEN3, {"rope_scaling": {**LLAMA3, "high_freq_factor": 1}}, "must be above low_freq_fact"),
         (QWEN3, {"rope_scaling": {**YARN, "factor": "x"}}, "factor in config.json is 'x'"),
-        (QWEN3, {"rope_scaling": [1]}, "rope_scaling to [1], but it must be an obj"),
+        (QWEN3, {"rope_scaling": [1]}, "rope_scaling to [1], but it must be a JSON obj"),
         (
             QWEN3,
             {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}},
