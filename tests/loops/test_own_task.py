@@ -65,17 +65,13 @@ def test_training_and_evaluation_take_a_users_file(model_dir, tmp_path, task_fil
     assert text.keys() == {"reward/has", "reward/shallow"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
         ("open('/nowhere')", r"'broken' failed \(.*mine.py, line \d+: FileNotFoundError"),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in (
-                ("return [0.0]", "'broken' returned 1 values for 8 completions"),
-                ("\n        while True: pass", "'broken' took longer than 0.5 s"),
-            )
-        ),
+        ("return [0.0]", "'broken' returned 1 values for 8 completions"),
+        ("\n        while True: pass", "'broken' took longer than 0.5 s"),
     ],
 )
 def test_a_mistake_in_the_third_batch_loses_nothing(model_dir, tmp_path, task_file, fault, said):

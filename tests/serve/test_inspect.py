@@ -15,7 +15,7 @@ from tolerances import LOGPROBS  # noqa: E402
 
 MODEL = "jexit/assets/tiny-calibrated"
 COUNT = 20
-SIZES = {"max_prompt_tokens": 64, "max_new_tokens": 64, "rows": 4}  # as the server of other tests
+SIZES = {"max_prompt_tokens": 16, "max_new_tokens": 48, "rows": 4}
 
 
 @pytest.fixture(autouse=True)
