@@ -15,7 +15,6 @@ from tolerances import LOGPROBS  # noqa: E402
 
 MODEL = "jexit/assets/tiny-calibrated"
 COUNT = 20
-SIZES = {"max_prompt_tokens": 16, "max_new_tokens": 48, "rows": 4}
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +49,12 @@ def test_the_provider_decodes_and_the_task_measures(wanted):
     made, correct = wanted
     log = evaluated(
         f"jexit/{MODEL}",
-        model_args={"policy": "threshold:0.5"} | SIZES,
+        model_args={
+            "policy": "threshold:0.5",
+            "max_prompt_tokens": 16,
+            "max_new_tokens": 48,
+            "rows": 4,
+        },
         logprobs=True,
     )
     samples = sorted(log.samples, key=lambda sample: sample.id)

@@ -248,6 +248,7 @@ def test_a_body_that_does_not_arrive_is_refused(served, monkeypatch):
     with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
         client.sendall(head.encode())
         answer = client.recv(4096).decode()
+        assert client.recv(4096) == b""  # and the connection is closed
     assert answer.startswith("HTTP/1.1 408") and "has not arrived within 0.2 seconds" in answer
 
 
