@@ -208,7 +208,7 @@ class LoRA:
     alpha: Positive = 16.0
     """The scale of the adapters' update; it is divided by the rank."""
     dropout: ShareBelowOne = 0.0
-    """The share of an adapter's inputs that are dropped in training; published: 0.05."""
+    """The fraction of an adapter's inputs that are dropped in training; published: 0.05."""
     targets: Annotated[tuple[Projection, ...], Length(100)] = ("q", "k", "v", "o")
     """The projections that have an adapter."""
 
@@ -336,9 +336,9 @@ class PretrainConfig:
     rope_theta: Annotated[float, Bounds(1, 1e9)] = 1e4
     """The base of the rotary embeddings' wavelengths (arXiv:2104.09864)."""
     word_problems: Share = 0.2
-    """The share of word problems among the texts. Texts that are neither these nor tom are sums."""
+    """The fraction of word problems among the texts. Texts of neither kind are sums."""
     tom: Share = 0.0
-    """The share of theory-of-mind stories among the texts."""
+    """The fraction of theory-of-mind stories among the texts."""
     exit_loss: Coefficient = 0.0
     """The weight of the cross-entropy at the exits' logit lens (deep supervision,
     arXiv:1409.5185)."""
@@ -462,12 +462,12 @@ class RLConfig:
     """Whether λ and μ rise by dual_rate per update while accuracy is at or above the floor, and
     fall by it otherwise."""
     dual_rate: Share = 0.02
-    """The change of λ and μ per update of dual ascent, as a share of their full values."""
+    """The change of λ and μ per update of dual ascent, as a fraction of their full values."""
     accuracy_floor: Share = 0.0
     """The accuracy below which λ and μ are withheld; 0 means that they never are."""
     floor_of: Literal["absolute", "initial"] = "absolute"
-    """Whether accuracy_floor is an accuracy (absolute), or a share of the initial model's accuracy
-    at full depth (initial)."""
+    """Whether accuracy_floor is an accuracy (absolute), or a fraction of the initial model's
+    accuracy at full depth (initial)."""
     stop_on_collapse: bool = True
     """Whether to stop the run when accuracy has halved while nearly all tokens leave at the first
     exit or completions have become short. The run's model is then the last checkpoint before the
@@ -540,7 +540,7 @@ class GenerateConfig:
     top_k: CountOrZero = 0
     """Samples only from this number of the likeliest tokens; 0 means all tokens."""
     min_p: Share = 0.0
-    """Samples only from tokens with at least this share of the likeliest token's probability
+    """Samples only from tokens with at least this fraction of the likeliest token's probability
     (arXiv:2407.01082)."""
     stop: Names = ()
     """Strings that end a completion."""
@@ -716,7 +716,7 @@ def _sizes(config: Config) -> Iterator[str]:
     if p.word_problems + p.tom > 1.0:
         yield (
             "config.pretrain.word_problems and config.pretrain.tom add up to "
-            f"{p.word_problems + p.tom:g}, but the shares of the text must add up to at most 1; "
+            f"{p.word_problems + p.tom:g}, but the fractions of the text must add up to at most 1; "
             "lower one of them"
         )
 
@@ -793,7 +793,7 @@ def _reinforcement(config: Config) -> Iterator[str]:
         )
     if rl.floor_of == "initial" and rl.accuracy_floor <= 0:
         yield (
-            "config.rl.floor_of=initial makes the floor a share of the initial model's "
+            "config.rl.floor_of=initial makes the floor a fraction of the initial model's "
             f"accuracy, but config.rl.accuracy_floor is {rl.accuracy_floor:g}; set it above 0, "
             "for example to 0.9"
         )
@@ -935,7 +935,10 @@ def config_dict(command: str, preset: str = TINY_PRESET) -> ConfigDict:
 
 
 def _locked(config: ConfigDict) -> ConfigDict:
-    """Returns `config`, locked against new keys and other types except in the task's options."""
+    """Returns `config`, to which no keys can be added, and in which no value can change its type.
+
+    The options of the task are excepted.
+    """
     config.task.options = ConfigDict(config.task.options.to_dict(), type_safe=False)
     config.lock()
     config.task.options.unlock()

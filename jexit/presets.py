@@ -118,10 +118,7 @@ class Architecture:
         if scaling is not None:
             kind = scaling.get("kind")
             if kind not in SCALINGS:
-                raise UserError(
-                    f"rope_scaling is of kind {kind!r}, but jexit supports only yarn and llama3; "
-                    "use a model with one of these"
-                )
+                raise UserError(f"rope_scaling.kind is {kind!r}, but it must be yarn or llama3")
             scaling = build(SCALINGS[kind], scaling, "rope_scaling")
         return build(cls, values | {"rope_scaling": scaling}, "architecture")
 

@@ -34,7 +34,7 @@ from jexit.untrusted import read_json
 
 VERSION = 1  # of eval.json; files from before versions were counted do not contain one
 LARGEST = 1e15  # the largest count or measured value, so that charts can compute with it
-REMEDY = "delete the file, or run the command that writes it"
+REMEDY = "delete the file, or run its command again"
 
 Kind = TypeVar("Kind")
 
@@ -42,7 +42,7 @@ Kind = TypeVar("Kind")
 def _fits(fits: Any, wanted: str) -> AfterValidator:
     """Returns a validator that accepts a value if `fits(value)` is true.
 
-    `wanted` is the end of the error message, such as "a share from 0 to 1".
+    `wanted` is the end of the error message, such as "a fraction from 0 to 1".
     """
 
     def check(value: Any) -> Any:
@@ -59,7 +59,9 @@ Finite = Annotated[
     _fits(lambda value: not abs(value) > LARGEST, f"a number from -{LARGEST:g} to {LARGEST:g}"),
 ]
 Number = Annotated[Finite, BeforeValidator(lambda value: math.nan if value is None else value)]
-Share = Annotated[Finite, _fits(lambda value: not (value < 0 or value > 1), "a share from 0 to 1")]
+Share = Annotated[
+    Finite, _fits(lambda value: not (value < 0 or value > 1), "a fraction from 0 to 1")
+]
 Count = Annotated[
     int,
     Strict(),
@@ -91,7 +93,7 @@ class Record(BaseModel):
         return checked(cls, read_json(path, REMEDY), str(path))
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Writes the fields that were set as JSON to `path`, and replaces the file atomically."""
+        """Writes the explicitly set fields to `path` as JSON; replaces the file atomically."""
         write_json_atomic(path, self.model_dump(exclude_unset=True))
 
 
@@ -108,7 +110,7 @@ class PolicyResult(Record):
     """
 
     policy: str  # full, sample, threshold:X, confidence:X, fixed:N, or a control
-    accuracy: Share  # share of correct answers
+    accuracy: Share  # fraction of correct answers
     accuracy_ci95: Interval  # Wilson's interval of the accuracy
     depth_mean: Finite  # mean layers run per token
     depth_fraction: Share  # mean share of all layers run per token
@@ -120,12 +122,12 @@ class PolicyResult(Record):
     problems: Count
     tokens: Count  # tokens of all completions
     completion_length: Number = math.nan  # mean tokens per completion
-    truncated: Number = math.nan  # share of completions that were cut off
+    truncated: Number = math.nan  # fraction of completions that were cut off
     verdicts: dict[str, Count] = {}  # completions by verdict
     tokens_per_second: Number  # decoding speed without compilation
     text: dict[str, Number] = {}  # the task's own metrics of completions
     control_of: str | None = None  # the policy whose mean depth a control has
-    # FLOPs of the layers as a share of full depth; a skipped layer is not free
+    # FLOPs of the layers as a fraction of full depth; a skipped layer is not free
     compute_fraction: Number = math.nan
 
     @model_validator(mode="after")
@@ -162,7 +164,7 @@ class ControlDifference(Record):
     control: str
     accuracy_difference: Number
     accuracy_difference_ci95: Interval | None = None  # its interval, paired over problems
-    depth_fraction_difference: Number  # difference of the shares of layers run
+    depth_fraction_difference: Number  # difference of the fractions of layers run
     depth_fraction_difference_ci95: Interval | None = None  # its interval, paired over problems
     problems: Count
 
@@ -175,8 +177,8 @@ class ExitAgreement(Record):
 
     exit: Count  # the exit, given by the number of layers run before it
     kl_nats: Number  # mean KL(π_L ‖ π_e) in nats
-    same_token: Number  # share of passes with the same most likely token
-    close: Number  # share of passes with a KL under 0.05 nats
+    same_token: Number  # fraction of passes with the same most likely token
+    close: Number  # fraction of passes with a KL under 0.05 nats
 
 
 class EarlyLeaving(Record):
@@ -189,7 +191,7 @@ class EarlyLeaving(Record):
     threshold_nats: Number
     depth_fraction: Number  # mean share of all layers run per token
     kl_nats: Number  # mean KL from full depth in nats
-    same_token: Number  # share of tokens with the same most likely token
+    same_token: Number  # fraction of tokens with the same most likely token
     # the same share among the tokens that run all layers; NaN if there are none
     same_token_full_depth: Number = math.nan
 
@@ -265,10 +267,10 @@ class Planning(Record):
 class CurvePoint(Record):
     """The results when the answer is forced after only a part of the chain of thought."""
 
-    kept: Share  # share of the steps after which the answer was forced
-    same_answer: Number  # share of answers that equal the whole completion's answer
+    kept: Share  # fraction of the steps after which the answer was forced
+    same_answer: Number  # fraction of answers that equal the whole completion's answer
     of_whole: Number = math.nan  # `same_answer` divided by its value with the whole chain
-    right: Number  # share of correct answers
+    right: Number  # fraction of correct answers
 
 
 class Measure(Record):
@@ -325,12 +327,12 @@ class Capacity(Record):
     policy: str
     granularity: str  # operands per step, or the name of the step size
     problems: Count
-    accuracy: Share  # share of correct answers, or of correct steps
+    accuracy: Share  # fraction of correct answers, or of correct steps
     accuracy_ci95: Interval | None = None
     depth_fraction: Share  # mean share of all layers run per token
     completion_length: Number = math.nan  # mean tokens per completion
     step_size: Number | None = None  # mean operands per step that was written
-    obeyed: Number | None = None  # share of completions with the prescribed steps
+    obeyed: Number | None = None  # fraction of completions with the prescribed steps
     accuracy_obeyed: Number | None = None  # accuracy of the completions with the prescribed steps
     accuracy_obeyed_ci95: Interval | None = None
     left_out: Count = 0  # problems for which the model had no room

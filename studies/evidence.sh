@@ -63,7 +63,17 @@ sweep --config="$config:measure_word_problems" --into=runs/evidence-transfer-wor
 sweep --config="$config:measure" --into=runs/evidence-transfer-sums \
   "model.path=$(trained word_problems)" "$@"
 
-# Two other values of each setting, one at a time.
+# RL from other calibrations, of which 0.5 and 60 are the shipped model's settings.
+calibration="$checkout/configs/experiments/calibration.py"
+sweep --config="$calibration" --into=runs/evidence-explore sft.explore=0,0.25,0.5 "$@"
+sweep --config="$calibration" --into=runs/evidence-sharpness sft.sharpness=10,200 "$@"
+others="runs/evidence-explore/sft.explore=0|runs/evidence-explore/sft.explore=0.25"
+others+="|runs/evidence-explore/sft.explore=0.5"
+others+="|runs/evidence-sharpness/sft.sharpness=10|runs/evidence-sharpness/sft.sharpness=200"
+sweep --config="$config:reinforce" --eval="$config:compare" --into=runs/evidence-calibrations \
+  --config.rl.depth_coef=0.8 "model.path=$others" $seeds "$@"
+
+# Two other values of each setting of RL, one at a time.
 for setting in rl.kl_coef=0,0.1 optim.lora_lr=3e-4,3e-3 optim.exit_lr=1e-3,2e-2 rl.rollouts=4,16 \
   rl.temperature=0.7,1.3; do
   sweep --config="$config:reinforce" --eval="$config:compare" \

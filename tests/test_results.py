@@ -68,7 +68,7 @@ def test_what_does_not_fit_is_named_in_one_sentence():
             ("high", "runs[1].accuracy is 'high', but it must be a number"),
             (True, "runs[1].accuracy is True, but it must be a number"),
             (None, "runs[1].accuracy is None, but it must be a number"),
-            (1.5, "runs[1].accuracy is 1.5, but it must be a share from 0 to 1"),
+            (1.5, "runs[1].accuracy is 1.5, but it must be a fraction from 0 to 1"),
             (-1e300, "is -1e+300, but it must be a number from -1e+15 to 1e+15"),
         ],
         ("runs", 0, "tokens"): [

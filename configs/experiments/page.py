@@ -16,8 +16,9 @@ With a larger length penalty, steps keep their size at any depth penalty:
 
 A run takes 15 minutes on one CPU core. With the predecessor of the shipped model, all runs end at
 99.6 % correct or more. From λ = 0 to λ = 4, the depth falls from 63 to 37 % (60 to 48 layers per
-problem), the share of additions that are written out rises from 55 to 78 % (87 % before training),
-and only 32 % of the completions instead of all still obey a prescribed step size of three.
+problem), the fraction of additions that are written out rises from 55 to 78 % (87 % before
+training), and only 32 % of the completions instead of all still obey a prescribed step size of
+three.
 """
 
 import configs.rl

@@ -55,7 +55,7 @@ def rows_of(config: Config) -> int:
 
 
 def exit_share(config: Config) -> float:
-    """Returns the share of the model's layers that have an exit, a number from 0 to 1."""
+    """Returns the fraction of the model's layers that have an exit, a number from 0 to 1."""
     layers = config.pretrain.layers if config.command == "pretrain" else architecture(config).layers
     return len(check_exits(config.exits.layers, layers)) / layers
 

@@ -201,7 +201,7 @@ class Tokenizer:
             return text if answer else _left_open(text)
         except ValueError as error:
             raise UserError(
-                f"the chat template in {self._template_place} cannot be rendered ({error}); "
+                f"the chat template in {self._template_place} failed ({error}); "
                 "change the messages if it rejects them, or else correct the template or copy it "
                 "again from the checkpoint"
             ) from None
@@ -350,7 +350,7 @@ def _left_open(text: str) -> str:
     """
     before, mark, after = text.rpartition(_OPEN_END.strip())
     if not mark:
-        raise UserError("it omits the end of the message that is to be continued")
+        raise UserError("it drops the end of the last message, which the model must continue")
     # A template that strips messages has removed the mark's last character. It would also have
     # removed spaces before the mark.
     return before if after.startswith(_OPEN_END[-1]) else before.rstrip()

@@ -43,7 +43,7 @@ class Timing:
     """The speed of one kind of work, such as decoding.
 
     `implementation` is "auto" (jexit's default kernels) or "xla". `seconds` is the time of a
-    training step, or of the pass that decodes one token per prompt. `mfu` is the share of the
+    training step, or of the pass that decodes one token per prompt. `mfu` is the fraction of the
     chip's peak FLOP/s that is used, or None if it is not known.
     """
 

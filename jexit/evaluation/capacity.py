@@ -30,7 +30,7 @@ def prescribed(
     """Returns a record of each policy's accuracy on prompts that prescribe the size of the steps.
 
     `granularity` is the prescribed size, or its name. `by_policy` maps the names of policies to
-    their results and attempts, and must include `full`. A record also contains the share of
+    their results and attempts, and must include `full`. A record also contains the fraction of
     completions whose steps have this size, the accuracy of these completions (None without any)
     and, except for `full` itself, the accuracy minus that at full depth.
     """

@@ -7,7 +7,7 @@
 DIR contains the eval.json and the problems.csv of an evaluation. Without @POLICY, the policy is the
 first of eval.policies. Both evaluations must have the same problems. Prints the accuracy, layers
 per token and layers per problem of both, and then, with 95 % intervals, the difference in accuracy
-and the shares of layers that the first evaluation saves compared with the second.
+and the fractions of layers that the first evaluation saves compared with the second.
 """
 
 from __future__ import annotations
@@ -72,8 +72,9 @@ def differences(ours: Outcomes, theirs: Outcomes) -> dict[str, tuple[float, floa
     """Returns the gains of `ours` over `theirs`, as {name: (gain, low end, high end)}.
 
     The ends are those of a 95 % interval that is paired by problem. `accuracy_difference` is a
-    share of the problems, `saved_per_token` a share of the model's layers, and `saved_per_problem`
-    a share of the layers that `theirs` runs. Raises UserError if the problems differ.
+    fraction of the problems, `saved_per_token` a fraction of the model's layers, and
+    `saved_per_problem` a fraction of the layers that `theirs` runs. Raises UserError if the
+    problems differ.
     """
     if ours.problems != theirs.problems:
         raise UserError(

@@ -130,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--policy", default="full", help="full, threshold:X, fixed:N or sample")
     add("--include_path", help="folder with task files, in addition to lm-eval's own")
     add("--num_fewshot", type=_whole, help="number of worked examples before each question")
-    add("--limit", type=_count, help="number of questions per task; below 1: a share of them")
+    add("--limit", type=_count, help="number of questions per task; below 1: a fraction of them")
     add("--output", help="JSON file for the results")
     add("--log_samples", action="store_true", help="keep every question and answer in the output")
     add("--apply_chat_template", action="store_true", help="use the model's chat format")

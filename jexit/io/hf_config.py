@@ -297,7 +297,7 @@ def read_adapter_config(directory: pathlib.Path) -> tuple[LoRA, str]:
     if not isinstance(base, str):
         raise UserError(
             f"{file} sets base_model_name_or_path to {base!r}, but it must be a string; copy the "
-            "file again"
+            "file again from the original adapter"
         )
     return lora, base
 

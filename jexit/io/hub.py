@@ -72,7 +72,7 @@ def upload(directory: str | os.PathLike[str], hub_id: str) -> None:
         )
     except Exception as error:
         raise UserError(
-            f"{directory} is written, but it cannot be uploaded to {hub_id} ({_reason(error)}); "
+            f"{directory} has been written, but its upload to {hub_id} failed ({_reason(error)}); "
             "check the network, log in with a token that has write access (hf auth login), then "
             f"run: hf upload --private {hub_id} {directory}"
         ) from error

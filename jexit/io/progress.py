@@ -164,7 +164,7 @@ def format_value(name: str, value: Any) -> str:
 
 
 def is_share(name: str) -> bool:
-    """Returns whether the metric `name` is a share from 0 to 1, which is shown in per cent.
+    """Returns whether the metric `name` is a fraction from 0 to 1, which is shown in per cent.
 
     The whole name or its last part decides, such as `fraction` in `depth/fraction`.
     """

@@ -191,9 +191,9 @@ class Safetensors:
         embedding = self._reader.read("model.embed_tokens.weight")
         if not np.array_equal(embedding, self._reader.read(names.TIED_HEAD)):
             raise UserError(
-                f"{self.directory} ties its embeddings (tie_word_embeddings), but its "
-                f"{names.TIED_HEAD} differs from them; set tie_word_embeddings to false in its "
-                "config.json if the head is meant to differ"
+                f"{self.directory}/config.json sets tie_word_embeddings, but {names.TIED_HEAD} "
+                "differs from the embeddings; set it to false if the head is separate, or else "
+                "copy the weights again"
             )
 
 

@@ -309,7 +309,7 @@ def _interpreted() -> bool:
     if platform == "cpu":
         return True
     if platform not in ("gpu", "cuda"):
-        raise NotImplementedError(f"the kernel is written for GPUs, not for {platform}")
+        raise NotImplementedError(f"the kernel runs on GPUs, not on {platform}")
     if not any(name in kind for name in ("H100", "H200", "H800", "H20")):
         raise NotImplementedError(f"the kernel's tile sizes are for Hopper GPUs, not for {kind}")
     return False

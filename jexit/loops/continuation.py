@@ -59,7 +59,7 @@ def fitted_continuation(stage: Stage, trajectories: Trajectories, trainable: Par
         tokens, first = int(sums.count + held_back.count), stage.exit_layers[0]
         shares = ", ".join(f"{1 - share:.2f}" for share in found.unexplained_L)
         print(
-            f"Fitted a linear continuation on {tokens:,} tokens. The share of the held-back "
+            f"Fitted a linear continuation on {tokens:,} tokens. The fraction of the held-back "
             f"updates' variance that it explains, layer by layer from layer {first}, is: {shares}"
         )
 

@@ -65,7 +65,7 @@ class Packed:
 
     @property
     def padding(self) -> float:
-        """The share of positions that do not contain a token."""
+        """The fraction of positions that do not contain a token."""
         return 1.0 - self.tokens / self.shape.positions
 
     def placed(

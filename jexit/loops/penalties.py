@@ -23,8 +23,8 @@ class AccuracyFloor:
     """The lowest accuracy that the depth and length penalties must preserve (0: no floor).
 
     `rollouts` is the floor for training rollouts, and `held_out` that for held-out problems. If the
-    floors are a share of the initial model's accuracy, `length` is the mean length of that model's
-    completions in tokens; otherwise it is 0.
+    floors are a fraction of the initial model's accuracy, `length` is the mean length of that
+    model's completions in tokens; otherwise it is 0.
     """
 
     rollouts: float

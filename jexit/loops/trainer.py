@@ -109,9 +109,10 @@ class Trainer:
         self._compilations.shapes = shapes
 
     def chosen(self, state: TrainState) -> TrainState:
-        """Returns the state of the best checkpoint with `checkpoint.final=best`, otherwise `state`.
+        """Returns the state from which the model is written.
 
-        If no checkpoint has a score, the result is `state` too.
+        It is that of the best checkpoint if `checkpoint.final` is `best` and a checkpoint has a
+        score, otherwise `state`.
         """
         step = self.checkpoints.best_step() if self.config.checkpoint.final == "best" else None
         if step is None:

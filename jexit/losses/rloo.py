@@ -126,17 +126,18 @@ def causal_depth_cost(
     norm: str,
     length_ref: float,
 ) -> Float[Array, "J W"]:
-    """Returns the depth cost charged to each token: that of the rollout without earlier tokens.
+    """Returns the depth cost charged to each token: the rollout's less that of earlier tokens.
 
     The cost of token t is Σ_s d_s / n − Σ_{s<t} d_s / n̄, where d_s = depth/L of the pass that
-    produced token s. Token t is thus charged only for d_t and later depths (causal credit).
+    produced token s. If n = n̄, this is Σ_{s≥t} d_s / n: token t is charged for d_t and later
+    depths only (causal credit).
 
-    - `norm="total"`: n = n̄ = `length_ref`, so the result is exactly Σ_{s≥t} d_s / `length_ref`.
+    - `norm="total"`: n = n̄ = `length_ref`.
     - `norm="mean"`: s runs over the action positions (`action_JW`) of the rollout, and n is their
       number. n̄ is the mean of n over the other rollouts of the prompt, a group of `rollouts`
-      adjacent rows, without rows where `keep_J` is 0. If all rows have the same n, the result is
-      Σ_{s≥t} d_s / n. Dividing by n instead of n̄ would reward ending the text: n depends on tokens
-      after t, so Σ_{s<t} d_s / n would not be a baseline.
+      adjacent rows, excluding rows where `keep_J` is 0; if there are none, nothing is subtracted.
+      Dividing by n instead of n̄ would reward ending the text: n depends on tokens after t, so
+      Σ_{s<t} d_s / n would not be a baseline.
 
     A rollout without action positions ran at full depth and costs 1, as in `depth_cost`.
     """
@@ -229,7 +230,7 @@ def k3(log_student: Array, log_teacher: Array) -> Array:
 
 
 def zero_spread_groups(verifier_J: Float[Array, "J"], rollouts: int) -> Float[Array, ""]:
-    """Returns the share of groups whose verifier rewards are all equal, a scalar from 0 to 1.
+    """Returns the fraction of groups whose verifier rewards are all equal, a scalar from 0 to 1.
 
     A group is `rollouts` adjacent rows, the rollouts of one prompt.
     """

@@ -49,9 +49,9 @@ def splash_attention(
 ) -> Float[Array, "B T N H"]:
     """Returns softmax(q·k / sqrt(H)) · v over the keys at or before each query in its segment.
 
-    If a row packs several texts, `segment_BT` contains the number of each position's text;
-    otherwise it is a mask that is False at padding, on either side (None: no padding). `interpret`
-    runs the kernel's code on any platform, very slowly.
+    `segment_BT` is a mask that is False at padding, on either side, or, if a row packs several
+    texts, the number of each position's text, which is 0 at padding. None means no padding. With
+    `interpret`, the kernel runs in Pallas's interpret mode, on any platform but very slowly.
     """
     length, heads, width = q_BTNH.shape[1:]
     block = block_size(length)

@@ -102,10 +102,11 @@ class Run:
     """The results of `run`; results that were not requested are None.
 
     `hidden_BTD` is the output of the final norm; the logits are `hidden_BTD` · headᵀ. `depth_BT` is
-    the number of layers that each token ran. `residual_RBTD` contains the residual at each of the R
-    `residual_layers`. In a layer that a token skips, the token's keys and values are computed from
-    the residual that enters the layer. Hazard logits at exits beyond a token's depth are computed
-    although the token has already left; the distribution of depths ignores them.
+    the number of layers that each token ran. `residual_RBTD` contains the residual that enters
+    each of the R `residual_layers`, or, for layer L, the one after the last layer. In a layer that
+    a token skips, the token's keys and values are computed from the residual that enters the layer.
+    `hazard_logits_BTE` also contains logits for exits beyond a token's depth, where the token has
+    already left; the distribution of depths ignores them.
     """
 
     hidden_BTD: HiddenBTD

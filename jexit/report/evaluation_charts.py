@@ -25,7 +25,7 @@ CONTROL = "link dash1"
 
 
 def accuracy_over_depth(runs: Sequence[Run]) -> list[Chart]:
-    """Returns charts of accuracy over the share of layers run, one chart per task.
+    """Returns charts of accuracy over the fraction of layers run, one chart per task.
 
     Each policy is a point with 95 % intervals. A control is a hollow point, joined by a line to the
     policy whose mean depth it matches. Another line joins a run's threshold policies, by depth.
@@ -107,7 +107,7 @@ def _point(chart: Chart, result: PolicyResult, classes: str, run: str) -> None:
 
 
 def histograms(run: Run) -> list[Chart]:
-    """Returns a histogram for each policy: the share of tokens over the number of layers run."""
+    """Returns a histogram for each policy: the fraction of tokens over the number of layers run."""
     known = [result for result in run.evaluation.runs if result.depth_histogram]
     layers = run.evaluation.model.layers
     depths = {int(depth) for result in known for depth in result.depth_histogram}
@@ -136,8 +136,9 @@ def histograms(run: Run) -> list[Chart]:
 def early_answering(entries: Sequence[Faithfulness]) -> Chart | None:
     """Returns a chart of the answers forced after part of the chain of thought.
 
-    Over the share of steps kept, lines show the share of answers that equal the final answer, and
-    the share of correct answers. Returns None if no entry contains the measure `early_answering`.
+    Over the fraction of steps kept, lines show the fraction of answers that equal the final answer,
+    and the fraction of correct answers. Returns None if no entry contains the measure
+    `early_answering`.
     """
     curves = [
         (entry.policy, measure.curve)
@@ -174,7 +175,7 @@ def early_answering(entries: Sequence[Faithfulness]) -> Chart | None:
 
 
 def _agreement(curve: Sequence[CurvePoint]) -> list[float]:
-    """Returns at each point the share of answers that equal the whole completion's answer.
+    """Returns at each point the fraction of answers that equal the whole completion's answer.
 
     The share is divided by that after the whole chain, if this is known at all points, and is at
     most 1.

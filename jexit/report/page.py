@@ -46,7 +46,7 @@ def write_page(runs: Sequence[Run], output: str | os.PathLike[str] | None = None
 
 
 def page(runs: Sequence[Run]) -> Markup:
-    """Renders the whole report from `templates/page.html`, the template that contains its text."""
+    """Renders the whole report with the template `templates/page.html`."""
     return render(
         "page.html",
         runs=runs,

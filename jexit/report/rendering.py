@@ -69,7 +69,7 @@ def short_number(value: float, digits: int = 3) -> str:
 
 
 def per_cent(value: float | None, digits: int = 1) -> str:
-    """Formats a share from 0 to 1 in per cent, or as a dash if the share is unknown."""
+    """Formats a fraction from 0 to 1 in per cent, or as a dash if the share is unknown."""
     known = value is not None and math.isfinite(value)
     return f"{number(100 * value, digits)}{NO_BREAK}%" if known else "–"
 

@@ -15,7 +15,7 @@ from jexit.report.colours import SERIES, depth_class
 from jexit.report.rendering import NO_BREAK, per_cent, short_number
 from jexit.report.runs import Run
 
-# The share of the curve that one point of the running mean averages over.
+# The fraction of the curve that one point of the running mean averages over.
 MEAN_SPAN = 0.05
 # Up to this number, measured points are marked one by one and no running mean is drawn.
 MARKED_POINTS = 25
@@ -48,8 +48,8 @@ class Panel:
     def tells(self, runs: Sequence[Run]) -> bool:
         """Returns whether any run has informative values of a metric of the panel.
 
-        Not informative are the loss of reinforcement, and shares of truncated completions that are
-        all 0.
+        Not informative are the loss of reinforcement, and fractions of truncated completions that
+        are all 0.
         """
         curves = [run.curves for run in runs if any(name in run.curves for name in self.metrics)]
         if "loss" in self.metrics:  # the height of a policy gradient's loss means nothing
@@ -274,7 +274,7 @@ def _told(lines: Sequence[Line], panel: Panel) -> list[tuple[float, str]]:
 
 
 def _depth_band(chart: Chart, line: Line) -> None:
-    """Draws the range that contains the middle 80 % of the depths, as shares of all layers.
+    """Draws the range that contains the middle 80 % of the depths, as fractions of all layers.
 
     Draws nothing if the run has not logged this range, or its number of layers is unknown.
     """
@@ -300,7 +300,7 @@ def _layer(name: str) -> str:
 
 
 def _leaving(run: Run, several: bool) -> Chart:
-    """Returns a stacked area chart of the shares of tokens by layers run, over training steps.
+    """Returns a stacked area chart of the fractions of tokens by layers run, over training steps.
 
     With `several` runs on the page, the title names the run.
     """

@@ -22,6 +22,7 @@ from jexit.rollout.requests import Request
 from jexit.rollout.results import Grown
 from jexit.rollout.sampling import TRUNCATIONS, Draws, MixedSampling, Sampling
 from jexit.rollout.scheduling import AUTOMATIC, columns_bucket, fitted
+from jexit.settings import shown
 
 AT_ONCE = 64  # most completions under way at a time; `EngineSize` can only lower it
 PREFIXES = 8  # most prefilled prompts whose completions wait for a row
@@ -201,16 +202,20 @@ class Arrivals:
             )
         request.check(self._engine.model)
         _ = request.policy.setting  # raises UserError for a policy that differs between tokens
-        asked = (
-            sorted(request.eos_ids), request.adapters, request.samples_per_prompt, request.forced,
-            request.total,
-        )  # fmt: skip
-        if asked != (self._eos_N.tolist(), self._engine.adapters, 1, None, None):
-            raise UserError(
-                "a request that joins a running pool must use the pool's end tokens and its "
-                "adapters setting, one sample per prompt, no forced prefix and no total; decode "
-                "any other request with rollout"
-            )
+        demanded = {
+            "eos_ids": tuple(self._eos_N.tolist()),
+            "adapters": self._engine.adapters,
+            "samples_per_prompt": 1,
+            "forced": None,
+            "total": None,
+        }
+        asked = vars(request) | {"eos_ids": tuple(sorted(request.eos_ids))}
+        for name, value in demanded.items():
+            if asked[name] != value:
+                raise UserError(
+                    f"{name} is {shown(asked[name])}, but a request that joins this running pool "
+                    f"needs {name}={shown(value)}; change it, or decode the request with rollout"
+                )
 
     @property
     def _free_slots(self) -> set[int]:

@@ -47,8 +47,8 @@ class Rollouts:
     truncated_B: np.ndarray  # bool: reached `max_new_tokens` without an end token
     shape: tuple[int, int]  # compiled sizes: padded prompt length and final cache slots
     seconds: float  # without compilation
-    prompt_padding: float  # share of the prefilled positions that are padding, over all devices
-    idle: float  # share of the rows of all ticks that stayed empty, weighted by the ticks' costs
+    prompt_padding: float  # fraction of the prefilled positions that are padding, over all devices
+    idle: float  # fraction of the rows of all ticks that stayed empty, weighted by the ticks' costs
 
     @property
     def rows(self) -> int:

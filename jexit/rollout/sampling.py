@@ -60,7 +60,7 @@ class Sampling:
             )
         if not 0.0 <= min_p <= 1.0:
             raise UserError(
-                f"min_p is {min_p}, but a share of the most likely token's probability must be "
+                f"min_p is {min_p}, but a fraction of the most likely token's probability must be "
                 "from 0 to 1; set min_p=0 to keep every token"
             )
         greedy = temperature == 0.0

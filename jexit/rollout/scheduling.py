@@ -36,7 +36,7 @@ ROWS_A_PLACE = 3  # rows of the pool per row of a tick: some wait at other segme
 # more padding.
 PREFILL_TOKENS = {"cpu": 512, "gpu": 2048, "tpu": 2048}
 GROUP_PARTS = (1, 2, 4)  # a prefill has the rows that fit these positions, divided by one of these
-CALL_SHARE = 1 / 16  # cost of a call, which reads all weights, as a share of these positions
+CALL_SHARE = 1 / 16  # cost of a call, which reads all weights, as a fraction of these positions
 # Share of an accelerator's memory for the pool's keys and values. Those of the prompts take up to
 # the same amount again.
 CACHE_SHARE = 0.3

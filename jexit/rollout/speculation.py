@@ -70,11 +70,17 @@ class Speculation:
                 "policy Speculate decodes on one data shard of one host, but the mesh has several "
                 "shards or the request sets total; run one process per device, or change the policy"
             )
-        if request.samples_per_prompt > 1 or request.forced is not None or request.hazards:
-            raise UserError(
-                "policy Speculate records no hazards and supports neither forced prefixes nor "
-                "several samples per prompt; leave these settings out, or use another policy"
-            )
+        wrong = {
+            "hazards=True": request.hazards,
+            "a forced prefix": request.forced is not None,
+            f"samples_per_prompt={request.samples_per_prompt}": request.samples_per_prompt > 1,
+        }
+        for setting, given in wrong.items():
+            if given:
+                raise UserError(
+                    f"the request sets {setting}, but the policy Speculate does not support it; "
+                    "leave it out, or use another policy"
+                )
         self._layer = policy.layer
         self._exit = self.model.exit_layers.index(policy.layer)
         self._eos = set(request.eos_ids)

@@ -20,6 +20,7 @@ from jexit.rollout.requests import Request
 from jexit.rollout.residuals import checked_layers, residuals_of
 from jexit.rollout.scheduling import AUTOMATIC
 from jexit.rollout.speculation import Speculation
+from jexit.settings import shown
 from jexit.tasks.base import conversation_fault
 
 STOP_EVERY = 16  # token-drawing ticks between two searches for stop strings
@@ -42,7 +43,7 @@ class Generation:
     residuals: list[np.ndarray] | None  # [tokens, layers, D], of the pass that produced each token
     truncated: list[bool]
     seconds: float
-    acceptance: float | None  # share of drafted tokens that were accepted, under `Speculate`
+    acceptance: float | None  # fraction of drafted tokens that were accepted, under `Speculate`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -245,12 +246,13 @@ def _asked(
         if isinstance(prompt, str):
             continue
         fault = conversation_fault(prompt) if chat else "is not a string"
+        wanted = (
+            "the text of the user's message, or a list of chat messages"
+            if chat
+            else "a string that is already formatted, or leave chat=False out"
+        )
         if fault:
-            raise UserError(
-                f"prompt {index} is {prompt!r:.60}, which {fault}; give the "
-                "text of the user's message or a list of chat messages, or with chat=False a "
-                "string that is already formatted"
-            )
+            raise UserError(f"prompt {index} is {shown(prompt)}, which {fault}; give {wanted}")
     encode = tokenizer.encode_prompts if chat else tokenizer.encode_texts
     request = Request(
         prompts=encode(list(prompts)),

@@ -54,8 +54,8 @@ def problems(
     """Returns an Inspect task with the first `problems` problems of one split of a jexit task.
 
     `task` is one of jexit's tasks or a user's own (FILE.py:NAME), with the given `options`. The
-    evaluation reports the accuracy by the task's verdicts, the share of layers run per token, and
-    the layers run per problem.
+    evaluation reports the accuracy by the task's verdicts, the fraction of layers run per token,
+    and the layers run per problem.
     """
     made = tasks.make_task(task, **options)
     size = made.size(split)
@@ -94,7 +94,7 @@ def layers_per_problem() -> Metric:
 
 @metric
 def depth_fraction() -> Metric:
-    """Reports the share of the model's layers that ran, over the tokens of all answers.
+    """Reports the fraction of the model's layers that ran, over the tokens of all answers.
 
     The result is NaN without depths, which only the provider `jexit` reports.
     """

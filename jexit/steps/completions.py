@@ -98,7 +98,7 @@ class Completions:
     def by_completion(self, values_BC: Array, shape: tuple[int, int]) -> Array:
         """Rearranges values in packed rows [B, C] into [J, W], a row per completion; 0 at padding.
 
-        `shape` is (J, W); the inverse of `by_row`.
+        This is the inverse of `by_row`. `shape` is (J, W).
         """
         index_BC = jnp.where(self.token_BC, self.index_BC, shape[1])  # beyond the end: dropped
         values_JW = jnp.zeros(shape, values_BC.dtype)

@@ -263,7 +263,7 @@ class Fit:
     maps: tuple[np.ndarray, ...]  # A [L, D, D], or with a rank its factors [L, D, R], [L, R, D]
     b_LD: np.ndarray
     strength_L: list[float]
-    unexplained_L: list[float]  # share of held-back variance, for maps fitted without these tokens
+    unexplained_L: list[float]  # fraction of held-back variance, fitted without these tokens
 
 
 def fit(

@@ -1,6 +1,7 @@
-"""The RL step: an RLOO update on rollouts, in which an action is a token and the depth of its pass.
+"""The RL step: an RLOO update on rollouts.
 
-The reward contains a penalty on depth.
+An action is a token together with the depth of the pass that produced it. The reward contains a
+penalty on depth.
 """
 
 from __future__ import annotations
@@ -338,7 +339,7 @@ def tempered(hidden_BCD: Array, temperature: float) -> Array:
 def depth_metrics(batch: RLBatch, exit_layers: tuple[int, ...], layers: int) -> Metrics:
     """Returns metrics of depth: mean, quantiles, layers per problem, and use of each depth.
 
-    `exit/LAYER` is the share of tokens with this depth among those that could leave early; the
+    `exit/LAYER` is the fraction of tokens with this depth among those that could leave early; the
     other metrics also count the first token of each rollout.
     """
     token_JW, depth_JW = batch.token_JW, batch.depth_JW

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from jexit.errors import UserError
 
-# With `steps="mixed"`, the shares of prompts that leave a step's size free, that prescribe it, and
-# that request the answer without steps.
+# With `steps="mixed"`, the fractions of prompts that leave a step's size free, that prescribe it,
+# and that request the answer without steps.
 MIXTURE: Mapping[str, float] = {"free": 0.45, "prescribed": 0.40, "at_once": 0.15}
 
 

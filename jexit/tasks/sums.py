@@ -95,11 +95,11 @@ class Sums(ChainTask):
     ) -> dict[str, tuple[float, int]]:
         """Returns (sum, count) for each of four metrics of the steps in the completions.
 
-        `written_out` is the share of additions that are written out, Σ written_reductions / Σ
+        `written_out` is the fraction of additions that are written out, Σ written_reductions / Σ
         (operands − 1). `step_size` is the mean number of operands that a step reduces. The jump
         from a list to the answer counts as a step, but a repetition of the list does not.
-        `steps_correct` is the share of steps whose result follows from the list before them.
-        `as_announced` is the share of written steps whose plus signs agree with their size.
+        `steps_correct` is the fraction of steps whose result follows from the list before them.
+        `as_announced` is the fraction of written steps whose plus signs agree with their size.
         """
         written_out = additions = 0
         steps = []

@@ -155,5 +155,5 @@ def test_up_to_the_hub_and_down_from_it(trained, tmp_path, hub, capsys, monkeypa
     monkeypatch.setenv("HF_TOKEN", "wrong")
     kept = tmp_path / "kept"
     code, said = run(to_hf, f"--source={trained}", f"--target={kept}", "--push=me/exits")
-    assert code == 1 and "kept is written, but it cannot be uploaded to me/exits (" in said
+    assert code == 1 and "kept has been written, but its upload to me/exits failed (" in said
     assert (kept / "model.safetensors").exists()

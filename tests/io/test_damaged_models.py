@@ -167,7 +167,7 @@ def test_settings_that_the_files_do_not_bear_out_are_refused_at_once(hf, peft, m
         ({"family": "mistral"}, "family is 'mistral'; choose one of qwen2, qwen3, llama"),
         (
             {"rope_scaling": {"kind": "linear"}},
-            "of kind 'linear', but jexit supports only yarn",
+            "kind is 'linear', but it must be yarn or llama3",
         ),
     ):
         before = (models / "whole" / "jexit.json").read_text()

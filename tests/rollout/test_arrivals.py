@@ -140,8 +140,8 @@ def test_what_a_pool_cannot_do_is_refused(pool):
             request(3, max_new_tokens=21, key=0),
             "which allows at most 16 prompt tokens and 20 new tokens; shorten the prompt",
         ),
-        (request(3, samples_per_prompt=2, key=0), "one sample per prompt"),
-        (request(3, eos_ids=(1,), key=0), "must use the pool's end tokens"),
+        (request(3, samples_per_prompt=2, key=0), "needs samples_per_prompt=1"),
+        (request(3, eos_ids=(1,), key=0), r"eos_ids is \(1,\), but a request that joins"),
     ]:
         with pytest.raises(ValueError, match=sentence):
             pool.join(asked)

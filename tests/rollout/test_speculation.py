@@ -139,8 +139,8 @@ def test_what_it_cannot_do_is_refused(model, prompts):
     for changed, said in [
         ({"policy": Speculate(3)}, "Speculate has layer 3, but tokens can be drafted only at the"),
         ({"policy": Speculate(5)}, r"the exits \(1, 2, 4\); give one of these"),
-        ({"hazards": True}, "records no hazards"),
-        ({"samples_per_prompt": 2}, "several samples per prompt"),
+        ({"hazards": True}, "sets hazards=True, but the policy Speculate does not"),
+        ({"samples_per_prompt": 2}, "sets samples_per_prompt=2"),
     ]:
         with pytest.raises(ValueError, match=said):
             Speculation(model, Request(**base | {"policy": Speculate(2)} | changed))

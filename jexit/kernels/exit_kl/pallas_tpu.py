@@ -23,7 +23,7 @@ def exit_kl(
     if h_final_ND.shape[0] == 0:
         return reference.exit_kl(h_final_ND, h_exits_END, head_VD)
     if h_exits_END.shape[0] == 0:
-        raise NotImplementedError("the kernel needs at least one exit")
+        raise NotImplementedError("there are 0 exits, but the kernel needs at least one")
     tpu.check_covers(Operands((h_final_ND, h_exits_END), (head_VD,)))
     return tiled.exit_kl(partial(_statistics, tile), h_final_ND, h_exits_END, head_VD)
 
