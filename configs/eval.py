@@ -19,13 +19,10 @@ def get_config(preset: str = "tiny"):
         )
         config.eval.measures = EVAL_MEASURES
         config.eval.max_new_tokens = 56
-        config.sft.sharpness = 60.0  # the calibration's own, which hazards are measured against
-        config.sft.target = "student"
         return config
     config.model.path = f"runs/rl-{config.preset}"
     config.task.name = "gsm8k"
     config.eval.max_new_tokens = 512
     config.eval.policies = ("full", "sample", "shuffled", "fixed:matched", "threshold:0.5")
     config.eval.measures = tuple(name for name in EVAL_MEASURES if name != "capacity")
-    config.sft.target = "student"
     return config

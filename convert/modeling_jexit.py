@@ -118,7 +118,9 @@ class Exits(nn.Module):
     def __init__(self, config: dict[str, Any], tensors: dict[str, torch.Tensor], layers: int):
         super().__init__()
         self.exit_layers, self.layers = tuple(config["exit_layers"]), layers
-        self.policy, self.temperature, self.min_hazard = "full", 1.0, 0.0
+        self.policy = "full"
+        self.temperature = config.get("hazard_temperature") or 1.0  # which is above 0
+        self.min_hazard = config.get("min_hazard") or 0.0
         self.depth_BT = None  # no pass is under way
         eps = config["rms_norm_eps"]
         self.heads = nn.ModuleDict(

@@ -93,6 +93,9 @@ MOST_TOGETHER = {
 }
 MOST_PARAMETERS = 10**10  # in a trunk that is trained from random weights
 
+# The settings, by section, under which exits are trained. The model keeps them.
+TRAINED_UNDER = {"rl": ("hazard_temperature", "min_hazard"), "sft": ("sharpness", "target")}
+
 # The metrics that can rank checkpoints, for each command that trains. In RL they are measured on
 # the validation split before a checkpoint is written, because the reward of the training batches
 # falls while λ and μ rise, whether or not the model becomes worse.
@@ -178,7 +181,16 @@ class ExitHead:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExitSettings(ExitHead, Continuation):
-    """The settings of a model's exit heads and of the continuation that replaces skipped layers."""
+    """The settings of a model's exit heads and of the continuation that replaces skipped layers.
+
+    The last four are those of `RLConfig` and `SFTConfig` under which the heads were trained; None
+    means that they are not known.
+    """
+
+    hazard_temperature: Temperature | None = None
+    min_hazard: ShareBelowOne | None = None
+    sharpness: Positive | None = None
+    target: Literal["teacher", "student"] | None = None
 
     def __post_init__(self) -> None:
         check(self)
@@ -619,10 +631,17 @@ class Config:
     @property
     def exit_settings(self) -> ExitSettings:
         """The settings of the exit heads and the continuation that a run trains."""
+        trained = {
+            name: getattr(getattr(self, section), name)
+            for section, names in TRAINED_UNDER.items()
+            if self.command in ("sft", section)
+            for name in names
+        }
         return ExitSettings(
             **dataclasses.asdict(self.exit_head),
             continuation=self.exits.continuation,
             continuation_rank=self.exits.continuation_rank,
+            **trained,
         )
 
     @property

@@ -15,7 +15,8 @@ from jexit.presets import Architecture, Yarn
 
 TOKENIZER = pathlib.Path(jexit.__file__).parent / "assets" / "tiny"
 ADAPTER = LoRA(rank=2, alpha=6.0, dropout=0.1, targets=("q", "down"))
-HEAD = ExitSettings(kind="mlp", norm="rms", bias=-1.5)
+TRAINED = {"hazard_temperature": 0.4, "min_hazard": 0.2, "sharpness": 7.0, "target": "student"}
+HEAD = ExitSettings(kind="mlp", norm="rms", bias=-1.5, **TRAINED)
 
 
 def make_model(vocab_size, *, exits=(1, 2), head=HEAD, lora=ADAPTER, tied=True, layers=3):

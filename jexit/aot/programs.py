@@ -19,8 +19,6 @@ from jexit.config import Config, check_exits, control_of
 from jexit.data.tokenizer import Tokenizer
 from jexit.dist import data_shards
 from jexit.errors import UserError
-from jexit.evaluation.confidence import is_confidence
-from jexit.evaluation.decoder import make_policy
 from jexit.evaluation.exits import compare_exits
 from jexit.evaluation.faithfulness import LIKELIHOODS, MEASURES
 from jexit.evaluation.hazards import decisions_and_targets
@@ -34,7 +32,7 @@ from jexit.loops.setup import execution_of, sample_policy
 from jexit.loops.sft import HEADS_TOKENS
 from jexit.loops.trajectories import rows_of_batch
 from jexit.model.attention import choose_attention
-from jexit.model.policies import Full, Policy, Prescribed
+from jexit.model.policies import Full, Policy, Prescribed, policy_of
 from jexit.model.transformer import Transformer
 from jexit.presets import PRESETS, Architecture
 from jexit.steps.completions import Completions, bucket_length
@@ -70,7 +68,7 @@ def programs(config: Config, mesh: Mesh) -> Iterator[Program]:
     split = split_model(model, full=config.lora.rank == 0, keep_teacher=taught)
     fixed = Fixed(*(placed_parameters(part, mesh) for part in split.fixed))
     split = SplitModel(split.graphdef, placed_parameters(split.trainable, mesh), fixed)
-    layers, section = model.arch.layers, config.eval
+    section = config.eval
     state = None
     if config.command in ("finetune", "sft", "rl"):
         optimizer, state = _optimized(config, mesh, model, split, full=config.lora.rank == 0)
@@ -95,7 +93,7 @@ def programs(config: Config, mesh: Mesh) -> Iterator[Program]:
             config.batch_size,
             config.rl.rollouts,
             config.rl.max_new_tokens,
-            [("", _policy(config, "sample", layers))],
+            [("", _policy(config, "sample"))],
         )
         yield _update(config, mesh, split, state, optimizer)
     names: tuple[str, ...] = (
@@ -106,7 +104,7 @@ def programs(config: Config, mesh: Mesh) -> Iterator[Program]:
         names = config.eval.policies if config.command == "eval" else (config.generate.policy,)
     prompts, new = _prompts(config), section.max_new_tokens
     # Thresholds and prescribed depths are arguments: one program serves all of them.
-    policies = dict(_labelled(config, name, prompts, new, layers) for name in names)
+    policies = dict(_labelled(config, name, prompts, new) for name in names)
     kind = "generation" if config.command == "generate" else "evaluation"
     yield from rollouts.programs(kind, prompts, 1, new, list(policies.items()))
     if config.command == "eval":
@@ -122,7 +120,7 @@ def _measurements(
     measures = set(config.eval.measures)
     if measures & (set(MEASURES) - set(LIKELIHOODS)):
         both = 2 * prompts  # a measure's two arms share a decode
-        label, policy = _labelled(config, config.eval.measured, both, new, layers)
+        label, policy = _labelled(config, config.eval.measured, both, new)
         policies = {label: policy, " (full)": Full()}
         yield from rollouts.programs(
             "measurement", both, 1, new, list(policies.items()), forced=new
@@ -135,7 +133,7 @@ def _measurements(
     batch = _completions(config, mesh, count, new)
     student = split.decodable(split.trainable)
     if measures & set(LIKELIHOODS):
-        label, policy = _labelled(config, config.eval.measured, count, new, layers)
+        label, policy = _labelled(config, config.eval.measured, count, new)
         yield Program(
             name=f"likelihoods of answers{label}",
             function=token_scores,
@@ -170,28 +168,26 @@ def _measurements(
         )  # fmt: skip
 
 
-def _labelled(
-    config: Config, name: str, rows: int, columns: int, layers: int
-) -> tuple[str, Policy]:
+def _labelled(config: Config, name: str, rows: int, columns: int) -> tuple[str, Policy]:
     """Returns (label, policy) for the policy called `name`; step names contain the label.
 
     The policy has abstract arrays. A control, which prescribes the depth of every token, gets
-    abstract depths [rows, columns]. Raises UserError for a confidence policy, whose exits are not
-    those of the config's model.
+    abstract depths [rows, columns]. Raises UserError for `confidence:X`, whose exits are not those
+    of the config's model, and for `speculate:N`, which has a decoder of its own.
     """
-    if is_confidence(name):
-        raise UserError(
-            f"policy {name!r} cannot be compiled ahead of time, because it replaces the model's "
-            "exit heads; remove it from config.eval.policies"
-        )
     if control_of(name) is not None:
         return " (prescribed)", Prescribed(jax.ShapeDtypeStruct((rows, columns), jnp.int32))
-    return f" ({name.partition(':')[0]})", _policy(config, name, layers)
+    if name.partition(":")[0] in ("confidence", "speculate"):
+        raise UserError(
+            f"policy {name!r} cannot be compiled ahead of time; leave it out, or use another one, "
+            "such as threshold:0.5"
+        )
+    return f" ({name.partition(':')[0]})", _policy(config, name)
 
 
-def _policy(config: Config, name: str, layers: int) -> Policy:
+def _policy(config: Config, name: str) -> Policy:
     """Returns the policy `name` with abstract arrays, as absent devices cannot hold values."""
-    return jax.eval_shape(lambda: make_policy(name, layers, sample_policy(config)))
+    return jax.eval_shape(lambda: policy_of(name, sample_policy(config)))
 
 
 def _prompts(config: Config) -> int:

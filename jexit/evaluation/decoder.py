@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from jexit.config import EngineSize, parse_policy
+from jexit.config import EngineSize
 from jexit.data.tokenizer import Tokenizer
 from jexit.dist import gather, host_rows
-from jexit.errors import UserError
 from jexit.evaluation.confidence import confident, is_confidence
-from jexit.model.policies import Fixed, Full, Policy, Sample, Threshold
+from jexit.model.policies import Policy, Sample, policy_of
 from jexit.rollout import Rollouts, rollout
 from jexit.tasks import Attempt, Verdict
 
@@ -40,7 +39,7 @@ class Decoder:
     seed: int
 
     def policy(self, name: str) -> Policy:
-        return make_policy(name, self.layers, self.sample, "confidence")
+        return policy_of(name, self.sample, "confidence")
 
     def under(self, name: str) -> Decoder:
         """Returns this decoder, with `ConfidenceHeads` if the policy called `name` needs them."""
@@ -124,24 +123,3 @@ def attempts_of(
             )
         )
     return attempts
-
-
-def make_policy(text: str, layers: int, sample: Sample = Sample(), *kinds: str) -> Policy:
-    """Returns the policy with a name such as `full`, `sample`, `threshold:0.5` or `fixed:6`.
-
-    `sample` is the policy to return for the name `sample`. With `confidence` among `kinds`,
-    `confidence:X` is also a name, of `Threshold(X)` for a model whose exit heads are
-    `ConfidenceHeads`. Raises UserError if the name is unknown, or if N in `fixed:N` is more than
-    `layers`, the number of the model's layers.
-    """
-    kind, argument = parse_policy(text, *kinds)
-    if kind == "fixed":
-        if argument > layers:
-            raise UserError(
-                f"policy {text!r} requests {argument} layers, but the model has {layers}; use "
-                f"fixed:N with N from 1 to {layers}"
-            )
-        return Fixed(argument)
-    if kind in ("threshold", "confidence"):  # of the exit heads, or of the exits' own predictions
-        return Threshold(argument)
-    return sample if kind == "sample" else Full()

@@ -21,11 +21,9 @@ except ModuleNotFoundError as error:
 
 from jexit.data.tokenizer import Tokenizer
 from jexit.errors import UserError
-from jexit.evaluation.decoder import make_policy
 from jexit.evaluation.loglikelihood import Scorer
 from jexit.io.model_dir import load
-from jexit.io.workdir import exit_settings_of
-from jexit.model.policies import Sample
+from jexit.model.policies import Sample, check_policy, policy_of
 from jexit.model.transformer import Transformer
 from jexit.rollout import generate
 from jexit.tasks.answers import THINK_START
@@ -51,8 +49,8 @@ class JexitLM(TemplateLM):
     `pretrained` is a model directory, or a model object that is passed with its `tokenizer`.
     `policy` applies to the passes that score or generate tokens; prompts and contexts run every
     layer. The policy `sample` draws depths with `seed` from the hazards. By default,
-    `hazard_temperature` and `min_hazard`, the lower bound of hazards, are those of the rl run in
-    `pretrained`, or else 1 and 0.
+    `hazard_temperature` and `min_hazard`, the lower bound of hazards, are those under which the
+    model's exits were trained, or else 1 and 0.
 
     A context that is too long for `max_length` positions (default: the model's) is cut on the left,
     so that the continuation, or `max_gen_toks` new tokens, fit. A continuation that is too long by
@@ -100,13 +98,10 @@ class JexitLM(TemplateLM):
         self.texts.thinking = thinking
         self.tokenizer = self.texts.backend  # where lm-eval looks for the chat template
         self.policy, self.seed = policy, int(seed)
-        hazards = {"hazard_temperature": 1.0, "min_hazard": 0.0}
-        if not isinstance(pretrained, Transformer):
-            hazards |= exit_settings_of(pretrained).get("rl", {})
-        given = {"hazard_temperature": hazard_temperature, "min_hazard": min_hazard}
-        hazards |= {name: value for name, value in given.items() if value is not None}
-        sample = Sample(float(hazards["hazard_temperature"]), float(hazards["min_hazard"]))
-        self._policy = make_policy(policy, self._model.arch.layers, sample)
+        given = {"temperature": hazard_temperature, "min_hazard": min_hazard}
+        given = {name: float(value) for name, value in given.items() if value is not None}
+        self._policy = policy_of(policy, Sample.trained(self._model.exit_head).replace(**given))
+        check_policy(self._policy, (*self._model.exit_layers, self._model.arch.layers))
         self.max_gen_toks, self.think_end_token = int(max_gen_toks), think_end_token
         self.batch_size = BATCH_SIZE if str(batch_size).startswith("auto") else int(batch_size)
         if max_batch_size is not None:

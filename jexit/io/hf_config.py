@@ -25,7 +25,10 @@ from jexit.untrusted import read_object
 ADAPTER_CONFIG = "adapter_config.json"
 EXIT_CONFIG = "exit_heads.json"
 _EXIT_FORMAT = 1
-_EXIT_KEYS = ("kind", "norm", "continuation", "continuation_rank")
+_EXIT_KEYS = (
+    *("kind", "norm", "continuation", "continuation_rank"),
+    *("hazard_temperature", "min_hazard", "sharpness", "target"),
+)
 # Keys of PEFT adapters that are more than plain LoRA on whole projections.
 _BEYOND_LORA = (
     *("alora_invocation_tokens", "alpha_pattern", "corda_config", "eva_config", "exclude_modules"),

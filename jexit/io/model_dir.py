@@ -15,7 +15,7 @@ from flax import nnx, traverse_util
 
 import jexit
 from jexit.axes import Array
-from jexit.config import Execution, ExitSettings, LoRA, check_exits
+from jexit.config import TRAINED_UNDER, Execution, ExitSettings, LoRA, check_exits
 from jexit.data.tokenizer import Tokenizer, token_ids
 from jexit.dist import is_primary, whole
 from jexit.errors import UserError
@@ -253,7 +253,9 @@ def _exits_to_use(
     if kept.continuation == "linear":  # a frozen one may become linear, which starts out equal
         same |= {f"exits.{name}": name for name in ("continuation", "continuation_rank")}
     _check_same(source, {key: (getattr(kept, n), getattr(head, n)) for key, n in same.items()})
-    return stored, dataclasses.replace(head, bias=kept.bias)
+    names = [name for section in TRAINED_UNDER.values() for name in section]
+    unknown = {name: getattr(kept, name) for name in names if getattr(head, name) is None}
+    return stored, dataclasses.replace(head, bias=kept.bias, **unknown)
 
 
 def _lora_to_use(source: ModelSource, wanted: LoRA | None) -> LoRA | None:

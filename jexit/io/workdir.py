@@ -7,7 +7,6 @@ import os
 import pathlib
 import socket
 from collections.abc import Iterator
-from typing import Any
 
 from flax.traverse_util import flatten_dict
 
@@ -30,8 +29,6 @@ LOCK = ".lock"  # the locked file, which names the process that holds the lock
 
 # Settings that may change when a run is continued, as they do not affect the finished steps.
 CONTINUABLE = ("steps", "mesh", "checkpoint", "log", "task.time_limit")
-# The settings that a run's exits are trained under, by command, which is also their section.
-TRAINED_UNDER = {"sft": ("sharpness", "target"), "rl": ("min_hazard", "hazard_temperature")}
 
 
 @contextlib.contextmanager
@@ -142,50 +139,3 @@ def start_run(workdir: pathlib.Path, config: Config) -> None:
             f"host {blind[0]} does not see {path}, which host 0 wrote; set --workdir to a "
             "directory on a file system that all hosts share"
         )
-
-
-def exit_settings_of(directory: str | pathlib.Path) -> dict[str, dict[str, Any]]:
-    """Returns the settings under which a run's exits were trained, by section of the config.
-
-    `directory` is the directory of an sft or rl run, or of a finetune run that kept its model's
-    exits. For other directories, the result is {}. An example of a result is {"rl": {"min_hazard":
-    0.0, "hazard_temperature": 1.0}}. If an rl run started from an sft run, the settings of both are
-    returned. Raises UserError if the run's config.json cannot be read or lacks a setting.
-    """
-    without = "give the path of the run's model/ to load it without these settings"
-    found: dict[str, dict[str, Any]] = {}
-    seen: set[pathlib.Path] = set()
-    path = pathlib.Path(directory) / "config.json"
-    while path.exists() and path.resolve() not in seen:
-        seen.add(path.resolve())
-        config = read_object(
-            path, f"it records the settings that the model was trained under; {without}"
-        )
-        command, tuned = config.get("command"), config.get("finetune")
-        keeps_exits = isinstance(tuned, dict) and tuned.get("policy") == "sample"
-        if command not in [*TRAINED_UNDER] and not (command == "finetune" and keeps_exits):
-            break
-        wanted = TRAINED_UNDER if command == "finetune" else {command: TRAINED_UNDER[command]}
-        try:
-            own = {
-                section: {name: config[section][name] for name in names}
-                for section, names in wanted.items()
-            }
-            start = pathlib.Path(config["model"]["path"]) if command == "rl" else None
-        except (KeyError, TypeError):
-            keys = " and ".join(
-                f"{section}.{n}" for section, names in wanted.items() for n in names
-            )
-            raise UserError(
-                f"{path} of a run of {command} lacks {keys}, under which the run was trained; "
-                f"{without}"
-            ) from None
-        try:
-            Config.from_dict({"command": command} | own)
-        except ValueError as error:
-            raise UserError(f"{path} has been modified: {error}; {without}") from None
-        found = own | found
-        if start is None:
-            break
-        path = start / "config.json"
-    return found

@@ -21,6 +21,7 @@ from jexit.io.workdir import start_run
 from jexit.loops.flops import ModelFlops
 from jexit.loops.pictures import draw
 from jexit.loops.setup import load_model, load_task, make_decoder, with_trained_exits
+from jexit.model.policies import check_policy
 from jexit.results import VERSION, Evaluation
 from jexit.steps.state import split_model
 
@@ -98,7 +99,7 @@ def _open(config: Config) -> tuple[Measurer, ModelFlops]:
     decoder = make_decoder(config, parts, model.arch.layers, tokenizer)
     for policy in (*config.eval.policies, config.eval.measured):
         if control_of(policy) is None:
-            decoder.policy(policy)  # raises UserError for a wrong policy before the first one runs
+            check_policy(decoder.policy(policy), (*model.exit_layers, model.arch.layers))
     if {"filler", "substantivity"} & set(config.eval.measures):
         # Raises UserError if the tokenizer cannot write filler.
         ModelCompleter(decoder, config.eval.measured, positions).filler("")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from jexit.config import Config
 from jexit.errors import UserError
-from jexit.evaluation.decoder import make_policy
 from jexit.loops.setup import load_model, sample_policy, with_trained_exits
+from jexit.model.policies import policy_of
 from jexit.rollout import generate
 
 
@@ -24,7 +24,7 @@ def print_generations(config: Config) -> None:
         model,
         tokenizer,
         g.prompts,
-        policy=make_policy(g.policy, layers, sample_policy(config)),
+        policy=policy_of(g.policy, sample_policy(config), "speculate"),
         max_new_tokens=g.max_new_tokens,
         temperature=g.temperature,
         top_p=g.top_p,

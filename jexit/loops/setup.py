@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from jexit.config import Config, Execution, TaskConfig
+from jexit.config import TRAINED_UNDER, Config, Execution, TaskConfig
 from jexit.data.loader import require_problems
 from jexit.data.tokenizer import Tokenizer
 from jexit.dist import place_parameter
 from jexit.errors import UserError
 from jexit.evaluation.decoder import Decoder
 from jexit.io.model_dir import load
-from jexit.io.workdir import exit_settings_of
+from jexit.io.model_source import open_model
 from jexit.model.attention import check_attention
 from jexit.model.policies import Sample
 from jexit.model.transformer import Transformer
@@ -58,15 +58,16 @@ def execution_of(config: Config) -> Execution:
 
 
 def with_trained_exits(config: Config) -> Config:
-    """Returns `config` with the exit settings under which the exits of its model were trained.
+    """Returns `config` with the settings under which the exits of its model were trained.
 
-    Without trained exits, the settings stay as they are.
+    Settings that the model does not record stay as they are.
     """
-    trained = {
-        section: dataclasses.replace(getattr(config, section), **values)
-        for section, values in exit_settings_of(config.model.path).items()
-    }
-    return dataclasses.replace(config, **trained)
+    exits = vars(open_model(config.model.path).exit_head)
+    sections = {}
+    for section, names in TRAINED_UNDER.items():
+        known = {name: exits[name] for name in names if exits[name] is not None}
+        sections[section] = dataclasses.replace(getattr(config, section), **known)
+    return dataclasses.replace(config, **sections)
 
 
 def sample_policy(config: Config) -> Sample:

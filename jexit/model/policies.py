@@ -20,7 +20,7 @@ import numpy as np
 from flax import struct
 
 from jexit.axes import Array, Bool, Float, Int, Key, PRNGKey
-from jexit.config import parse_policy
+from jexit.config import ExitSettings, parse_policy
 from jexit.errors import UserError
 from jexit.model.exits import depth_log_prob, log_hazards
 
@@ -35,6 +35,7 @@ class Policy:
     reads_hazards: ClassVar[bool] = False  # True: decides at the exits
     leaves_early: ClassVar[bool] = True  # False: every token runs all layers
     draws: ClassVar[bool] = False  # True: decides at random
+    drafts: ClassVar[bool] = False  # True: an exit drafts tokens, which all layers verify
 
     @property
     def name(self) -> str:
@@ -140,6 +141,7 @@ class Speculate(Policy):
 
     layer: int = struct.field(pytree_node=False)
     leaves_early: ClassVar[bool] = False
+    drafts: ClassVar[bool] = True
 
     @property
     def name(self) -> str:
@@ -213,6 +215,16 @@ class Sample(Policy):
 
     temperature: Float[Array, ""] | float = 1.0
     min_hazard: Float[Array, ""] | float = 0.0
+
+    @classmethod
+    def trained(cls, exits: ExitSettings) -> Sample:
+        """Returns the policy with the settings under which a model's exits were trained.
+
+        If they are unknown, they are 1 and 0.
+        """
+        # NumPy numbers: to read an array on a device, the host would wait for the running step.
+        temperature = 1.0 if exits.hazard_temperature is None else exits.hazard_temperature
+        return cls(np.float32(temperature), np.float32(exits.min_hazard or 0.0))
 
     def check(self, depths: tuple[int, ...]) -> None:
         temperature, floor = _known(self.temperature), _known(self.min_hazard)
@@ -315,16 +327,18 @@ class Mixed(Policy):
         return self.map_rows(lambda part_B: jnp.asarray(part_B)[row])
 
 
-def policy_of(text: str, sample: Sample = Sample()) -> Policy:
-    """Returns the policy named `text`, such as `full`, `threshold:0.5`, `fixed:6`, `speculate:6`.
+def policy_of(text: str, sample: Sample = Sample(), *further: str) -> Policy:
+    """Returns the policy named `text`, such as `full`, `threshold:0.5` or `fixed:6`.
 
-    For the name `sample`, returns the argument `sample`. Raises UserError for an unknown name.
+    For the name `sample`, returns the argument `sample`. With `speculate` in `further`,
+    `speculate:N` is allowed too. With `confidence`, `confidence:X` is a `Threshold(X)` for a model
+    whose exit heads are `ConfidenceHeads`. Raises UserError for another name.
     """
-    kind, argument = parse_policy(text, "speculate")
+    kind, argument = parse_policy(text, *further)
     if argument is None:
         return sample if kind == "sample" else Full()
-    kinds = {"fixed": Fixed, "threshold": Threshold, "speculate": Speculate}
-    return kinds[kind](argument)
+    kinds = {"fixed": Fixed, "speculate": Speculate}
+    return kinds.get(kind, Threshold)(argument)
 
 
 def check_policy(policy: Any, depths: tuple[int, ...]) -> None:

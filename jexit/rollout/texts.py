@@ -12,9 +12,9 @@ import numpy as np
 from jexit.config import EngineSize
 from jexit.data.tokenizer import Messages
 from jexit.errors import UserError
-from jexit.model.policies import Full, Policy, Speculate, policy_of, warn_if_untrained
+from jexit.model.policies import Full, Policy, Sample, policy_of, warn_if_untrained
 from jexit.model.transformer import Transformer
-from jexit.rollout.engine import Decodable, Decoding
+from jexit.rollout.engine import Decoding
 from jexit.rollout.pool import Records
 from jexit.rollout.requests import Request
 from jexit.rollout.residuals import checked_layers, residuals_of
@@ -63,7 +63,7 @@ class Piece:
 
 
 def generate(
-    model: Transformer | Decodable,
+    model: Transformer,
     tokenizer: Any,
     prompts: Sequence[str | Messages],
     *,
@@ -101,11 +101,11 @@ def generate(
     Raises UserError for an invalid argument and for a request that `jexit.rollout.rollout` rejects.
     """
     request, texts = _asked(
-        tokenizer, prompts, chat=chat, policy=policy, max_new_tokens=max_new_tokens, seed=seed,
-        temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, stop=stop,
+        model, tokenizer, prompts, chat=chat, policy=policy, max_new_tokens=max_new_tokens,
+        seed=seed, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, stop=stop,
         adapters=adapters, hazards=hazards,
     )  # fmt: skip
-    if isinstance(request.policy, Speculate):
+    if request.policy.drafts:
         return _speculated(Speculation(model, request), texts, residuals)
     decoding = _decoding(model, request, size)
     model = decoding.engine.model
@@ -191,7 +191,7 @@ def _speculated_pieces(speculation: Speculation, texts: list[GrowingText]) -> It
 
 
 def stream(
-    model: Transformer | Decodable,
+    model: Transformer,
     tokenizer: Any,
     prompts: Sequence[str | Messages],
     *,
@@ -213,19 +213,20 @@ def stream(
     if settings.pop("residuals", ()):
         raise UserError("stream returns no residuals; leave residuals out, or use jexit.generate")
     size = settings.pop("size", AUTOMATIC)
-    request, texts = _asked(tokenizer, prompts, **settings)
-    if isinstance(request.policy, Speculate):
+    request, texts = _asked(model, tokenizer, prompts, **settings)
+    if request.policy.drafts:
         return _speculated_pieces(Speculation(model, request), texts)
     return _pieces(_decoding(model, request, size), texts, every)
 
 
-def _decoding(model: Transformer | Decodable, request: Request, size: EngineSize) -> Decoding:
+def _decoding(model: Transformer, request: Request, size: EngineSize) -> Decoding:
     decoding = Decoding(model, request, size)
     warn_if_untrained(request.policy, decoding.engine.model)
     return decoding
 
 
 def _asked(
+    model: Transformer,
     tokenizer: Any,
     prompts: Sequence[str | Messages],
     *,
@@ -254,11 +255,13 @@ def _asked(
         if fault:
             raise UserError(f"prompt {index} is {shown(prompt)}, which {fault}; give {wanted}")
     encode = tokenizer.encode_prompts if chat else tokenizer.encode_texts
+    if isinstance(policy, str):
+        policy = policy_of(policy, Sample.trained(model.exit_head), "speculate")
     request = Request(
         prompts=encode(list(prompts)),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
-        policy=policy_of(policy) if isinstance(policy, str) else policy,
+        policy=policy,
         eos_ids=tokenizer.eos_ids,
         pad_id=tokenizer.pad_id,
         key=seed,

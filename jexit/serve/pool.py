@@ -13,11 +13,11 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import Any
 
-from jexit.config import EngineSize
+from jexit.config import EngineSize, parse_policy
 from jexit.data.tokenizer import Tokenizer
 from jexit.errors import RunEnded, UserError
 from jexit.io.model_dir import load
-from jexit.model.policies import Speculate, check_policy, policy_of, warn_if_untrained
+from jexit.model.policies import Sample, check_policy, policy_of, warn_if_untrained
 from jexit.model.transformer import Transformer
 from jexit.rollout import Arrivals, Grown, Request
 from jexit.rollout.speculation import Speculation
@@ -107,7 +107,7 @@ class PoolThread(_Worker):
         self._worker_of(stream).put(stream, choice)
 
     def _worker_of(self, stream: Stream) -> _Worker:
-        return self.drafting if isinstance(stream.request.policy, Speculate) else self
+        return self.drafting if stream.request.policy.drafts else self
 
     def start(self) -> None:
         super().start()
@@ -311,8 +311,11 @@ def open_pool(
     for what, value in (("prompt", max_prompt_tokens), ("new", max_new_tokens)):
         if value is not None and value < 1:
             raise UserError(f"--max-{what}-tokens is {value}, but it must be at least 1; raise it")
-    size, default = EngineSize(rows=rows), policy_of(policy)
+    size = EngineSize(rows=rows)
+    parse_policy(policy, "speculate")  # before the model is loaded, which may take minutes
     model, tokenizer = load(directory)
+    sample = Sample.trained(model.exit_head)
+    default = policy_of(policy, sample, "speculate")
     check_policy(default, (*model.exit_layers, model.arch.layers))
     warn_if_untrained(default, model)
     most = model.arch.max_positions
@@ -336,4 +339,6 @@ def open_pool(
     pool.start()
     path = pathlib.Path(directory).resolve()
     name = name or (path.parent if path.name == "model" else path).name
-    return Opened(model, tokenizer, pool, Limits(name=name, policy=default, new_tokens=new))
+    return Opened(
+        model, tokenizer, pool, Limits(name=name, policy=default, sample=sample, new_tokens=new)
+    )

@@ -18,7 +18,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from jexit.data.tokenizer import Tokenizer
-from jexit.model.policies import Policy, Speculate, policy_of
+from jexit.model.policies import Policy, Sample, policy_of
 from jexit.rollout import Grown, Request
 from jexit.rollout.texts import GrowingText
 from jexit.settings import is_unicode, shown
@@ -161,10 +161,11 @@ FIELDS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """The served model's name, the default policy and the maximum number of new tokens."""
+    """The served model's name and policies, and the maximum number of new tokens."""
 
     name: str
-    policy: Policy
+    policy: Policy  # of requests without one
+    sample: Sample  # the policy that the name `sample` stands for
     new_tokens: int
 
 
@@ -227,8 +228,10 @@ def parse(values: Mapping[str, Any], *, chat: bool, tokenizer: Tokenizer, limits
             f"most {CHOICES}; split it into several requests, or lower n",
             "n",
         )
-    policy = limits.policy if body.policy is None else policy_of(body.policy)
-    if body.hazards and isinstance(policy, Speculate):
+    policy = limits.policy
+    if body.policy is not None:
+        policy = policy_of(body.policy, limits.sample, "speculate")
+    if body.hazards and policy.drafts:
         raise Refused(
             400,
             f"hazards is True, but the policy {policy.name} records no hazards; leave hazards "

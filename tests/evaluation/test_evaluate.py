@@ -160,7 +160,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_runs(model_dir, tmp_
     for settings, says in (
         ({"eval__measures": ("filler",)}, "remove 'filler' and 'substantivity' from config"),
         ({"eval__measures": ("substantivity",)}, "remove 'filler' and 'substantivity' from config"),
-        ({"eval__policies": ("fixed:4",)}, "requests 4 layers, but the model has 3"),
+        ({"eval__policies": ("full", "fixed:4")}, "Fixed has depth 4, but a token of this model"),
         ({"eval__policies": ("shuffled:full", "full")}, "put 'full' before it"),
         ({"eval__measured": "shuffled"}, "policy 'shuffled' is not known"),
         ({"eval__max_new_tokens": 250}, "together exceed the model's 256 positions; lower config"),

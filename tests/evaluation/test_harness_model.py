@@ -222,7 +222,7 @@ def test_the_harness_knows_it_by_name():
 
 def test_what_cannot_be_done_is_refused(small):
     for settings, sentence in (
-        ({"policy": "fixed:4"}, "requests 4 layers, but the model has 3; use fixed:N"),
+        ({"policy": "fixed:4"}, "Fixed has depth 4, but a token of this model leaves at"),
         ({"policy": "shuffled"}, "policy 'shuffled' is not known"),
         ({"policy": "confidence:0.9"}, "policy 'confidence:0.9' is not known"),
         ({"device": "cuda:0"}, "JAX chooses its devices itself; omit device"),

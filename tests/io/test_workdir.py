@@ -16,7 +16,7 @@ from jexit import main
 from jexit.config import Config
 from jexit.errors import UserError
 from jexit.io.provenance import STARTS_FILE, read_starts
-from jexit.io.workdir import check_same_run, exit_settings_of, sole_run, start_run
+from jexit.io.workdir import check_same_run, sole_run, start_run
 from small_runs import ROOT
 
 
@@ -91,41 +91,6 @@ def test_another_version_of_the_users_task_does_not_continue_by_itself(tmp_path)
     (run / "task.sha256").unlink()
     start_run(run, config(task__name=f"{file}:task"))
     assert (run / "task.sha256").exists()
-
-
-def test_the_law_of_depths_is_that_of_the_run(tmp_path):
-    changed = {"rl__min_hazard": 0.02, "rl__hazard_temperature": 1.5}
-    aim = {"sharpness": 7.0, "target": "student"}
-    law = {"rl": {"min_hazard": 0.02, "hazard_temperature": 1.5}}
-    start_run(tmp_path / "sft", config(command="sft", **{f"sft__{k}": v for k, v in aim.items()}))
-    start_run(tmp_path / "rl", config(model__path=str(tmp_path / "sft"), **changed))
-    assert exit_settings_of(tmp_path / "rl") == law | {"sft": aim}
-    assert exit_settings_of(tmp_path / "rl" / "model") == {}
-    start_run(tmp_path / "loop", config(model__path=str(tmp_path / "loop"), **changed))
-    assert exit_settings_of(tmp_path / "loop") == law  # of a run that says that it came from itself
-    own = changed | {f"sft__{name}": value for name, value in aim.items()}
-    for policy, found in (("sample", law | {"sft": aim}), ("full", {})):
-        start_run(tmp_path / policy, config(command="finetune", finetune__policy=policy, **own))
-        assert exit_settings_of(tmp_path / policy) == found
-    start_run(tmp_path / "pretrain", config(command="pretrain"))
-    assert exit_settings_of(tmp_path / "pretrain") == {}
-    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
-    assert exit_settings_of(tmp_path) == {}
-    rl = {"command": "rl", "model": {"path": "x"}}
-    rl = json.dumps(rl | {"rl": {"min_hazard": 2, "hazard_temperature": 1}})
-    for text, words in (
-        ('{"command": "rl", "rl"', "config.json is not valid JSON"),
-        (
-            '{"command": "sft", "sft": {"sharpness": "x", "target": "teacher"}}',
-            "been modified:",
-        ),
-        (rl, "modified: config.rl.min_hazard is 2.0; it must be at least 0 and at most"),
-        ('{"command": "rl", "rl": {"min_hazard": 0}, "model": {}}', "lacks rl.min_hazard and rl.h"),
-        ('{"command": "sft"}', "of a run of sft lacks sft.sharpness and sft.target"),
-    ):
-        (tmp_path / "config.json").write_text(text)
-        with pytest.raises(UserError, match=rf"{re.escape(words)}.*give the path of the run's mo"):
-            exit_settings_of(tmp_path)
 
 
 HOLDER = """

@@ -6,22 +6,26 @@ import types
 
 import numpy as np
 import pytest
+from saved_models import TRAINED
 
+import jexit
 from chat_templates import DEFAULT_SYSTEM, OPENED, SWITCHED, with_template
-from jexit.config import Config, TaskConfig
+from jexit.config import Config, ExitSettings, TaskConfig
 from jexit.data.loader import PromptBatch
 from jexit.data.tokenizer import Tokenizer
-from jexit.io.model_dir import save_model
+from jexit.io.model_dir import load, save_model
+from jexit.loops.generate import print_generations
 from jexit.loops.rl import Judged
-from jexit.loops.setup import load_model, load_task
+from jexit.loops.setup import load_model, load_task, sample_policy, with_trained_exits
 from jexit.loops.stage import Stage
+from jexit.model.policies import Sample
 from jexit.tasks.base import turns
 from jexit.tasks.exploretom import ExploreToM
 from jexit.tasks.gsm8k import Gsm8k
 from jexit.tasks.sums import Sums
 from jexit.tasks.tom.task import Tom
 from report_files import policy_figures
-from small_runs import make_config, small_model
+from small_runs import make_config, random_model, small_model
 
 
 def model_with(tmp_path, template):
@@ -39,6 +43,48 @@ def gsm8k(tmp_path):
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (tmp_path / f"{split}.jsonl").write_text(lines)
     return tmp_path
+
+
+def test_a_model_keeps_what_its_exits_were_trained_under(tmp_path):
+    tokenizer = Tokenizer.load("jexit/assets/tiny")
+    arch = small_model(tokenizer.vocab_size).arch
+    head = ExitSettings(bias=-1.0, **TRAINED)
+    model = random_model(arch, 0.2, exit_layers=(1, 2), exit_head=head)
+    save_model(tmp_path / "model", model, tokenizer)
+    other = {"hazard_temperature": 2.0, "min_hazard": 0.7}
+    targets = {"sharpness": 9.0, "target": "teacher"}
+    own = {f"rl__{name}": value for name, value in other.items()}
+    own |= {f"sft__{name}": value for name, value in targets.items()}
+    trained = make_config("sft", tmp_path / "model", **own).exit_settings
+    assert {name: getattr(trained, name) for name in TRAINED} == other | targets
+    for command, changed in (("rl", other), ("finetune", {})):
+        made, _ = load_model(make_config(command, tmp_path / "model", **own), trains=True)
+        assert {name: getattr(made.exit_head, name) for name in TRAINED} == TRAINED | changed
+    config = with_trained_exits(make_config("eval", tmp_path / "model", **own))
+    assert (sample_policy(config), config.sft.sharpness, config.sft.target) == (
+        Sample(np.float32(0.4), np.float32(0.2)), 7.0, "student",
+    )  # fmt: skip
+    model, asked = load(tmp_path / "model")[0], {"max_new_tokens": 8, "temperature": 1.0}
+    named, given, plain = (
+        jexit.generate(model, tokenizer, ["sum 12"] * 4, policy=policy, **asked).depths
+        for policy in ("sample", Sample(0.4, 0.2), Sample())
+    )
+    assert named == given != plain
+    # Of a model that does not say, the settings are the config's.
+    save_model(tmp_path / "other", small_model(tokenizer.vocab_size), tokenizer)
+    config = with_trained_exits(make_config("eval", tmp_path / "other", **own))
+    assert (config.rl.min_hazard, config.sft.sharpness) == (0.7, 9.0)
+
+
+@pytest.mark.parametrize("policy", ["sample", "speculate:1"])
+def test_generations_are_printed_under_each_policy(model_dir, capsys, policy):
+    config = make_config(
+        "generate", model_dir, generate__policy=policy, generate__prompts=("sum 12",),
+        generate__max_new_tokens=4,
+    )  # fmt: skip
+    print_generations(config)
+    said = capsys.readouterr().out
+    assert said.startswith("> sum 12\n") and "mean depth" in said
 
 
 def test_the_config_switches_thinking(tmp_path, model_dir):

@@ -36,7 +36,7 @@ def test_an_answer_is_what_generate_returns(client, loaded, policy, idle):
     model, tokenizer = loaded
     hazards = not policy.startswith("speculate")
     made = jexit.generate(
-        model, tokenizer, PROMPTS, policy=jexit.model.policies.policy_of(policy),
+        model, tokenizer, PROMPTS, policy=policy,
         max_new_tokens=48, hazards=hazards,
     )  # fmt: skip
     for row, prompt in enumerate(PROMPTS):
