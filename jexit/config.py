@@ -53,10 +53,10 @@ TINY_PATH = "jexit/assets/tiny"
 TINY_CALIBRATED_PATH = "jexit/assets/tiny-calibrated"
 
 Layer = Annotated[int, Bounds(1, 1_000)]
-Message = Annotated[str, Length(1_000_000)]
+MessageText = Annotated[str, Length(1_000_000)]
 Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]
 PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
-Measure = Literal[
+MeasureName = Literal[
     "exits",
     "hazards",
     "serial_depth",
@@ -71,7 +71,7 @@ Measure = Literal[
     "substantivity",
     "paraphrasability",
 ]
-EVAL_MEASURES: tuple[Measure, ...] = get_args(Measure)
+EVAL_MEASURES: tuple[MeasureName, ...] = get_args(MeasureName)
 
 # The largest products of settings, by command: texts or tokens that are in memory at once.
 _EVALUATED = {("eval.problems", "eval.max_new_tokens"): 2**30}
@@ -139,7 +139,7 @@ class ModelConfig(Execution):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Continuation:
+class ContinuationSettings:
     """What replaces the layers that a token skips after it has left at an exit."""
 
     continuation: Literal["frozen", "linear"] = "frozen"
@@ -150,7 +150,7 @@ class Continuation:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExitsConfig(Continuation):
+class ExitsConfig(ContinuationSettings):
     """The exits, at which tokens may leave, and what replaces the layers that those tokens skip."""
 
     layers: Annotated[tuple[Layer, ...], Length(1_000)] = ()
@@ -177,7 +177,7 @@ class ExitHead:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExitSettings(ExitHead, Continuation):
+class ExitSettings(ExitHead, ContinuationSettings):
     """The settings of a model's exit heads and of the continuation that replaces skipped layers."""
 
     def __post_init__(self) -> None:
@@ -235,7 +235,7 @@ class TaskConfig:
     """The task's own settings, such as options.operands_max=6; see docs/tasks.md."""
     time_limit: Annotated[float, Bounds(0.1, 86_400)] = 60.0
     """The number of seconds that the task's reward functions may take per batch."""
-    system: Message = ""
+    system: MessageText = ""
     """The system message before every prompt. If empty, there is none, or the chat template's
     own."""
     thinking: Literal["auto", "on", "off"] = "auto"
@@ -509,7 +509,7 @@ class EvalConfig:
     """The policies to evaluate: full, sample, threshold:X, confidence:X, fixed:LAYERS, and the
     controls shuffled and fixed:matched. A control has the mean depth of sample, or of POLICY if
     `:POLICY` is appended; that policy must come before it."""
-    measures: Annotated[tuple[Measure, ...], Length(100)] = ()
+    measures: Annotated[tuple[MeasureName, ...], Length(100)] = ()
     """The measures besides accuracy and depth; docs/evaluation.md defines them."""
     measured: Name = "sample"
     """The policy to which `measures` are applied, besides full depth."""
@@ -528,7 +528,7 @@ class EvalConfig:
 class GenerateConfig:
     """The prompts that configs/generate.py completes, and how it decodes them."""
 
-    prompts: Annotated[tuple[Message, ...], Length(10_000)] = ()
+    prompts: Annotated[tuple[MessageText, ...], Length(10_000)] = ()
     """The user's messages, each in a conversation of its own."""
     policy: Name = "sample"
     """The halting policy: full, sample, threshold:X or fixed:LAYERS."""

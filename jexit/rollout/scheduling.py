@@ -87,7 +87,7 @@ def columns_bucket(tokens: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Group:
+class PrefillGroup:
     """One prefill on each data shard: `prompts` prompts, padded to `rows` × `slots` tokens."""
 
     prompts: int
@@ -188,7 +188,7 @@ class Layout:
         return np.argsort(length_SP, axis=1, kind="stable")
 
     @functools.cached_property
-    def groups(self) -> dict[int, Group]:
+    def groups(self) -> dict[int, PrefillGroup]:
         """The division of the prompts into prefill groups that has the least total cost.
 
         The keys are the positions of the groups' first prompts in `order_SP`. A group has the slots
@@ -201,12 +201,13 @@ class Layout:
         # The last prompt of one shard may be shorter than an earlier prompt of a shard with fewer.
         longest_T = np.maximum.accumulate(length_ST.max(axis=0))
         slots_T = [prompt_bucket(int(length)) for length in longest_T]
-        cost, last = [0.0], [Group(0, 0, 0)]  # of the first n prompts: least cost and last group
+        # Of the first n prompts: the least cost, and the last group at this cost.
+        cost, last = [0.0], [PrefillGroup(0, 0, 0)]
         for stop, slots in enumerate(slots_T, start=1):
             most = min(max(tokens // slots, 1), self.prompts)
             options = []
             for rows in sorted({-(-most // parts) for parts in GROUP_PARTS}):
-                group = Group(min(rows, stop), rows, slots)
+                group = PrefillGroup(min(rows, stop), rows, slots)
                 spent = rows * slots + CALL_SHARE * tokens
                 options.append((cost[stop - group.prompts] + spent, group))
             cheapest, group = min(options, key=operator.itemgetter(0))

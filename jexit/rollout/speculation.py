@@ -41,7 +41,7 @@ _ACCEPT, _REST = 1_000, 1_001
 
 
 @struct.dataclass
-class Rows:
+class SpeculationState:
     """The state of a request's completions: KV cache, next input token and its cache slot."""
 
     cache: Cache
@@ -87,7 +87,7 @@ class Speculation:
         self.accepted = self.drafted = 0
         self._lengths = [0] * len(request.prompts)
         self._over = [False] * len(request.prompts)
-        self._rows: Rows | None = None
+        self._rows: SpeculationState | None = None
 
     @property
     def ended(self) -> bool:
@@ -169,7 +169,7 @@ def _prefilled(
     slots: int,
     exit_index: int,
     adapters: bool,
-) -> tuple[Rows, tuple[Array, Array] | None, tuple[Array, Array]]:
+) -> tuple[SpeculationState, tuple[Array, Array] | None, tuple[Array, Array]]:
     """Prefills prompts; returns the rows, the exit's map to the last layer, and the first tokens.
 
     The last result is (tokens, log-probabilities). The map is None without a linear continuation.
@@ -189,7 +189,7 @@ def _prefilled(
         maps = maps_to_end(model.blocks.continuation, model.exit_layers, model.arch.layers)
         end_map = maps[0][exit_index], maps[1][exit_index]
     ones_B = jnp.ones(rows, jnp.int32)
-    return Rows(cache, drawn_B[0], length_B, ones_B, keys_B), end_map, drawn_B
+    return SpeculationState(cache, drawn_B[0], length_B, ones_B, keys_B), end_map, drawn_B
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "layer", "adapters"), donate_argnums=4)
@@ -198,13 +198,13 @@ def _round(
     states: tuple[nnx.State, ...],
     layers: LayerWeights | None,
     end_map: tuple[Array, Array] | None,
-    rows: Rows,
+    rows: SpeculationState,
     active_B: Bool[Array, "B"],
     sampling: Sampling,
     *,
     layer: int,
     adapters: bool,
-) -> tuple[Rows, tuple[Array, Array, Array]]:
+) -> tuple[SpeculationState, tuple[Array, Array, Array]]:
     """Drafts `DRAFT` tokens per row at exit `layer` and verifies them.
 
     Returns the rows and (tokens [B, C], log-probabilities [B, C], count [B]). The first `count`
@@ -247,7 +247,7 @@ def _round(
         ..., 0
     ]
     new_B = jnp.where(active_B, count_B + 1, 0)
-    after = Rows(
+    after = SpeculationState(
         cache,
         jnp.where(active_B, last_B, rows.token_B),
         rows.slot_B + new_B,
