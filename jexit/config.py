@@ -483,16 +483,16 @@ class RLConfig:
 class EngineSize:
     """The size of each data shard's decoding engine; 0 lets the engine choose a number.
 
-    The engine decodes a pool of completions (rows). A tick runs up to `places` of these rows
+    The engine decodes a pool of completions (rows). A tick runs up to `tick_rows` of these rows
     through the layers between two exits (a segment). Early exits save time if the pool has about
-    three times as many rows as a tick has places, because rows that wait at other segments then
-    fill the places of rows that have left.
+    three times as many rows as a tick, because rows that wait at other segments then replace rows
+    that have left.
     """
 
     rows: CountOrZero = 0
     """The number of completions in the pool. With 0, the pool's keys and values take at most a
     fixed share of an accelerator's memory."""
-    places: CountOrZero = 0
+    tick_rows: CountOrZero = 0
     """The number of rows in a tick, which runs the layers between two exits."""
 
     def __post_init__(self) -> None:

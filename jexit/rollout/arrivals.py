@@ -79,7 +79,7 @@ class Arrivals:
         prompt_slots = _prompt_slots(max_prompt_tokens)
         most = prompt_slots + max_new_tokens - 1
         row_bytes = most * token_bytes(engine.model.arch, engine.model.dtype)
-        rows, places = fitted(size, AT_ONCE, row_bytes)
+        rows, tick_rows = fitted(size, AT_ONCE, row_bytes)
         engine.open(
             rows=rows,
             jobs=rows + PREFIXES,
@@ -88,7 +88,7 @@ class Arrivals:
             prompt_slots=prompt_slots,
             slots=cache_bucket(most, most),
             most=most,
-            places=places,
+            tick_rows=tick_rows,
         )
         idle = _CompletionJob(
             ticket=-1, prompt=[pad_id], number=0, policy=Full(), sampling=Sampling.of(0.0),

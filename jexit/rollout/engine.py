@@ -69,13 +69,13 @@ class Engine:
             self.states = self._timed(gathered_width, lambda: gathered_width(self.states))
         self.model: Transformer = nnx.merge(self.graphdef, *self.states)
 
-    def open(self, *, rows: int, slots: int, most: int, places: int, **sizes: int) -> None:
+    def open(self, *, rows: int, slots: int, most: int, tick_rows: int, **sizes: int) -> None:
         """Creates an empty pool whose KV cache has `slots` tokens per row and can grow to `most`.
 
-        One tick runs at most `places` rows per data shard. `sizes` contains the other arguments of
-        `pool.empty`.
+        One tick runs at most `tick_rows` rows per data shard. `sizes` contains the other arguments
+        of `pool.empty`.
         """
-        self.slots, self._most, self._places, self._compiled_slots = slots, most, places, 0
+        self.slots, self._most, self._tick_rows, self._compiled_slots = slots, most, tick_rows, 0
         sizes |= {"rows": rows, "slots": slots, "hazards": self.hazards}
         self.pool, self.records, self.prefixes = self._timed(
             pool.empty, lambda: pool.empty(self.graphdef, self.states, **sizes)
@@ -109,7 +109,7 @@ class Engine:
         def run(steps: np.int32) -> Status:
             self.pool, self.records, status = ticks.advance(
                 self.graphdef, self.states, self.layers, self.pool, self.records, self.prefixes,
-                jobs, ready, more, steps, policy, draws, places=self._places,
+                jobs, ready, more, steps, policy, draws, tick_rows=self._tick_rows,
                 adapters=self.adapters, hazards=self.hazards,
             )  # fmt: skip
             return status
@@ -193,7 +193,7 @@ class Decoding:
             prompt_slots=layout.prompt_slots,
             slots=layout.first_slots(most),
             most=most,
-            places=layout.places,
+            tick_rows=layout.tick_rows,
         )
         self._prefilled, self._positions = 0, 0
         self._held = {int(number): index for index, number in enumerate(self._here.index_B)}

@@ -30,8 +30,8 @@ from jexit.rollout.pool import Jobs
 
 # The (least, most) rows of a tick. With fewer than the least, a layer's products take no less time,
 # because they wait for its weights (peak FLOP/s over bandwidth). More than the most gain nothing.
-PLACES = {"cpu": (16, 128), "gpu": (256, 512), "tpu": (256, 512)}
-ROWS_A_PLACE = 3  # rows of the pool per row of a tick: some wait at other segments
+TICK_ROWS = {"cpu": (16, 128), "gpu": (256, 512), "tpu": (256, 512)}
+POOL_ROWS_PER_TICK_ROW = 3  # rows of the pool per row of a tick: some wait at other segments
 # Positions of one prefill on each data shard. More positions read the weights less often, but add
 # more padding.
 PREFILL_TOKENS = {"cpu": 512, "gpu": 2048, "tpu": 2048}
@@ -53,27 +53,27 @@ def fitted(size: EngineSize, jobs: int, row_bytes: int = 0) -> tuple[int, int]:
     """Returns (rows of the pool, rows of a tick) of one data shard for `jobs` completions.
 
     `row_bytes` is the size of the KV cache of one row. A tick with few rows takes as long as one
-    with the lower number of `PLACES`, so a few completions are best run all at once. On CPUs, only
-    `size.rows` limits the memory of the pool.
+    with the lower number of `TICK_ROWS`, so a few completions are best run all at once. On CPUs,
+    only `size.rows` limits the memory of the pool.
     """
     platform = target().platform
-    least, most = PLACES[platform]
-    rows = min(size.rows or ROWS_A_PLACE * (size.places or most), jobs)
+    least, most = TICK_ROWS[platform]
+    rows = min(size.rows or POOL_ROWS_PER_TICK_ROW * (size.tick_rows or most), jobs)
     if platform != "cpu" and row_bytes and not size.rows:
         memory = int(CACHE_SHARE * chip().memory_gib * 2**30)
         rows = max(1, min(rows, memory // row_bytes))
-    places = size.places or min(max(-(-rows // ROWS_A_PLACE), least), most)
-    return rows, min(places, rows)
+    tick_rows = size.tick_rows or min(max(-(-rows // POOL_ROWS_PER_TICK_ROW), least), most)
+    return rows, min(tick_rows, rows)
 
 
 def prompts_bucket(prompts: int, samples: int) -> int:
     """Rounds a shard's number of prompts up to the next number that programs are compiled for.
 
     These numbers are powers of two as long as the additional completions (`samples` per prompt) do
-    not make a tick slower (`PLACES`). Beyond that, there are four numbers per doubling.
+    not make a tick slower (`TICK_ROWS`). Beyond that, there are four numbers per doubling.
     """
     doubled = 1 << (prompts - 1).bit_length()
-    free = doubled * samples <= PLACES[target().platform][0]
+    free = doubled * samples <= TICK_ROWS[target().platform][0]
     return doubled if free else bucket(prompts, 1)
 
 
@@ -109,7 +109,7 @@ class Layout:
     forced_SP: np.ndarray  # lengths of the forced prefixes, which are part of length_SP
     samples: int
     rows: int
-    places: int
+    tick_rows: int
 
     @classmethod
     def of(
@@ -137,9 +137,9 @@ class Layout:
 
         slots = prompt_bucket(int(length_B.max()))
         most = cache_bucket(slots + new - 1, slots + new - 1)
-        rows, places = fitted(size, (most_prompts + beyond) * samples, most * token_bytes)
+        rows, tick_rows = fitted(size, (most_prompts + beyond) * samples, most * token_bytes)
         forced_B = np.zeros_like(length_B) if forced_B is None else forced_B
-        return cls(by_shard(length_B), by_shard(forced_B), samples, rows, places)
+        return cls(by_shard(length_B), by_shard(forced_B), samples, rows, tick_rows)
 
     @property
     def shards(self) -> int:
@@ -330,20 +330,20 @@ def choose(
     waits_P: Bool[Array, "P"],
     since_P: Int[Array, "P"],
     tick: Int[Array, ""],
-    places: int,
+    tick_rows: int,
 ) -> Int[Array, ""]:
     """Chooses the segment that the next tick runs, given the segment for which each row waits.
 
-    A tick of cost c with n of W = `places` rows filled wastes c · (W − n) / n per filled row. The
-    segment with the least waste is chosen (in a tie, the deepest), unless some row is overdue
+    A tick of cost c with n of w = `tick_rows` rows filled wastes c · (w − n) / n per filled row.
+    The segment with the least waste is chosen (in a tie, the deepest), unless some row is overdue
     (`PATIENCE`); then it is the segment of the longest-waiting row.
     """
     count = segments.count
     if count == 1:
         return jnp.zeros((), jnp.int32)
     at_SP = (segment_P == jnp.arange(count)[:, None]) & waits_P
-    filled_S = jnp.minimum(jnp.sum(at_SP, axis=1), places).astype(jnp.float32)
-    waste_S = segments.costs_S * (places - filled_S) / filled_S
+    filled_S = jnp.minimum(jnp.sum(at_SP, axis=1), tick_rows).astype(jnp.float32)
+    waste_S = segments.costs_S * (tick_rows - filled_S) / filled_S
     waste_S = jnp.where(filled_S > 0, waste_S, jnp.inf)
     least = count - 1 - jnp.argmin(waste_S[::-1])
     age_P = jnp.where(waits_P, tick - since_P, -1)
@@ -353,15 +353,16 @@ def choose(
 
 
 def pick(
-    here_P: Bool[Array, "P"], since_P: Int[Array, "P"], tick: Int[Array, ""], places: int
+    here_P: Bool[Array, "P"], since_P: Int[Array, "P"], tick: Int[Array, ""], tick_rows: int
 ) -> tuple[Int[Array, "B"] | None, Bool[Array, "B"]]:
-    """Returns the `places` rows of a tick, longest-waiting first, and a mask of rows that do work.
+    """Returns the rows of a tick, longest-waiting first, and a mask of rows that do work.
 
-    `here_P` is True for rows that wait for the tick's segment. The mask is False for other rows,
-    which only fill up the tick. If a tick holds every row of the pool, returns (None, `here_P`).
+    A tick has `tick_rows` rows. `here_P` is True for rows that wait for the tick's segment. The
+    mask is False for other rows, which only fill up the tick. If a tick holds every row of the
+    pool, returns (None, `here_P`).
     """
-    if places == here_P.shape[0]:
+    if tick_rows == here_P.shape[0]:
         return None, here_P
     priority_P = jnp.where(here_P, tick - since_P + 1, 0)
-    priority_B, rows_B = jax.lax.top_k(priority_P, places)
+    priority_B, rows_B = jax.lax.top_k(priority_P, tick_rows)
     return rows_B.astype(jnp.int32), priority_B > 0

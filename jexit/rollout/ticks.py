@@ -74,7 +74,7 @@ class Ticks:
     ready: Int[Array, "1"]
     policy: Policy
     draws: Draws
-    places: int
+    tick_rows: int
     adapters: bool
     hazards: bool
 
@@ -104,9 +104,9 @@ class Ticks:
         # Free rows wait for segment 0 too, up to the number of completions that can begin.
         opens_P = free_P & (jnp.cumsum(free_P) <= self.ready[0] - pool.started[0])
         waits_P = ~free_P | opens_P
-        segment = choose(segments, pool.segment_P, waits_P, pool.since_P, tick, self.places)
+        segment = choose(segments, pool.segment_P, waits_P, pool.since_P, tick, self.tick_rows)
         there_P = waits_P & (pool.segment_P == segment)
-        rows_B, here_B = pick(there_P, pool.since_P, tick, self.places)
+        rows_B, here_B = pick(there_P, pool.since_P, tick, self.tick_rows)
 
         def of_rows(part: Array) -> Array:
             return part if rows_B is None else part[rows_B]
@@ -139,7 +139,7 @@ class Ticks:
             tick=pool.tick + 1,
             started=started,
             filled=pool.filled + cost * jnp.sum(at.runs_B),
-            offered=pool.offered + cost * self.places,
+            offered=pool.offered + cost * self.tick_rows,
         )
         return after, records, draws.astype(jnp.int32)
 
@@ -318,7 +318,7 @@ class Ticks:
 
 @functools.partial(
     jax.jit,
-    static_argnames=("graphdef", "places", "adapters", "hazards"),
+    static_argnames=("graphdef", "tick_rows", "adapters", "hazards"),
     donate_argnames=("pool", "records"),
 )
 def advance(
@@ -335,7 +335,7 @@ def advance(
     policy: Policy,
     draws: Draws,
     *,
-    places: int,
+    tick_rows: int,
     adapters: bool,
     hazards: bool,
 ) -> tuple[Pool, Records, Status]:
@@ -344,13 +344,13 @@ def advance(
     The host has to act in two cases: a row needs a larger cache; or a row is free, all `ready`
     (prefilled) completions of the row's data shard have begun, and `more` is True because further
     completions are to come. The ticks also stop when `steps` of them have drawn tokens. One tick of
-    a shard runs up to `places` rows.
+    a shard runs up to `tick_rows` rows.
     """
 
     def local(
         pool: Pool, records: Records, more: Array, steps: Array, *held: Any
     ) -> tuple[Pool, Records, Status]:
-        ticks = Ticks(graphdef, *held, places=places, adapters=adapters, hazards=hazards)
+        ticks = Ticks(graphdef, *held, tick_rows=tick_rows, adapters=adapters, hazards=hazards)
 
         def goes_on(carry: tuple[Pool, Records, Array]) -> Array:
             pool, _, drawn = carry

@@ -161,7 +161,7 @@ def test_rollouts_on_a_mesh_are_those_of_one_device(split, sizes, count):
             pad_id=0,
             key=5,
             samples_per_prompt=2,
-            size=EngineSize(rows=3, places=2),
+            size=EngineSize(rows=3, tick_rows=2),
         )
 
     alone = roll(split)
