@@ -105,8 +105,8 @@ class Layout:
     cache slots.
     """
 
-    length_SP: np.ndarray  # 0 where a shard has fewer prompts
-    forced_SP: np.ndarray  # lengths of the forced prefixes, which are part of length_SP
+    length_ZQ: np.ndarray  # 0 where a shard has fewer prompts
+    forced_ZQ: np.ndarray  # lengths of the forced prefixes, which are part of length_ZQ
     samples: int
     rows: int
     tick_rows: int
@@ -143,34 +143,34 @@ class Layout:
 
     @property
     def shards(self) -> int:
-        return self.length_SP.shape[0]
+        return self.length_ZQ.shape[0]
 
     @property
     def prompts(self) -> int:
         """The number of prompts per shard that programs are compiled for."""
-        return self.length_SP.shape[1]
+        return self.length_ZQ.shape[1]
 
     @property
     def most_prompts(self) -> int:
         """The largest number of prompts on any shard."""
-        return int(self.prompts_S.max())
+        return int(self.prompts_Z.max())
 
     @property
     def jobs(self) -> int:
         return self.prompts * self.samples
 
     @functools.cached_property
-    def prompts_S(self) -> np.ndarray:
-        return np.sum(self.length_SP > 0, axis=1)
+    def prompts_Z(self) -> np.ndarray:
+        return np.sum(self.length_ZQ > 0, axis=1)
 
     @property
-    def jobs_S(self) -> np.ndarray:
-        return self.prompts_S * self.samples
+    def jobs_Z(self) -> np.ndarray:
+        return self.prompts_Z * self.samples
 
     @property
     def job_B(self) -> np.ndarray:
         """The indices of the caller's completions among the jobs of all shards, without padding."""
-        return np.flatnonzero(np.repeat(self.length_SP.reshape(-1) > 0, self.samples))
+        return np.flatnonzero(np.repeat(self.length_ZQ.reshape(-1) > 0, self.samples))
 
     def by_job(self, values_BX: np.ndarray) -> np.ndarray:
         """Reorders the caller's values [B, ...] into job order [J, ...]; padding jobs get 0.
@@ -182,28 +182,28 @@ class Layout:
         return values_JX
 
     @functools.cached_property
-    def order_SP(self) -> np.ndarray:
+    def order_ZQ(self) -> np.ndarray:
         """The indices of each shard's prompts in the order in which they start; padding is last."""
-        length_SP = np.where(self.length_SP > 0, self.length_SP, np.iinfo(np.int32).max)
-        return np.argsort(length_SP, axis=1, kind="stable")
+        length_ZQ = np.where(self.length_ZQ > 0, self.length_ZQ, np.iinfo(np.int32).max)
+        return np.argsort(length_ZQ, axis=1, kind="stable")
 
     @functools.cached_property
     def groups(self) -> dict[int, PrefillGroup]:
         """The division of the prompts into prefill groups that has the least total cost.
 
-        The keys are the positions of the groups' first prompts in `order_SP`. A group has the slots
+        The keys are the positions of the groups' first prompts in `order_ZQ`. A group has the slots
         that its longest prompt needs, and either all rows that fit a prefill or a fraction of them
         (`GROUP_PARTS`), so that few programs are compiled for any batch. The cost is rows times
         slots, including padding, plus a fixed cost per call.
         """
         tokens, prompts = PREFILL_TOKENS[target().platform], self.most_prompts
-        length_ST = np.take_along_axis(self.length_SP, self.order_SP[:, :prompts], axis=1)
+        ordered_ZQ = np.take_along_axis(self.length_ZQ, self.order_ZQ[:, :prompts], axis=1)
         # The last prompt of one shard may be shorter than an earlier prompt of a shard with fewer.
-        longest_T = np.maximum.accumulate(length_ST.max(axis=0))
-        slots_T = [prompt_bucket(int(length)) for length in longest_T]
+        longest_Q = np.maximum.accumulate(ordered_ZQ.max(axis=0))
+        slots_Q = [prompt_bucket(int(length)) for length in longest_Q]
         # Of the first n prompts: the least cost, and the last group at this cost.
         cost, last = [0.0], [PrefillGroup(0, 0, 0)]
-        for stop, slots in enumerate(slots_T, start=1):
+        for stop, slots in enumerate(slots_Q, start=1):
             most = min(max(tokens // slots, 1), self.prompts)
             options = []
             for rows in sorted({-(-most // parts) for parts in GROUP_PARTS}):
@@ -228,7 +228,7 @@ class Layout:
 
     @property
     def prompt_slots(self) -> int:
-        return prompt_bucket(int(self.length_SP.max()))
+        return prompt_bucket(int(self.length_ZQ.max()))
 
     def first_slots(self, most: int) -> int:
         """Returns the slots per row of the initial cache: the longest prompt plus some room.
@@ -238,47 +238,47 @@ class Layout:
         slots = self.prompt_slots + max(16, self.prompt_slots // 8)
         return cache_bucket(min(slots, most), most)
 
-    def has_room(self, prefilled: int, started_S: np.ndarray) -> bool:
+    def has_room(self, prefilled: int, started_Z: np.ndarray) -> bool:
         """Returns whether the prefix cache has free slots for the prompts of `groups[prefilled]`.
 
-        `prefilled` is the number of prompts that each shard has prefilled, and `started_S` that of
+        `prefilled` is the number of prompts that each shard has prefilled, and `started_Z` that of
         the completions that have begun on each shard. A prompt's slot is free once all its
         completions have begun.
         """
-        begun_S = np.where(started_S >= self.jobs_S, self.prompts, started_S // self.samples)
-        return prefilled + self.groups[prefilled].prompts - self.prefixes <= int(begun_S.min())
+        begun_Z = np.where(started_Z >= self.jobs_Z, self.prompts, started_Z // self.samples)
+        return prefilled + self.groups[prefilled].prompts - self.prefixes <= int(begun_Z.min())
 
     def group(self, first: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the indices and lengths [S, B] of each shard's prompts in `groups[first]`.
+        """Returns the indices and lengths [Z, B] of each shard's prompts in `groups[first]`.
 
         Padding has the index `prompts` and the length 1.
         """
         group = self.groups[first]
         turn = first + np.arange(group.rows)
-        index_SB = self.order_SP[:, np.minimum(turn, self.prompts - 1)]
-        length_SB = np.take_along_axis(self.length_SP, index_SB, axis=1)
-        exists_SB = (length_SB > 0) & (turn < first + group.prompts)
-        index_SB = np.where(exists_SB, index_SB, self.prompts).astype(np.int32)
-        return index_SB, np.where(exists_SB, length_SB, 1).astype(np.int32)
+        index_ZB = self.order_ZQ[:, np.minimum(turn, self.prompts - 1)]
+        length_ZB = np.take_along_axis(self.length_ZQ, index_ZB, axis=1)
+        exists_ZB = (length_ZB > 0) & (turn < first + group.prompts)
+        index_ZB = np.where(exists_ZB, index_ZB, self.prompts).astype(np.int32)
+        return index_ZB, np.where(exists_ZB, length_ZB, 1).astype(np.int32)
 
     def jobs_from(self, first_prompt: int) -> Jobs:
         """Returns the decoding jobs of all shards, with prompts numbered from `first_prompt`."""
         shards, samples = self.shards, self.samples
-        turn_SP = np.argsort(self.order_SP, axis=1)
-        first_S1 = first_prompt + np.arange(shards)[:, None] * self.most_prompts
+        turn_ZQ = np.argsort(self.order_ZQ, axis=1)
+        first_Z1 = first_prompt + np.arange(shards)[:, None] * self.most_prompts
         sample_G = np.arange(samples)
 
-        def by_job(values_SP: np.ndarray) -> np.ndarray:
-            return np.repeat(values_SP.reshape(-1), samples).astype(np.int32)
+        def by_job(values_ZQ: np.ndarray) -> np.ndarray:
+            return np.repeat(values_ZQ.reshape(-1), samples).astype(np.int32)
 
-        order_SPG = self.order_SP[:, :, None] * samples + sample_G
+        order_ZQG = self.order_ZQ[:, :, None] * samples + sample_G
         return Jobs(
-            number_J=by_job(first_S1 + np.arange(self.prompts)),
+            number_J=by_job(first_Z1 + np.arange(self.prompts)),
             sample_J=np.tile(sample_G, shards * self.prompts).astype(np.int32),
-            prompt_length_J=by_job(self.length_SP),
-            forced_J=by_job(self.forced_SP),
-            slot_J=by_job(turn_SP % self.prefixes),
-            order_J=order_SPG.reshape(-1).astype(np.int32),
+            prompt_length_J=by_job(self.length_ZQ),
+            forced_J=by_job(self.forced_ZQ),
+            slot_J=by_job(turn_ZQ % self.prefixes),
+            order_J=order_ZQG.reshape(-1).astype(np.int32),
         )
 
 
@@ -307,15 +307,15 @@ class Segments:
         return len(self.bounds) - 1
 
     @property
-    def starts_S(self) -> Array:
+    def starts_Y(self) -> Array:
         return jnp.asarray(self.bounds[:-1], jnp.int32)
 
     @property
-    def ends_S(self) -> Array:
+    def ends_Y(self) -> Array:
         return jnp.asarray(self.bounds[1:], jnp.int32)
 
     @property
-    def costs_S(self) -> np.ndarray:
+    def costs_Y(self) -> np.ndarray:
         """The cost of one row in a tick of each segment, in units of one layer.
 
         The cost of segment 0 includes drawing a token.
@@ -341,11 +341,11 @@ def choose(
     count = segments.count
     if count == 1:
         return jnp.zeros((), jnp.int32)
-    at_SP = (segment_P == jnp.arange(count)[:, None]) & waits_P
-    filled_S = jnp.minimum(jnp.sum(at_SP, axis=1), tick_rows).astype(jnp.float32)
-    waste_S = segments.costs_S * (tick_rows - filled_S) / filled_S
-    waste_S = jnp.where(filled_S > 0, waste_S, jnp.inf)
-    least = count - 1 - jnp.argmin(waste_S[::-1])
+    at_YP = (segment_P == jnp.arange(count)[:, None]) & waits_P
+    filled_Y = jnp.minimum(jnp.sum(at_YP, axis=1), tick_rows).astype(jnp.float32)
+    waste_Y = segments.costs_Y * (tick_rows - filled_Y) / filled_Y
+    waste_Y = jnp.where(filled_Y > 0, waste_Y, jnp.inf)
+    least = count - 1 - jnp.argmin(waste_Y[::-1])
     age_P = jnp.where(waits_P, tick - since_P, -1)
     oldest = jnp.argmax(age_P)
     overdue = age_P[oldest] > PATIENCE * count

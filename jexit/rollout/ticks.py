@@ -116,7 +116,7 @@ class Ticks:
         draws = segment == 0
         at, records, cache, started = self._next(at, records, pool, draws)
         at, cache = self._run(at, cache, segment)
-        depth_end = segments.ends_S[segment]
+        depth_end = segments.ends_Y[segment]
         leaves_B = (at.depth_B <= depth_end) | (segment == segments.count - 1)
 
         def back(part: Array, new: Array) -> Array:
@@ -124,7 +124,7 @@ class Ticks:
             new = jnp.where(here, new, of_rows(part))
             return new if rows_B is None else part.at[rows_B].set(new, unique_indices=True)
 
-        cost = jnp.asarray(segments.costs_S)[segment]
+        cost = jnp.asarray(segments.costs_Y)[segment]
         after = pool.replace(
             job_P=back(pool.job_P, at.job_B),
             index_P=back(pool.index_P, at.index_B),
@@ -273,7 +273,7 @@ class Ticks:
             new_BD = at_layer(layer, self.model.blocks, self.layers, output, h_BD, mixed_BNH)
             return jnp.where((layer < at.depth_B)[:, None], new_BD, h_BD), cache
 
-        first, end = self.segments.starts_S[segment], self.segments.ends_S[segment]
+        first, end = self.segments.starts_Y[segment], self.segments.ends_Y[segment]
         deepest = jnp.max(jnp.where(at.runs_B, at.depth_B, 0))
         with jax.named_scope(LAYERS_SCOPE):
             h_BD, cache = jax.lax.fori_loop(

@@ -115,9 +115,9 @@ def test_shards_of_unequal_numbers_of_prompts_have_room_for_the_longest(monkeypa
     for lengths in ((5, 60, 100), (100, 5, 60), (9, 300, 20, 500, 40)):
         made, seen = layout_of(lengths), []
         for first, group in made.groups.items():
-            index_SB, length_SB = made.group(first)
-            assert length_SB.max() <= group.slots
-            seen += [(s, int(i)) for s, row in enumerate(index_SB) for i in row if i < made.prompts]
+            index_ZB, length_ZB = made.group(first)
+            assert length_ZB.max() <= group.slots
+            seen += [(s, int(i)) for s, row in enumerate(index_ZB) for i in row if i < made.prompts]
         half = made.most_prompts
         assert sorted(s * half + i for s, i in seen) == list(range(len(lengths)))
         job_B, jobs = made.job_B, made.jobs_from(first_prompt=7)
