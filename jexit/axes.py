@@ -6,11 +6,14 @@
 | T | query time | V | vocabulary |
 | S | key time | L | layers |
 | D | model width | E | exits |
-| N | query heads (tokens, in the kernels) | G | rollouts of one prompt |
-| K | key/value heads | R | LoRA rank |
+| N | query heads; tokens in kernels, problems in evaluation | G | rollouts of one prompt |
+| K | key/value heads | R | LoRA rank; runs in evaluation |
 | H | head dimension | P | rows of a decoding pool |
 | J | completions (rows may have several) | W | tokens of one completion |
-| C | completion tokens of a row | | |
+| C | completion tokens of a row | M | tokens of several rows, in one axis |
+| Z | data shards | Q | prompts of a data shard |
+| Y | segments of the layers between exits | U | drafted tokens of a row |
+| I | random draws of a statistic | X | an axis without a letter of its own |
 
 A name such as `hazard_logits_BTE` has one axis per letter, in that order. In a jaxtyping type, `*A`
 stands for any number of axes. Depths are int32 layer counts (1 … L), never indices into the exits.

@@ -53,10 +53,10 @@ TINY_PATH = "jexit/assets/tiny"
 TINY_CALIBRATED_PATH = "jexit/assets/tiny-calibrated"
 
 Layer = Annotated[int, Bounds(1, 1_000)]
-Message = Annotated[str, Length(1_000_000)]
+MessageText = Annotated[str, Length(1_000_000)]
 Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]
 PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
-Measure = Literal[
+MeasureName = Literal[
     "exits",
     "hazards",
     "serial_depth",
@@ -71,7 +71,7 @@ Measure = Literal[
     "substantivity",
     "paraphrasability",
 ]
-EVAL_MEASURES: tuple[Measure, ...] = get_args(Measure)
+EVAL_MEASURES: tuple[MeasureName, ...] = get_args(MeasureName)
 
 # The largest products of settings, by command: texts or tokens that are in memory at once.
 _EVALUATED = {("eval.problems", "eval.max_new_tokens"): 2**30}
@@ -142,7 +142,7 @@ class ModelConfig(Execution):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Continuation:
+class ContinuationSettings:
     """What replaces the layers that a token skips after it has left at an exit."""
 
     continuation: Literal["frozen", "linear"] = "frozen"
@@ -153,7 +153,7 @@ class Continuation:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExitsConfig(Continuation):
+class ExitsConfig(ContinuationSettings):
     """The exits, at which tokens may leave, and what replaces the layers that those tokens skip."""
 
     layers: Annotated[tuple[Layer, ...], Length(1_000)] = ()
@@ -180,7 +180,7 @@ class ExitHead:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExitSettings(ExitHead, Continuation):
+class ExitSettings(ExitHead, ContinuationSettings):
     """The settings of a model's exit heads and of the continuation that replaces skipped layers.
 
     The last four are those of `RLConfig` and `SFTConfig` under which the heads were trained; None
@@ -247,7 +247,7 @@ class TaskConfig:
     """The task's own settings, such as options.operands_max=6; see docs/tasks.md."""
     time_limit: Annotated[float, Bounds(0.1, 86_400)] = 60.0
     """The number of seconds that the task's reward functions may take per batch."""
-    system: Message = ""
+    system: MessageText = ""
     """The system message before every prompt. If empty, there is none, or the chat template's
     own."""
     thinking: Literal["auto", "on", "off"] = "auto"
@@ -495,16 +495,16 @@ class RLConfig:
 class EngineSize:
     """The size of each data shard's decoding engine; 0 lets the engine choose a number.
 
-    The engine decodes a pool of completions (rows). A tick runs up to `places` of these rows
+    The engine decodes a pool of completions (rows). A tick runs up to `tick_rows` of these rows
     through the layers between two exits (a segment). Early exits save time if the pool has about
-    three times as many rows as a tick has places, because rows that wait at other segments then
-    fill the places of rows that have left.
+    three times as many rows as a tick, because rows that wait at other segments then replace rows
+    that have left.
     """
 
     rows: CountOrZero = 0
     """The number of completions in the pool. With 0, the pool's keys and values take at most a
     fixed share of an accelerator's memory."""
-    places: CountOrZero = 0
+    tick_rows: CountOrZero = 0
     """The number of rows in a tick, which runs the layers between two exits."""
 
     def __post_init__(self) -> None:
@@ -521,7 +521,7 @@ class EvalConfig:
     """The policies to evaluate: full, sample, threshold:X, confidence:X, fixed:LAYERS, and the
     controls shuffled and fixed:matched. A control has the mean depth of sample, or of POLICY if
     `:POLICY` is appended; that policy must come before it."""
-    measures: Annotated[tuple[Measure, ...], Length(100)] = ()
+    measures: Annotated[tuple[MeasureName, ...], Length(100)] = ()
     """The measures besides accuracy and depth; docs/evaluation.md defines them."""
     measured: Name = "sample"
     """The policy to which `measures` are applied, besides full depth."""
@@ -540,7 +540,7 @@ class EvalConfig:
 class GenerateConfig:
     """The prompts that configs/generate.py completes, and how it decodes them."""
 
-    prompts: Annotated[tuple[Message, ...], Length(10_000)] = ()
+    prompts: Annotated[tuple[MessageText, ...], Length(10_000)] = ()
     """The user's messages, each in a conversation of its own."""
     policy: Name = "sample"
     """The halting policy: full, sample, threshold:X or fixed:LAYERS."""

@@ -30,29 +30,29 @@ def over_seeds(runs: Sequence[Outcomes], initial: Outcomes | None = None) -> dic
         np.stack([getattr(run, name) for run in runs])
         for name in ("correct_N", "layers_N", "tokens_N")
     )
-    layers_D = drawn_over_runs(layers_RN)
-    depth_D = layers_D / drawn_over_runs(tokens_RN) / runs[0].layers
+    layers_I = drawn_over_runs(layers_RN)
+    depth_I = layers_I / drawn_over_runs(tokens_RN) / runs[0].layers
     drawn = {
         "": {
             "accuracy": drawn_over_runs(correct_RN, 0, 1),
-            "depth_fraction": depth_D,
-            "layers_per_problem": layers_D,
+            "depth_fraction": depth_I,
+            "layers_per_problem": layers_I,
         }
     }
     if initial:
         difference_RN = correct_RN - initial.correct_N
-        theirs_D, tokens_D = (
+        theirs_I, tokens_I = (
             drawn_over_runs(np.broadcast_to(values_N, shape))
             for values_N in (initial.layers_N, initial.tokens_N)
         )
         drawn[" less initial"] = {
             "accuracy_difference": drawn_over_runs(difference_RN, 0, -1, 1, 0),
-            "saved_per_token": theirs_D / tokens_D / initial.layers - depth_D,
-            "saved_per_problem": 1 - layers_D / theirs_D,
+            "saved_per_token": theirs_I / tokens_I / initial.layers - depth_I,
+            "saved_per_problem": 1 - layers_I / theirs_I,
         }
     return {
         f"{suffix}/{name}_ci95/{end}": value
         for suffix, numbers in drawn.items()
-        for name, draws_D in numbers.items()
-        for end, value in zip(("low", "high"), percentile_interval(draws_D), strict=True)
+        for name, draws_I in numbers.items()
+        for end, value in zip(("low", "high"), percentile_interval(draws_I), strict=True)
     }

@@ -11,7 +11,7 @@ import pydantic
 
 from jexit.errors import UserError
 from jexit.report import charts
-from jexit.report.charts import Group, Text, drawing
+from jexit.report.charts import ShapeGroup, Text, drawing
 from jexit.report.colours import depth_class
 from jexit.report.heat_maps import visible
 
@@ -74,4 +74,4 @@ def draw(title: str, strips: Sequence[tuple[str, Strip]]) -> str:
             shapes.append(Text(middle, top + 28.0, str(depth), f"{colour} depth", "middle"))
             left += width
         top += LINE + 6.0
-    return drawing([Group(0.0, 0.0, shapes)], WIDTH, top)
+    return drawing([ShapeGroup(0.0, 0.0, shapes)], WIDTH, top)

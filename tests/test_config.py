@@ -174,7 +174,7 @@ def test_settings_that_are_made_by_hand_are_checked():
     for make, said in (
         (lambda: LoRA(rank=-1), "rank is -1; it must be at least 0 and at most 10000"),
         (lambda: LoRA(targets=("x",)), "targets is 'x'; choose one of q, k, v, o, gate, up, down"),
-        (lambda: EngineSize(places=-1), "places is -1; it must be at least 0"),
+        (lambda: EngineSize(tick_rows=-1), "tick_rows is -1; it must be at least 0"),
         (lambda: ExitSettings(kind="cubic"), "kind is 'cubic'; choose one of mlp, linear"),
         (lambda: ExitSettings(continuation_rank=2), "continuation_rank is 2, but a frozen"),
     ):

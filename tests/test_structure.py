@@ -4,6 +4,7 @@ Imports are read from the syntax trees, so nothing here depends on what happens 
 """
 
 import ast
+import collections
 import functools
 import graphlib
 import pathlib
@@ -151,3 +152,17 @@ def test_files_say_what_they_hold():
     for path in [*FILES, *sources("configs")]:
         assert path.stem not in ("utils", "util", "helpers", "misc", "common"), path
         assert ast.get_docstring(tree_of(path)), f"{path} has no docstring"
+
+
+def test_a_class_has_a_name_of_its_own():
+    """No other class and no alias of a type has the same name, with or without an underscore."""
+    classes, aliases = collections.Counter(), set()
+    for path in sources("jexit"):
+        tree = tree_of(path)
+        classes.update(n.name.lstrip("_") for n in ast.walk(tree) if isinstance(n, ast.ClassDef))
+        for node in tree.body:
+            if isinstance(node, ast.Assign | ast.AnnAssign):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                aliases.update(n.id.lstrip("_") for n in targets if isinstance(n, ast.Name))
+    assert classes["Transformer"] == 1 and "MeasureName" in aliases  # the test sees both
+    assert not [name for name, number in classes.items() if number > 1 or name in aliases]

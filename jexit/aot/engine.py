@@ -123,11 +123,11 @@ class EnginePrograms:
                     split.graphdef, states, None, pool, records, prefixes, jobs, ready, more,
                     np.int32(1), policy, draws,
                 ),
-                options={"places": layout.places, "adapters": adapters, "hazards": False},
+                options={"tick_rows": layout.tick_rows, "adapters": adapters, "hazards": False},
                 loops={LAYERS_SCOPE: layers, FILL_SCOPE: 0, COPY_SCOPE: 0},
                 resident=resident,
                 note=f"{name} decode: each data shard has up to {layout.rows} completions in "
-                f"progress and runs {layout.places} of them per tick",
+                f"progress and runs {layout.tick_rows} of them per tick",
             )  # fmt: skip
         held = resident | {"states": states, "records": records, "prefixes": prefixes}
         yield from self._growth(name, layout, most, pool.cache, held)

@@ -40,10 +40,10 @@ from jexit.steps.exit_heads import make_exit_states, make_lens_step
 from jexit.steps.finetune import make_finetune_step
 from jexit.steps.optim import make_optimizer
 from jexit.steps.pretrain import PretrainBatch, make_pretrain_step
-from jexit.steps.ridge import Sums, make_sums_step
+from jexit.steps.ridge import RidgeSums, make_sums_step
 from jexit.steps.rl import Penalties, RLBatch, make_rl_step
 from jexit.steps.sft import make_sft_step
-from jexit.steps.state import Fixed, SplitModel, new_state, parameter_labels, split_model
+from jexit.steps.state import FixedParams, SplitModel, new_state, parameter_labels, split_model
 
 
 def rows_of(config: Config) -> int:
@@ -66,7 +66,7 @@ def programs(config: Config, mesh: Mesh) -> Iterator[Program]:
     model = _abstract_model(config)
     taught = config.command != "finetune"
     split = split_model(model, full=config.lora.rank == 0, keep_teacher=taught)
-    fixed = Fixed(*(placed_parameters(part, mesh) for part in split.fixed))
+    fixed = FixedParams(*(placed_parameters(part, mesh) for part in split.fixed))
     split = SplitModel(split.graphdef, placed_parameters(split.trainable, mesh), fixed)
     section = config.eval
     state = None
@@ -285,7 +285,7 @@ def _fit(config: Config, mesh: Mesh, split: SplitModel, state: Any) -> Program:
     with jax.set_mesh(mesh):
         size = rows_at_a_time(config, config.sft.pool // config.sft.completions)
         shape = (model.exit_layers, model.arch.layers, model.arch.width)
-        sums = jax.eval_shape(jax.jit(Sums.zero, static_argnums=(0, 1, 2)), *shape)
+        sums = jax.eval_shape(jax.jit(RidgeSums.zero, static_argnums=(0, 1, 2)), *shape)
     sums = jax.tree.map(
         lambda leaf: placed(leaf, mesh, "LDF" if leaf.ndim == 3 else "." * leaf.ndim), sums
     )

@@ -61,15 +61,15 @@ def _best_borders(lengths_N: np.ndarray, count: int) -> np.ndarray:
     `lengths_N` contains the lengths of the rows. A row is padded to the next of the returned
     lengths.
     """
-    lengths_U, rows_U = np.unique(lengths_N, return_counts=True)
-    below_U = np.concatenate([[0], np.cumsum(rows_U)])
-    unique = len(lengths_U)
+    lengths_X, rows_X = np.unique(lengths_N, return_counts=True)
+    below_X = np.concatenate([[0], np.cumsum(rows_X)])
+    unique = len(lengths_X)
     # best[j]: the least cost of the j shortest lengths with the buckets so far.
     best = np.concatenate([[0.0], np.full(unique, np.inf)])
     choices = []
     for _ in range(min(count, unique)):
         # [i, j]: the last bucket contains the lengths i … j and pads them to length j.
-        cost = best[:unique, None] + (below_U[1:] - below_U[:unique, None]) * lengths_U
+        cost = best[:unique, None] + (below_X[1:] - below_X[:unique, None]) * lengths_X
         cost = np.where(np.arange(unique)[:, None] <= np.arange(unique), cost, np.inf)
         choices.append(np.argmin(cost, axis=0))
         best = np.concatenate([[0.0], np.min(cost, axis=0)])
@@ -77,6 +77,6 @@ def _best_borders(lengths_N: np.ndarray, count: int) -> np.ndarray:
     for choice in reversed(choices):
         if end == 0:
             break
-        borders.append(lengths_U[end - 1])
+        borders.append(lengths_X[end - 1])
         end = choice[end - 1]
     return np.asarray(borders[::-1])

@@ -137,7 +137,7 @@ def _environment() -> Any:
     import jinja2.ext
     import jinja2.sandbox
 
-    class Generation(jinja2.ext.Extension):
+    class GenerationBlock(jinja2.ext.Extension):
         """Renders the contents of `{% generation %}` blocks, which training tools use."""
 
         tags = frozenset(("generation",))
@@ -174,7 +174,7 @@ def _environment() -> Any:
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = to_json
     environment.globals |= {

@@ -26,7 +26,7 @@ import numpy as np
 
 from jexit.evaluation.intervals import wilson_interval
 from jexit.evaluation.scores import Scores, paired
-from jexit.evaluation.transcripts import Continuation, Transcripts
+from jexit.evaluation.transcripts import Reply, Transcripts
 from jexit.results import CurvePoint, Measure, PairedMeasure
 from jexit.tasks import ChainTask
 
@@ -73,7 +73,7 @@ def _measured(
     name: str,
     transcripts: Transcripts,
     scores: Scores,
-    replies: Sequence[Continuation],
+    replies: Sequence[Reply],
     detail: dict[str, float],
     *,
     curve: Sequence[CurvePoint] | None = None,
@@ -472,8 +472,8 @@ def _acknowledges(steps: Sequence[str], suggestion: str) -> bool:
 
 
 def _arms(
-    replies: Sequence[Continuation | None],
-) -> tuple[list[int], list[Continuation], list[Continuation]]:
+    replies: Sequence[Reply | None],
+) -> tuple[list[int], list[Reply], list[Reply]]:
     """Pairs each reply after an intervention with the reply to the same problem in the null arm.
 
     `replies` contains the replies after the intervention, followed by those of the null arm.

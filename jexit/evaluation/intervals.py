@@ -13,8 +13,8 @@ Values = Sequence[float] | np.ndarray  # one value per problem
 DRAWS = 4000
 Z = 1.959964
 _LEVELS = (2.5, 97.5)
-_CORNERS_CX = np.asarray([(0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0)])
-_CORNERS = len(_CORNERS_CX)
+_CORNERS_42 = np.asarray([(0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0)])
+_CORNERS = len(_CORNERS_42)
 _PSEUDO = 0.5  # problems added at each corner or bound
 
 
@@ -36,8 +36,8 @@ def paired_interval(ours: Values, theirs: Values) -> Interval:
     outcomes (both correct, ours only, theirs only, neither), so it has a width even if all problems
     have the same outcome. (Agresti and Min 2005, Statistics in Medicine 24, 729, section 3.)
     """
-    rows_NX, weights_N = _with_corners(ours, theirs)
-    differences_N = rows_NX[:, 0] - rows_NX[:, 1]
+    rows_N2, weights_N = _with_corners(ours, theirs)
+    differences_N = rows_N2[:, 0] - rows_N2[:, 1]
     total = weights_N.sum()
     middle = weights_N @ differences_N / total
     variance = weights_N @ (differences_N - middle) ** 2 / total**2
@@ -54,14 +54,14 @@ def lost_interval(kept: Values, before: Values) -> Interval:
     such that mean(kept) − r·mean(before) is within z standard errors of 0 (Fieller 1954). It is
     limited to −1 … 1, because r has no upper end when mean(before) may be 0.
     """
-    rows_NX, weights_N = _with_corners(kept, before)
+    rows_N2, weights_N = _with_corners(kept, before)
     total = weights_N.sum()
-    means_X = weights_N @ rows_NX / total
-    apart_NX = rows_NX - means_X
-    errors_XX = (apart_NX * weights_N[:, None]).T @ apart_NX * (Z / total) ** 2
-    square = means_X[1] ** 2 - errors_XX[1, 1]
-    middle = means_X[0] * means_X[1] - errors_XX[0, 1]
-    root = math.sqrt(max(middle**2 - square * (means_X[0] ** 2 - errors_XX[0, 0]), 0.0))
+    means_2 = weights_N @ rows_N2 / total
+    apart_N2 = rows_N2 - means_2
+    errors_22 = (apart_N2 * weights_N[:, None]).T @ apart_N2 * (Z / total) ** 2
+    square = means_2[1] ** 2 - errors_22[1, 1]
+    middle = means_2[0] * means_2[1] - errors_22[0, 1]
+    root = math.sqrt(max(middle**2 - square * (means_2[0] ** 2 - errors_22[0, 0]), 0.0))
     low, high = -1.0, 1.0
     if square > 0:
         low, high = 1 - (middle + root) / square, 1 - (middle - root) / square
@@ -78,9 +78,9 @@ def bootstrap_mean(values: Values, seed: int, bounds: Interval) -> Interval:
     interval is that of Jeffreys' prior (Brown, Cai and DasGupta 2001).
     """
     values_N = np.asarray(values, float)
-    weights_DN = _drawn_weights(len(values_N), len(bounds), seed)
-    means_D = weights_DN @ np.append(values_N, bounds) / weights_DN.sum(1)
-    return _around(values_N.mean(), *percentile_interval(means_D), bounds)
+    weights_IN = _drawn_weights(len(values_N), len(bounds), seed)
+    means_I = weights_IN @ np.append(values_N, bounds) / weights_IN.sum(1)
+    return _around(values_N.mean(), *percentile_interval(means_I), bounds)
 
 
 def bootstrap_lost_difference(
@@ -93,10 +93,10 @@ def bootstrap_lost_difference(
     added for each outcome of `ours`, together with the opposite outcome of `theirs`.
     """
     losses = []
-    for (kept, before), corners_CX in ((ours, _CORNERS_CX), (theirs, 1 - _CORNERS_CX)):
-        rows_NX = np.vstack([np.stack([kept, before], 1), corners_CX])
-        sums_DX = _drawn_weights(len(kept), _CORNERS, seed) @ rows_NX
-        losses.append(1 - sums_DX[:, 0] / sums_DX[:, 1])
+    for (kept, before), corners_42 in ((ours, _CORNERS_42), (theirs, 1 - _CORNERS_42)):
+        rows_N2 = np.vstack([np.stack([kept, before], 1), corners_42])
+        sums_I2 = _drawn_weights(len(kept), _CORNERS, seed) @ rows_N2
+        losses.append(1 - sums_I2[:, 0] / sums_I2[:, 1])
     whole = np.sum(ours[1]), np.sum(theirs[1])
     value = math.nan
     if all(whole):
@@ -137,11 +137,11 @@ def drawn_over_runs(values_RN: np.ndarray, *pseudo: float) -> np.ndarray:
     """
     runs, problems = np.shape(values_RN)
     taken = max(runs - 1, 1)
-    share_DR = np.random.default_rng(0).multinomial(taken, [1 / runs] * runs, DRAWS) / taken
-    weights_DN = _drawn_weights(problems, len(pseudo), 1)
-    means_DN = np.pad(share_DR @ values_RN, ((0, 0), (0, len(pseudo))))
-    means_DN[:, problems:] = pseudo
-    return (means_DN * weights_DN).sum(1) / weights_DN.sum(1)
+    share_IR = np.random.default_rng(0).multinomial(taken, [1 / runs] * runs, DRAWS) / taken
+    weights_IN = _drawn_weights(problems, len(pseudo), 1)
+    means_IN = np.pad(share_IR @ values_RN, ((0, 0), (0, len(pseudo))))
+    means_IN[:, problems:] = pseudo
+    return (means_IN * weights_IN).sum(1) / weights_IN.sum(1)
 
 
 def _resampled(values: Values, seed: int) -> np.ndarray:
@@ -159,9 +159,9 @@ def _with_corners(first: Values, second: Values) -> tuple[np.ndarray, np.ndarray
 
     Returns the pairs [N + 4, 2] and their weights [N + 4], which are 1 for the given pairs.
     """
-    pairs_NX = np.stack([np.asarray(first, float), np.asarray(second, float)], 1)
-    weights_N = np.append(np.ones(len(pairs_NX)), np.full(_CORNERS, _PSEUDO))
-    return np.vstack([pairs_NX, _CORNERS_CX]), weights_N
+    pairs_N2 = np.stack([np.asarray(first, float), np.asarray(second, float)], 1)
+    weights_N = np.append(np.ones(len(pairs_N2)), np.full(_CORNERS, _PSEUDO))
+    return np.vstack([pairs_N2, _CORNERS_42]), weights_N
 
 
 def _drawn_weights(problems: int, pseudo: int, seed: int) -> np.ndarray:

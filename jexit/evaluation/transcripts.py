@@ -21,7 +21,7 @@ _OPENED = re.compile(rf"\s*{THINK_START}\s*")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Continuation:
+class Reply:
     """The text that the model wrote after a forced prefix, and the answer in this text, if any.
 
     If the answer was forced, `text` begins with the cue, the text that requests the answer.
@@ -99,7 +99,7 @@ class Transcripts:
         """
         return self.task.final_answer(self.task.cue + answer)
 
-    def forced(self, rows: Sequence[tuple[Problem, str]]) -> list[Continuation | None]:
+    def forced(self, rows: Sequence[tuple[Problem, str]]) -> list[Reply | None]:
         """Returns the model's answer to each (problem, prefix) after the cue, which requests it.
 
         An entry is None if prompt and prefix are too long to leave room for an answer.
@@ -140,7 +140,7 @@ class Transcripts:
 
     def continued(
         self, rows: Sequence[tuple[Problem, str]], *, answer_only: bool = False
-    ) -> list[Continuation | None]:
+    ) -> list[Reply | None]:
         """Returns the model's continuation of each (problem, prefix); all are decoded together.
 
         With `answer_only`, the prefixes end in the cue, which requests the answer, and only answers
@@ -155,11 +155,11 @@ class Transcripts:
             for (problem, prefix), reply in zip(rows, replies, strict=True)
         ]
 
-    def _read(self, problem: Problem, prefix: str, text: str, reply: Attempt) -> Continuation:
+    def _read(self, problem: Problem, prefix: str, text: str, attempt: Attempt) -> Reply:
         # The whole text is read too: the prefix may open a chain that is never closed, and then the
         # numbers in the chain are not an answer.
-        seen = self.task.answerable(prefix + reply.text, cut=reply.truncated)
+        seen = self.task.answerable(prefix + attempt.text, cut=attempt.truncated)
         whole = self.task.final_answer(seen)
         answer = None if whole is None else self.task.final_answer(text)
         correct = answer is not None and self.task.verify(problem, text).correct
-        return Continuation(text=text, answer=answer, correct=correct, depths=reply.depths)
+        return Reply(text=text, answer=answer, correct=correct, depths=attempt.depths)

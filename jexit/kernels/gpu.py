@@ -29,7 +29,7 @@ MULTIPROCESSORS = 132  # of an H100 or H200
 VOCAB_CHUNK = 2048  # columns of logits whose gradient is held at a time
 
 
-class Tile(NamedTuple):
+class GpuTile(NamedTuple):
     """The sizes of a tile of logits, all powers of two; None means a size chosen for the chip."""
 
     tokens: int | None = None
@@ -39,7 +39,7 @@ class Tile(NamedTuple):
     stages: int | None = None  # of the pipeline of loads
 
 
-BY_CHIP = Tile()
+BY_CHIP = GpuTile()
 
 # For each size of a number in bytes: the largest number of sets, and the tile for it. The sums of
 # all sets, the statistics and one set's temporaries share a multiprocessor's 65,536 registers. With
@@ -48,14 +48,14 @@ BY_CHIP = Tile()
 # do not use tensor cores, which would round their operands.
 TILES = {
     2: (
-        (2, Tile(128, 128, 64, 8, 3)),
-        (4, Tile(64, 128, 64, 8, 2)),
-        (8, Tile(64, 64, 64, 8, 2)),
+        (2, GpuTile(128, 128, 64, 8, 3)),
+        (4, GpuTile(64, 128, 64, 8, 2)),
+        (8, GpuTile(64, 64, 64, 8, 2)),
     ),
     4: (
-        (1, Tile(128, 128, 32, 8, 2)),
-        (2, Tile(64, 64, 32, 8, 2)),
-        (8, Tile(32, 64, 32, 8, 2)),
+        (1, GpuTile(128, 128, 32, 8, 2)),
+        (2, GpuTile(64, 64, 32, 8, 2)),
+        (8, GpuTile(32, 64, 32, 8, 2)),
     ),
 }
 MAX_SETS = 8
@@ -64,7 +64,7 @@ MAX_SETS = 8
 class Set(NamedTuple):
     """One set of logits in a tile: the product of one array of hidden states and one output head.
 
-    `hidden` and `head` are positions in `Operands.hidden` and `Operands.heads`.
+    `hidden` and `head` are positions in `GpuOperands.hidden` and `GpuOperands.heads`.
     """
 
     hidden: int
@@ -72,7 +72,7 @@ class Set(NamedTuple):
     at: tuple[int, ...] = ()  # index into the leading axes of the hidden states
 
 
-class Operands(NamedTuple):
+class GpuOperands(NamedTuple):
     """The arrays that an op reads, and the sets of logits that it computes from them.
 
     Attributes:
@@ -94,7 +94,7 @@ class Blocks(NamedTuple):
     Attributes:
       logits: one float32 array [T, C] for each set of logits; columns beyond the vocabulary are
         −1e30.
-      rows: the pytree `Operands.rows`, with the tile's part of each array as [T, 1].
+      rows: the pytree `GpuOperands.rows`, with the tile's part of each array as [T, 1].
       index: the vocabulary index of each entry, int32 [T, C].
     """
 
@@ -107,8 +107,8 @@ def statistics(
     of_tile: Callable[[Blocks], Any],
     merge: Callable[[Any, Any], Any],
     neutral: Any,
-    operands: Operands,
-    tile: Tile,
+    operands: GpuOperands,
+    tile: GpuTile,
 ) -> Any:
     """Computes `of_tile` on every tile of logits and merges the results over the vocabulary.
 
@@ -116,7 +116,7 @@ def statistics(
     are [N]. `merge` combines two such pytrees; the left one comes first in the vocabulary.
     `neutral` is a pytree of numbers that change nothing when merged with other statistics.
     """
-    layout = _Layout.of(operands, tile)
+    layout = _GpuLayout.of(operands, tile)
     tokens, vocab_tiles = layout.tile.tokens, layout.grid[1]
     share = pl.cdiv(vocab_tiles, _splits(*layout.grid))
     splits = pl.cdiv(vocab_tiles, share)
@@ -147,8 +147,8 @@ def statistics(
 
 def gradients(
     dlogits: Callable[[Blocks], jax.Array],
-    operands: Operands,
-    tile: Tile,
+    operands: GpuOperands,
+    tile: GpuTile,
     head_dtype: jnp.dtype | None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Returns the gradients with respect to the first hidden states and the first output head.
@@ -162,7 +162,7 @@ def gradients(
     def of_chunk(start: jax.Array | int, size: int, *arguments: Any) -> tuple[jax.Array, jax.Array]:
         *hidden, rows = arguments
         heads = tuple(tiles.slice_head(head_VD, start, size) for head_VD in operands.heads)
-        chunk = Operands(tuple(hidden), heads, operands.sets, rows)
+        chunk = GpuOperands(tuple(hidden), heads, operands.sets, rows)
         return _dlogits(dlogits, chunk, start, tile), heads[0]
 
     arguments = (*operands.hidden, operands.rows)
@@ -171,14 +171,17 @@ def gradients(
 
 
 def _dlogits(
-    dlogits: Callable[[Blocks], jax.Array], operands: Operands, start: jax.Array | int, tile: Tile
+    dlogits: Callable[[Blocks], jax.Array],
+    operands: GpuOperands,
+    start: jax.Array | int,
+    tile: GpuTile,
 ) -> jax.Array:
     """Returns the gradient [N, chunk] with respect to the logits of one chunk of the vocabulary.
 
     `start` is the first vocabulary index of the chunk. XLA then multiplies the result by the hidden
     states and by the head, so the result has the wider of the two dtypes.
     """
-    layout = _Layout.of(operands, tile)
+    layout = _GpuLayout.of(operands, tile)
 
     def gradient_kernel(*refs: Any) -> None:
         *refs, start_1, dz_NC = refs
@@ -193,10 +196,10 @@ def _dlogits(
     return layout.call(gradient_kernel, operands, layout.grid, shape, start_1)
 
 
-class _Layout(NamedTuple):
+class _GpuLayout(NamedTuple):
     """The division of an op's operands into tiles, and their order in a kernel call."""
 
-    tile: Tile
+    tile: GpuTile
     tokens: int
     vocab: int
     sets: tuple[Set, ...]
@@ -204,10 +207,10 @@ class _Layout(NamedTuple):
     rows: jax.tree_util.PyTreeDef
 
     @classmethod
-    def of(cls, operands: Operands, tile: Tile) -> "_Layout":
+    def of(cls, operands: GpuOperands, tile: GpuTile) -> "_GpuLayout":
         tokens, vocab = operands.hidden[0].shape[-2], operands.heads[0].shape[0]
         pairs = zip(tile, choose_tile(operands), strict=True)
-        tile = Tile(*(chosen if fixed is None else fixed for fixed, chosen in pairs))
+        tile = GpuTile(*(chosen if fixed is None else fixed for fixed, chosen in pairs))
         rows = jax.tree.structure(operands.rows)
         return cls(tile, tokens, vocab, operands.sets, len(operands.heads), rows)
 
@@ -272,7 +275,7 @@ class _Layout(NamedTuple):
     def call(
         self,
         kernel: Callable[..., None],
-        operands: Operands,
+        operands: GpuOperands,
         grid: tuple[int, int],
         out_shape: Any,
         *more: jax.Array,
@@ -315,7 +318,7 @@ def _interpreted() -> bool:
     return False
 
 
-def choose_tile(operands: Operands) -> Tile:
+def choose_tile(operands: GpuOperands) -> GpuTile:
     """Returns the tile from `TILES` for these operands, reduced in size for smaller arrays.
 
     Raises NotImplementedError if there are more sets of logits than the registers can hold.

@@ -23,7 +23,7 @@ class Chunks(NamedTuple):
     vocab: int
 
 
-class Tile(NamedTuple):
+class TileLimits(NamedTuple):
     """A platform's limits for a tile: the number of float32 logits, and of vocabulary entries."""
 
     size: int
@@ -33,12 +33,12 @@ class Tile(NamedTuple):
 # A tile is read a few times and dropped: it should stay in cache, and its few copies should stay
 # far below all logits. Measured on two CPU cores with 1 MiB of L2 each, where sizes from 2¹⁸ to 2²⁰
 # are equally fast; an accelerator needs larger matrix products to fill it.
-CPU_TILE = Tile(1 << 19, 512)
-ACCELERATOR_TILE = Tile(1 << 22, 4096)
+CPU_LIMITS = TileLimits(1 << 19, 512)
+ACCELERATOR_LIMITS = TileLimits(1 << 22, 4096)
 
 
-def _tile() -> Tile:
-    return CPU_TILE if dispatch.target().platform == "cpu" else ACCELERATOR_TILE
+def _limits() -> TileLimits:
+    return CPU_LIMITS if dispatch.target().platform == "cpu" else ACCELERATOR_LIMITS
 
 
 def choose_chunks(tokens: int, vocab: int, sets: int) -> Chunks:
@@ -47,12 +47,12 @@ def choose_chunks(tokens: int, vocab: int, sets: int) -> Chunks:
     Every chunk of tokens reads the whole head, so a chunk contains as many tokens as fit the
     platform's limit, at least one.
     """
-    chunk_vocab = min(vocab, _tile().vocab)
+    chunk_vocab = min(vocab, _limits().vocab)
     return _with_tokens(chunk_vocab, tokens, sets)
 
 
 def _with_tokens(chunk_vocab: int, tokens: int, sets: int) -> Chunks:
-    fitting = _tile().size // (sets * chunk_vocab)
+    fitting = _limits().size // (sets * chunk_vocab)
     return Chunks(max(1, min(fitting, tokens)), chunk_vocab)
 
 

@@ -32,17 +32,17 @@ VOCAB_TILES = (512, 256, 128)
 TOKEN_TILES = (1024, 512, 256, 128)
 
 
-class Tile(NamedTuple):
+class TpuTile(NamedTuple):
     """The sizes of a tile of logits in tokens and vocabulary entries; None: chosen for the chip."""
 
     tokens: int | None = None  # a multiple of 128
     vocab: int | None = None  # a multiple of 16, or the whole vocabulary
 
 
-BY_CHIP = Tile()
+BY_CHIP = TpuTile()
 
 
-class Operands(NamedTuple):
+class TpuOperands(NamedTuple):
     """The arrays that an op reads; inside a kernel, the blocks of these arrays for one tile.
 
     Attributes:
@@ -73,17 +73,17 @@ class Operands(NamedTuple):
 
 
 def statistics(
-    of_tile: Callable[[Operands], Any],
+    of_tile: Callable[[TpuOperands], Any],
     merge: Callable[[Any, Any], Any],
-    operands: Operands,
-    tile: Tile,
+    operands: TpuOperands,
+    tile: TpuTile,
 ) -> Any:
     """Computes `of_tile` on every tile of logits and merges the results over the vocabulary.
 
     `of_tile` returns a pytree of arrays [k, T] for the T tokens of a tile; the arrays in the result
     are [k, N]. `merge` combines two such pytrees; the left one comes first in the vocabulary.
     """
-    layout = _Layout.of(operands, tile)
+    layout = _TpuLayout.of(operands, tile)
     shapes, treedef = jax.tree.flatten(jax.eval_shape(lambda: of_tile(layout.example(operands))))
 
     def kernel(*refs: Any) -> None:
@@ -119,9 +119,9 @@ def statistics(
 
 
 def gradients(
-    dlogits: Callable[[Operands], jax.Array],
-    operands: Operands,
-    tile: Tile,
+    dlogits: Callable[[TpuOperands], jax.Array],
+    operands: TpuOperands,
+    tile: TpuTile,
     head_dtype: jnp.dtype | None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Returns the gradients with respect to the first hidden states and the first output head.
@@ -135,7 +135,7 @@ def gradients(
     return dh_ND, None if head_dtype is None else _to_head(dlogits, operands, tile, head_dtype)
 
 
-def check_covers(operands: Operands) -> None:
+def check_covers(operands: TpuOperands) -> None:
     """Raises NotImplementedError if a kernel or its gradient kernels do not support the operands.
 
     On a TPU, widths must be multiples of 128. Everywhere, the smallest tiles must fit in VMEM.
@@ -150,20 +150,20 @@ def check_covers(operands: Operands) -> None:
     choose_tile(operands, vocab_sums=1)
 
 
-def _product_dtype(operands: Operands) -> jnp.dtype:
+def _product_dtype(operands: TpuOperands) -> jnp.dtype:
     return jnp.promote_types(operands.hidden[0].dtype, operands.heads[0].dtype)
 
 
-def _masked(dlogits: Callable[[Operands], jax.Array], blocks: Operands) -> jax.Array:
+def _masked(dlogits: Callable[[TpuOperands], jax.Array], blocks: TpuOperands) -> jax.Array:
     dz_CT = dlogits(blocks)
     return jnp.where(blocks.index(dz_CT.shape) < blocks.vocab, dz_CT, 0)
 
 
 def _to_hidden(
-    dlogits: Callable[[Operands], jax.Array], operands: Operands, tile: Tile
+    dlogits: Callable[[TpuOperands], jax.Array], operands: TpuOperands, tile: TpuTile
 ) -> jax.Array:
     width, dtype = operands.hidden[0].shape[-1], _product_dtype(operands)
-    layout = _Layout.of(operands, tile, token_sums=1)
+    layout = _TpuLayout.of(operands, tile, token_sums=1)
 
     def kernel(*refs: Any) -> None:
         blocks, (dh_TD,) = layout.blocks(refs, pl.program_id(1))
@@ -192,10 +192,13 @@ def _to_hidden(
 
 
 def _to_head(
-    dlogits: Callable[[Operands], jax.Array], operands: Operands, tile: Tile, dtype: jnp.dtype
+    dlogits: Callable[[TpuOperands], jax.Array],
+    operands: TpuOperands,
+    tile: TpuTile,
+    dtype: jnp.dtype,
 ) -> jax.Array:
     head_VD, product_dtype = operands.heads[0], _product_dtype(operands)
-    layout = _Layout.of(operands, tile, vocab_sums=1)
+    layout = _TpuLayout.of(operands, tile, vocab_sums=1)
     block = (layout.tile.vocab, head_VD.shape[1])
 
     def kernel(*refs: Any) -> None:
@@ -226,10 +229,10 @@ def _to_head(
     )
 
 
-class _Layout(NamedTuple):
+class _TpuLayout(NamedTuple):
     """The division of an op's operands into blocks, and their order in a kernel call."""
 
-    tile: Tile
+    tile: TpuTile
     tokens: int
     vocab: int
     hidden: int
@@ -238,11 +241,11 @@ class _Layout(NamedTuple):
 
     @classmethod
     def of(
-        cls, operands: Operands, tile: Tile, *, token_sums: int = 0, vocab_sums: int = 0
-    ) -> "_Layout":
+        cls, operands: TpuOperands, tile: TpuTile, *, token_sums: int = 0, vocab_sums: int = 0
+    ) -> "_TpuLayout":
         tokens, vocab = operands.hidden[0].shape[-2], operands.heads[0].shape[0]
         chosen = choose_tile(operands, token_sums=token_sums, vocab_sums=vocab_sums)
-        tile = Tile(tile.tokens or chosen.tokens, min(tile.vocab or chosen.vocab, vocab))
+        tile = TpuTile(tile.tokens or chosen.tokens, min(tile.vocab or chosen.vocab, vocab))
         rows = jax.tree.structure(operands.rows)
         return cls(tile, tokens, vocab, len(operands.hidden), len(operands.heads), rows)
 
@@ -251,7 +254,7 @@ class _Layout(NamedTuple):
         """The number of tokens, rounded up to a multiple of the tokens per tile."""
         return _round_up(self.tokens, self.tile.tokens)
 
-    def example(self, operands: Operands) -> Operands:
+    def example(self, operands: TpuOperands) -> TpuOperands:
         """Returns zeros in the shapes of a tile's blocks, to infer a kernel's output shapes."""
         return operands._replace(
             hidden=tuple(
@@ -267,7 +270,7 @@ class _Layout(NamedTuple):
             vocab=self.vocab,
         )
 
-    def blocks(self, refs: tuple[Any, ...], vocab_tile: jax.Array) -> tuple[Operands, tuple]:
+    def blocks(self, refs: tuple[Any, ...], vocab_tile: jax.Array) -> tuple[TpuOperands, tuple]:
         """Returns the blocks of the operands in a kernel, and the later references in `refs`.
 
         `refs` are all references that the kernel gets. `vocab_tile` is the position of the tile
@@ -275,7 +278,7 @@ class _Layout(NamedTuple):
         """
         heads, rows = self.hidden, self.hidden + self.heads
         end = rows + self.rows.num_leaves
-        blocks = Operands(
+        blocks = TpuOperands(
             refs[:heads],
             refs[heads:rows],
             jax.tree.unflatten(self.rows, [ref[...] for ref in refs[rows:end]]),
@@ -287,7 +290,7 @@ class _Layout(NamedTuple):
     def call(
         self,
         kernel: Callable[..., None],
-        operands: Operands,
+        operands: TpuOperands,
         *,
         vocab_first: bool,
         products: int,
@@ -342,7 +345,7 @@ class _Layout(NamedTuple):
             *(_pad(row_N[None], tokens, 1) for row_N in rows),
         )
 
-    def _cost(self, operands: Operands, products: int, vocab_first: bool) -> pl.CostEstimate:
+    def _cost(self, operands: TpuOperands, products: int, vocab_first: bool) -> pl.CostEstimate:
         """Returns an estimate of a kernel's FLOPs, exponentials and bytes for XLA's scheduler.
 
         If `vocab_first`, the hidden states are read once per vocabulary tile; otherwise the head is
@@ -370,7 +373,7 @@ def vmem_limit_bytes() -> int:
     return int(VMEM_SHARE * chip().vmem_mib * 2**20)
 
 
-def choose_tile(operands: Operands, *, token_sums: int = 0, vocab_sums: int = 0) -> Tile:
+def choose_tile(operands: TpuOperands, *, token_sums: int = 0, vocab_sums: int = 0) -> TpuTile:
     """Returns the largest tile that fits the chip's VMEM, with no more tokens than the chip needs.
 
     The chip needs 2 × `Chip.rows` hidden states, so that the products take longer than reading the
@@ -396,7 +399,7 @@ def choose_tile(operands: Operands, *, token_sums: int = 0, vocab_sums: int = 0)
             held += 3 * 4 * own * (token_sums * token_tile + vocab_sums * vocab_tile)
             held += 4 * (2 * sets + 6) * vocab_tile * token_tile
             if held <= vmem_limit_bytes():
-                return Tile(token_tile, min(vocab_tile, vocab))
+                return TpuTile(token_tile, min(vocab_tile, vocab))
     raise NotImplementedError(
         f"{sets} hidden states per token, each of width {width // sets}, do not fit "
         f"{chip().vmem_mib} MiB of VMEM in tiles of {TOKEN_TILES[-1]} tokens"

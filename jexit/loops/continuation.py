@@ -25,7 +25,7 @@ from jexit.errors import UserError
 from jexit.io.progress import Progress
 from jexit.loops.stage import Stage
 from jexit.loops.trajectories import Trajectories, rows_of_batch
-from jexit.steps.ridge import Sums, fit, make_sums_step
+from jexit.steps.ridge import RidgeSums, fit, make_sums_step
 from jexit.steps.state import Params
 
 HELD_BACK = 8  # one batch in every 8 is held back to choose the strength of the ridge
@@ -79,8 +79,10 @@ def rows_at_a_time(config: Config, rows: int) -> int:
     return max(1, min(rows_of_batch(config), rows // HELD_BACK) // shards) * shards
 
 
-def _sums(stage: Stage, trajectories: Trajectories, trainable: Params) -> tuple[Sums, Sums]:
-    """Returns the `Sums` over the batches for fitting and those over the held-back batches.
+def _sums(
+    stage: Stage, trajectories: Trajectories, trainable: Params
+) -> tuple[RidgeSums, RidgeSums]:
+    """Returns the `RidgeSums` over the batches for fitting and those over the held-back batches.
 
     One batch in every `HELD_BACK` is held back. The arrays are NumPy's. Raises UserError if the
     trajectories fill fewer than 2 batches.
@@ -95,9 +97,9 @@ def _sums(stage: Stage, trajectories: Trajectories, trainable: Params) -> tuple[
             f"{size} prompts; set config.sft.pool to {2 * size * config.sft.completions} or more"
         )
     add, here = make_sums_step(split), host_rows(size)
-    sums = Sums.zero(stage.exit_layers, arch.layers, arch.width)
+    sums = RidgeSums.zero(stage.exit_layers, arch.layers, arch.width)
 
-    def added(sums: Sums, step: int) -> Sums:
+    def added(sums: RidgeSums, step: int) -> RidgeSums:
         batch, _ = trajectories.batch(step, here)
         batch = place_rows(batch, here)
         with waiting(_WHAT):

@@ -46,7 +46,7 @@ class Text:
 
 
 @dataclasses.dataclass(frozen=True)
-class Group:
+class ShapeGroup:
     x: float
     y: float
     shapes: Sequence[Path | Text]
@@ -321,39 +321,39 @@ def marker(
 def as_file(charts: Sequence[Chart], columns: int = 1) -> str:
     """Lays out charts in a grid with `columns` columns, and returns the text of an SVG file."""
     width, gap = max(chart.width for chart in charts), 28.0
-    groups: list[Group] = []
+    groups: list[ShapeGroup] = []
     top = 0.0
     for row in (charts[at : at + columns] for at in range(0, len(charts), columns)):
         heads = [_head(chart) for chart in row]
         head = max(height for _, height in heads)
         for column, (chart, (above, _)) in enumerate(zip(row, heads, strict=True)):
             left = column * (width + gap)
-            groups += [Group(left + group.x, top + group.y, group.shapes) for group in above]
-            groups.append(Group(left, top + head, chart.shapes))
+            groups += [ShapeGroup(left + group.x, top + group.y, group.shapes) for group in above]
+            groups.append(ShapeGroup(left, top + head, chart.shapes))
         top += head + max(chart.height for chart in row) + 18.0
     columns = min(columns, len(charts))
     return drawing(groups, columns * (width + gap) - gap, top - 18.0)
 
 
-def drawing(groups: Sequence[Group], width: float, height: float) -> str:
+def drawing(groups: Sequence[ShapeGroup], width: float, height: float) -> str:
     """Returns the text of an SVG file with the given shapes, for light and dark pages."""
     style = file_style(asset("charts.css"))
     return render("drawing.svg", groups=groups, width=width, height=height, style=style)
 
 
-def _head(chart: Chart) -> tuple[list[Group], float]:
+def _head(chart: Chart) -> tuple[list[ShapeGroup], float]:
     """Returns a chart's title, note and legend as groups of shapes, and their height in pixels."""
     texts = [Text(0.0, 14.0, chart.title, "title")]
     top = 20.0
     for line in textwrap.wrap(chart.note, int(chart.width / (0.8 * CHARACTER * FONT))):
         texts.append(Text(0.0, top + 11.0, line, "label"))
         top += 16.0
-    groups, left = [Group(0.0, 0.0, texts)], 0.0
+    groups, left = [ShapeGroup(0.0, 0.0, texts)], 0.0
     for text, key in chart.legend:
         width = 44.0 + 0.9 * text_width(text)
         if left and left + width > chart.width:
             left, top = 0.0, top + 18.0
-        groups.append(Group(left, top + 2.0, [key, Text(29.0, 11.0, text, "entry")]))
+        groups.append(ShapeGroup(left, top + 2.0, [key, Text(29.0, 11.0, text, "entry")]))
         left += width
     return groups, top + (24.0 if chart.legend else 6.0)
 

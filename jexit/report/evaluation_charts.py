@@ -9,7 +9,7 @@ from itertools import pairwise
 from jexit.report.charts import Axis, Chart
 from jexit.report.colours import SERIES, depth_class
 from jexit.report.rendering import interval, number, per_cent
-from jexit.report.runs import Run
+from jexit.report.runs import ReportedRun
 from jexit.report.training_curves import MEAN_DEPTH
 from jexit.results import (
     Capacity,
@@ -24,13 +24,13 @@ KINDS = {"full": 0, "sample": 1, "threshold": 2, "fixed": 4, "shuffled": 3}
 CONTROL = "link dash1"
 
 
-def accuracy_over_depth(runs: Sequence[Run]) -> list[Chart]:
+def accuracy_over_depth(runs: Sequence[ReportedRun]) -> list[Chart]:
     """Returns charts of accuracy over the fraction of layers run, one chart per task.
 
     Each policy is a point with 95 % intervals. A control is a hollow point, joined by a line to the
     policy whose mean depth it matches. Another line joins a run's threshold policies, by depth.
     """
-    by_task: dict[str, list[Run]] = {}
+    by_task: dict[str, list[ReportedRun]] = {}
     for run in runs:
         if run.evaluation is not None:
             by_task.setdefault(str(run.evaluation.task.get("name", "")), []).append(run)
@@ -42,7 +42,7 @@ def accuracy_over_depth(runs: Sequence[Run]) -> list[Chart]:
     ]
 
 
-def _accuracy_over_depth(title: str, measured: Sequence[Run]) -> Chart:
+def _accuracy_over_depth(title: str, measured: Sequence[ReportedRun]) -> Chart:
     points = [result for run in measured for result in run.evaluation.runs]
     depths = [x for p in points for x in (p.depth_fraction, *(p.depth_fraction_ci95 or ()))]
     accuracies = [y for p in points for y in (p.accuracy, *p.accuracy_ci95)]
@@ -106,7 +106,7 @@ def _point(chart: Chart, result: PolicyResult, classes: str, run: str) -> None:
     chart.point(x, y, f"open-{shape}" if result.is_control else shape, classes, told)
 
 
-def histograms(run: Run) -> list[Chart]:
+def histograms(run: ReportedRun) -> list[Chart]:
     """Returns a histogram for each policy: the fraction of tokens over the number of layers run."""
     known = [result for result in run.evaluation.runs if result.depth_histogram]
     layers = run.evaluation.model.layers

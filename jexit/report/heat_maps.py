@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from jexit.report.colours import depth_class
 from jexit.report.rendering import number, render
-from jexit.report.runs import Run
+from jexit.report.runs import ReportedRun
 from jexit.results import Completion
 
 # A cell takes about 150 bytes: this many keep the page within a few megabytes.
@@ -23,7 +23,7 @@ VERDICTS = {
 }
 
 
-def heat_maps(run: Run) -> Markup | None:
+def heat_maps(run: ReportedRun) -> Markup | None:
     """Renders a run's completions as heat maps, grouped by prompt.
 
     The first prompts are unfolded. Prompts that would make the page too large for a browser are
@@ -57,7 +57,7 @@ def heat_maps(run: Run) -> Markup | None:
     )
 
 
-def _completions(run: Run) -> tuple[Sequence[Completion], list[int]]:
+def _completions(run: ReportedRun) -> tuple[Sequence[Completion], list[int]]:
     """Returns the completions for a run's heat maps, and the training steps that they come from.
 
     An evaluation has no steps. A training run shows the completions of its last and its first step.

@@ -15,7 +15,7 @@ from jexit.report.charts import Chart
 from jexit.report.colours import page_colours
 from jexit.report.heat_maps import heat_maps
 from jexit.report.rendering import asset, render
-from jexit.report.runs import Run, read_runs
+from jexit.report.runs import ReportedRun, read_runs
 from jexit.report.training_curves import OTHER, training_charts
 
 REPORT_FILE = "report.html"
@@ -33,7 +33,7 @@ def write_report(
     return write_page(read_runs(workdirs), output)
 
 
-def write_page(runs: Sequence[Run], output: str | os.PathLike[str] | None = None) -> Path:
+def write_page(runs: Sequence[ReportedRun], output: str | os.PathLike[str] | None = None) -> Path:
     """Writes the report on runs that have already been read; see `write_report`."""
     path = runs[0].workdir / REPORT_FILE if output is None else Path(output)
     if path.is_dir():
@@ -45,7 +45,7 @@ def write_page(runs: Sequence[Run], output: str | os.PathLike[str] | None = None
     return path
 
 
-def page(runs: Sequence[Run]) -> Markup:
+def page(runs: Sequence[ReportedRun]) -> Markup:
     """Renders the whole report with the template `templates/page.html`."""
     return render(
         "page.html",
@@ -68,13 +68,13 @@ def drawn(*charts: Chart | None, small: bool = False) -> Markup:
     return render("charts.html", charts=there, small=small) if there else Markup()
 
 
-def training(runs: Sequence[Run]) -> list[tuple[str, list[Chart], list[Chart]]]:
+def training(runs: Sequence[ReportedRun]) -> list[tuple[str, list[Chart], list[Chart]]]:
     """Returns, for each command, a heading, the training curves and small charts of other metrics.
 
     Commands have separate charts because two commands may log different quantities under the same
     name, such as `loss`.
     """
-    by_command: dict[str, list[Run]] = {}
+    by_command: dict[str, list[ReportedRun]] = {}
     for run in runs:
         if run.curves.names:
             by_command.setdefault(run.command, []).append(run)

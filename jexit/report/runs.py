@@ -79,7 +79,7 @@ class Curves:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Run:
+class ReportedRun:
     """The contents of one run's directory, as the report needs them.
 
     `notes` contains sentences about parts of files that were left out. `place` is the run's number
@@ -138,7 +138,7 @@ class Run:
         return tuple(e for e in layers if isinstance(e, int)) if isinstance(layers, list) else ()
 
 
-def read_runs(workdirs: Sequence[str | os.PathLike[str]]) -> list[Run]:
+def read_runs(workdirs: Sequence[str | os.PathLike[str]]) -> list[ReportedRun]:
     """Reads the runs in the directories `workdirs`, and gives each run a label.
 
     The label is the shortest unique suffix of the directory's path. Raises UserError if a directory
@@ -159,7 +159,7 @@ def read_runs(workdirs: Sequence[str | os.PathLike[str]]) -> list[Run]:
     ]
 
 
-def read_run(workdir: str | os.PathLike[str], label: str = "", place: int = 0) -> Run:
+def read_run(workdir: str | os.PathLike[str], label: str = "", place: int = 0) -> ReportedRun:
     """Reads everything that a run has written to its directory so far.
 
     Raises UserError if there is nothing to report, or if a file is invalid.
@@ -187,7 +187,7 @@ def read_run(workdir: str | os.PathLike[str], label: str = "", place: int = 0) -
         )
     config = _read(dict[str, Any], workdir / "config.json") or {}
     checked(CommandName, config, str(workdir / "config.json"))
-    return Run(
+    return ReportedRun(
         workdir=workdir,
         label=label or workdir.resolve().name,
         place=place,

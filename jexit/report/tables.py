@@ -19,7 +19,7 @@ from jexit.report.rendering import (
     points,
     render,
 )
-from jexit.report.runs import Run, default_settings, settings
+from jexit.report.runs import ReportedRun, default_settings, settings
 from jexit.results import (
     Capacity,
     Faithfulness,
@@ -32,8 +32,8 @@ from jexit.results import (
 )
 
 # A column: its name, and a function that returns the cell of an entry.
-Column = tuple[str, Callable[[Any], object]]
-Columns = Sequence[Column]
+TableColumn = tuple[str, Callable[[Any], object]]
+Columns = Sequence[TableColumn]
 
 MEASURES: Mapping[str, str] = {
     "early_answering": "The answer is forced after a part of the chain's steps. The value is the "
@@ -96,7 +96,7 @@ def _ready(heads: Sequence[str]) -> Columns:
     return [(head, operator.itemgetter(place)) for place, head in enumerate(heads)]
 
 
-def _of(part: Callable[[Any], Any], *columns: Column) -> Columns:
+def _of(part: Callable[[Any], Any], *columns: TableColumn) -> Columns:
     """Adapts `columns` to other entries: each column gets `part(entry)` instead of the entry."""
     return [(head, lambda entry, cell=cell: cell(part(entry))) for head, cell in columns]
 
@@ -118,19 +118,19 @@ def _ends(bounds: Sequence[float] | None, value: Callable[..., str], **digits: i
     return " to ".join(value(bound, **digits) for bound in bounds)
 
 
-_problems: Column = ("problems", lambda entry: number(entry.problems, 0))
+_problems: TableColumn = ("problems", lambda entry: number(entry.problems, 0))
 
 
-def about(runs: Sequence[Run]) -> Markup:
+def about(runs: Sequence[ReportedRun]) -> Markup:
     """Renders a table of what was run, when, and by which version, with one column per run."""
     known = {run.label: _about(run) for run in runs}
     rows = [name for name in next(iter(known.values())) if any(of[name] for of in known.values())]
-    columns: list[Column] = [("", lambda name: name)]
+    columns: list[TableColumn] = [("", lambda name: name)]
     columns += [(label, lambda name, of=of: of[name] or "–") for label, of in known.items()]
     return table("What was run", rows, columns, texts=len(columns))
 
 
-def _about(run: Run) -> dict[str, str]:
+def _about(run: ReportedRun) -> dict[str, str]:
     flat = settings(run.config)
     model, task = flat.get("model.path"), flat.get("task.name")
     if run.evaluation is not None:
@@ -153,7 +153,7 @@ def _about(run: Run) -> dict[str, str]:
     return {name: "" if value is None else str(value) for name, value in values.items()}
 
 
-def _depth_penalty(run: Run, flat: Mapping[str, Any]) -> str:
+def _depth_penalty(run: ReportedRun, flat: Mapping[str, Any]) -> str:
     """Returns the depth penalty λ of the config, and of the last step if a schedule changed it."""
     if run.command != "rl" or "rl.depth_coef" not in flat:
         return ""
@@ -174,7 +174,7 @@ def duration(seconds: float | None) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def main_results(runs: Sequence[Run]) -> Markup | None:
+def main_results(runs: Sequence[ReportedRun]) -> Markup | None:
     """Renders a table of key figures for the results of every run that `headline` selects.
 
     Returns None if there are no results.
@@ -201,7 +201,7 @@ def main_results(runs: Sequence[Run]) -> Markup | None:
     return table(caption, named, columns, texts=2) if named else None
 
 
-def headline(run: Run) -> list[tuple[str, PolicyResult]]:
+def headline(run: ReportedRun) -> list[tuple[str, PolicyResult]]:
     """Returns (short name, result) for the main results of a run, the most important first."""
     if run.evaluation is not None:
         by_name = {result.policy: result for result in run.evaluation.runs}
@@ -214,7 +214,7 @@ def headline(run: Run) -> list[tuple[str, PolicyResult]]:
     return [(name, result) for name, result in pairs if result is not None]
 
 
-def policies(run: Run) -> Markup:
+def policies(run: ReportedRun) -> Markup:
     results = run.evaluation.runs
     texts = sorted({name for result in results for name in result.text})
     columns = (
@@ -247,7 +247,7 @@ def _verdicts(result: PolicyResult) -> str:
     return " / ".join(str(result.verdicts.get(n, 0)) for n in names) if result.verdicts else "–"
 
 
-def differences(run: Run) -> Markup:
+def differences(run: ReportedRun) -> Markup:
     columns = (
         ("policy", lambda e: e.policy),
         ("control", lambda e: e.control),
@@ -259,7 +259,7 @@ def differences(run: Run) -> Markup:
     return table(caption, run.evaluation.controls, columns, texts=2)
 
 
-def token_classes(run: Run) -> Markup | None:
+def token_classes(run: ReportedRun) -> Markup | None:
     results = [result for result in run.evaluation.runs if result.depth_by_class]
     if not results:
         return None
@@ -399,7 +399,7 @@ def planning(entries: Sequence[Planning]) -> Markup:
     return table("Probes for tokens to come", entries, columns)
 
 
-def setting_differences(runs: Sequence[Run]) -> Markup | None:
+def setting_differences(runs: Sequence[ReportedRun]) -> Markup | None:
     """Renders a table of the settings that differ between the runs, or None if no run has a config.
 
     For a single run, the table contains the settings that differ from the defaults of its command.

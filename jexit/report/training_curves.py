@@ -13,7 +13,7 @@ from jexit.io.files import write_bytes_atomic
 from jexit.report.charts import Axis, Chart, as_file, text_width
 from jexit.report.colours import SERIES, depth_class
 from jexit.report.rendering import NO_BREAK, per_cent, short_number
-from jexit.report.runs import Run
+from jexit.report.runs import ReportedRun
 
 # The fraction of the curve that one point of the running mean averages over.
 MEAN_SPAN = 0.05
@@ -45,7 +45,7 @@ class Panel:
         """Whether the metrics are shares from 0 to 1, which the chart shows in per cent."""
         return any(metric in SHARES for metric in self.metrics)
 
-    def tells(self, runs: Sequence[Run]) -> bool:
+    def tells(self, runs: Sequence[ReportedRun]) -> bool:
         """Returns whether any run has informative values of a metric of the panel.
 
         Not informative are the loss of reinforcement, and fractions of truncated completions that
@@ -90,7 +90,7 @@ PANELS: Mapping[str, Sequence[Panel]] = {
 class Line:
     """The line of one metric of one run in a chart, with its legend text and style classes."""
 
-    run: Run
+    run: ReportedRun
     name: str
     label: str
     classes: str
@@ -112,7 +112,7 @@ class Line:
         return len(self.steps) <= MARKED_POINTS
 
 
-def training_charts(runs: Sequence[Run]) -> dict[str, list[Chart]]:
+def training_charts(runs: Sequence[ReportedRun]) -> dict[str, list[Chart]]:
     """Returns the charts of all metrics of the runs, by the name of their SVG file without suffix.
 
     A thin line shows the logged values, and a thick line their running mean. Accuracy and depth
@@ -137,7 +137,7 @@ def training_charts(runs: Sequence[Run]) -> dict[str, list[Chart]]:
     return charts
 
 
-def write_charts(run: Run) -> list[Path]:
+def write_charts(run: ReportedRun) -> list[Path]:
     """Writes charts of every metric of a run to `WORKDIR/plots/*.svg`, and returns the paths."""
     paths = []
     for name, charts in training_charts([run]).items():
@@ -181,7 +181,7 @@ def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return steps[kept], values[kept]
 
 
-def _lines(panel: Panel, runs: Sequence[Run]) -> list[Line]:
+def _lines(panel: Panel, runs: Sequence[ReportedRun]) -> list[Line]:
     """Returns the lines of a chart, one line for each run and metric of the panel.
 
     With several runs, colours distinguish runs and dashes distinguish metrics. With a single run,
@@ -198,7 +198,7 @@ def _lines(panel: Panel, runs: Sequence[Run]) -> list[Line]:
     return lines
 
 
-def _chart(panel: Panel, runs: Sequence[Run]) -> Chart:
+def _chart(panel: Panel, runs: Sequence[ReportedRun]) -> Chart:
     lines = _lines(panel, runs)
     ends = [(line.mean[np.isfinite(line.mean)][-1], line.classes) for line in lines]
     labels = [
@@ -290,7 +290,7 @@ def _depth_band(chart: Chart, line: Line) -> None:
     chart.explain("middle 80 % of tokens", f"band {line.classes}", shape="area")
 
 
-def _exits(run: Run) -> list[str]:
+def _exits(run: ReportedRun) -> list[str]:
     names = [n for n in run.curves.names if n.startswith("exit/") and _layer(n).isdecimal()]
     return sorted(names, key=lambda name: int(_layer(name))) if len(names) > 1 else []
 
@@ -299,7 +299,7 @@ def _layer(name: str) -> str:
     return name.removeprefix("exit/")
 
 
-def _leaving(run: Run, several: bool) -> Chart:
+def _leaving(run: ReportedRun, several: bool) -> Chart:
     """Returns a stacked area chart of the fractions of tokens by layers run, over training steps.
 
     With `several` runs on the page, the title names the run.

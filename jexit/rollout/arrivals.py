@@ -31,7 +31,7 @@ TOGETHER = 4  # different prompts that are prefilled at once where so many wait
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
-class _Completion:
+class _CompletionJob:
     """One prompt of a request with its settings; `sent` counts the tokens reported so far."""
 
     ticket: int
@@ -79,7 +79,7 @@ class Arrivals:
         prompt_slots = _prompt_slots(max_prompt_tokens)
         most = prompt_slots + max_new_tokens - 1
         row_bytes = most * token_bytes(engine.model.arch, engine.model.dtype)
-        rows, places = fitted(size, AT_ONCE, row_bytes)
+        rows, tick_rows = fitted(size, AT_ONCE, row_bytes)
         engine.open(
             rows=rows,
             jobs=rows + PREFIXES,
@@ -88,15 +88,15 @@ class Arrivals:
             prompt_slots=prompt_slots,
             slots=cache_bucket(most, most),
             most=most,
-            places=places,
+            tick_rows=tick_rows,
         )
-        idle = _Completion(
+        idle = _CompletionJob(
             ticket=-1, prompt=[pad_id], number=0, policy=Full(), sampling=Sampling.of(0.0),
             key=np.asarray(jax.random.key_data(jax.random.key(0))), limit=1,
         )  # fmt: skip
         self._idle, self._jobs = idle, [idle] * (rows + PREFIXES)
         self._slot_J = np.zeros(len(self._jobs), np.int32)
-        self._queue: collections.deque[_Completion] = collections.deque()
+        self._queue: collections.deque[_CompletionJob] = collections.deque()
         self._ready: list[int] = []  # prefilled jobs that wait for a row, in order of arrival
         self._tickets = 0
         self._settings: tuple[Policy, Draws] | None = None  # None: the jobs have changed
@@ -142,7 +142,7 @@ class Arrivals:
         self._tickets = tickets.stop
         for index, ticket in enumerate(tickets):
             self._queue.append(
-                _Completion(
+                _CompletionJob(
                     ticket=ticket,
                     prompt=request.prompts[index],
                     number=request.first_prompt + index,

@@ -69,13 +69,13 @@ class Engine:
             self.states = self._timed(gathered_width, lambda: gathered_width(self.states))
         self.model: Transformer = nnx.merge(self.graphdef, *self.states)
 
-    def open(self, *, rows: int, slots: int, most: int, places: int, **sizes: int) -> None:
+    def open(self, *, rows: int, slots: int, most: int, tick_rows: int, **sizes: int) -> None:
         """Creates an empty pool whose KV cache has `slots` tokens per row and can grow to `most`.
 
-        One tick runs at most `places` rows per data shard. `sizes` contains the other arguments of
-        `pool.empty`.
+        One tick runs at most `tick_rows` rows per data shard. `sizes` contains the other arguments
+        of `pool.empty`.
         """
-        self.slots, self._most, self._places, self._compiled_slots = slots, most, places, 0
+        self.slots, self._most, self._tick_rows, self._compiled_slots = slots, most, tick_rows, 0
         sizes |= {"rows": rows, "slots": slots, "hazards": self.hazards}
         self.pool, self.records, self.prefixes = self._timed(
             pool.empty, lambda: pool.empty(self.graphdef, self.states, **sizes)
@@ -109,7 +109,7 @@ class Engine:
         def run(steps: np.int32) -> Status:
             self.pool, self.records, status = ticks.advance(
                 self.graphdef, self.states, self.layers, self.pool, self.records, self.prefixes,
-                jobs, ready, more, steps, policy, draws, places=self._places,
+                jobs, ready, more, steps, policy, draws, tick_rows=self._tick_rows,
                 adapters=self.adapters, hazards=self.hazards,
             )  # fmt: skip
             return status
@@ -193,7 +193,7 @@ class Decoding:
             prompt_slots=layout.prompt_slots,
             slots=layout.first_slots(most),
             most=most,
-            places=layout.places,
+            tick_rows=layout.tick_rows,
         )
         self._prefilled, self._positions = 0, 0
         self._held = {int(number): index for index, number in enumerate(self._here.index_B)}
@@ -217,13 +217,13 @@ class Decoding:
             return True
         if self._status.full.any():
             self.engine.grow()
-        prompts_S = np.minimum(self._prefilled, layout.prompts_S)
-        ready = place_rows((prompts_S * layout.samples).astype(np.int32))
-        more = place_rows(prompts_S < layout.prompts_S)
+        prompts_Z = np.minimum(self._prefilled, layout.prompts_Z)
+        ready = place_rows((prompts_Z * layout.samples).astype(np.int32))
+        more = place_rows(prompts_Z < layout.prompts_Z)
         self._status = self.engine.advance(
             self._jobs, ready, more, steps, self._policy, self._draws
         )
-        begun = self._status.started >= layout.jobs_S
+        begun = self._status.started >= layout.jobs_Z
         return bool(np.all(begun & (self._status.under_way == 0)))
 
     def so_far(self) -> Records:
@@ -266,7 +266,7 @@ class Decoding:
             truncated_B=~records.ended_J,
             shape=(layout.prompt_slots, self.engine.slots),
             seconds=time.perf_counter() - self._began - self.engine.compiling,
-            prompt_padding=1.0 - int(layout.length_SP.sum()) / self._positions,
+            prompt_padding=1.0 - int(layout.length_ZQ.sum()) / self._positions,
             idle=1.0 - float(status.filled.sum()) / offered if offered else 0.0,
         )
 
@@ -299,28 +299,28 @@ class Decoding:
         """Prefills the next group of prompts on every data shard."""
         layout = self._layout
         group = layout.groups[self._prefilled]
-        index_SB, length_SB = layout.group(self._prefilled)
-        tokens_SBT = np.full((*index_SB.shape, group.slots), self.request.pad_id, np.int32)
-        for shard, row in np.ndindex(index_SB.shape):
-            index = index_SB[shard, row]
+        index_ZB, length_ZB = layout.group(self._prefilled)
+        tokens_ZBT = np.full((*index_ZB.shape, group.slots), self.request.pad_id, np.int32)
+        for shard, row in np.ndindex(index_ZB.shape):
+            index = index_ZB[shard, row]
             prompt = self._held.get(int(shard * layout.most_prompts + index))
             if index < layout.prompts and prompt is not None:  # None: on another host
-                tokens_SBT[shard, row, : length_SB[shard, row]] = self.request.prompts[prompt]
+                tokens_ZBT[shard, row, : length_ZB[shard, row]] = self.request.prompts[prompt]
         self._prefilled += group.prompts
-        self._positions += tokens_SBT.size
+        self._positions += tokens_ZBT.size
         sample_G = np.arange(layout.samples, dtype=np.int32)
-        job_BG = index_SB.reshape(-1, 1) * layout.samples + sample_G
-        rows = (tokens_SBT.reshape(-1, group.slots), length_SB.reshape(-1), job_BG)
-        forced = None if self.request.forced is None else self._forced(index_SB)
+        job_BG = index_ZB.reshape(-1, 1) * layout.samples + sample_G
+        rows = (tokens_ZBT.reshape(-1, group.slots), length_ZB.reshape(-1), job_BG)
+        forced = None if self.request.forced is None else self._forced(index_ZB)
         self.engine.prefill(self._jobs, place_rows(rows), self._draws, forced)
 
-    def _forced(self, index_SB: np.ndarray) -> ForcedPrefix:
-        """Returns the forced prefixes of the prompts `index_SB` of each shard; padding has none."""
+    def _forced(self, index_ZB: np.ndarray) -> ForcedPrefix:
+        """Returns the forced prefixes of the prompts `index_ZB` of each shard; padding has none."""
         layout = self._layout
-        known_SB = np.minimum(index_SB, layout.prompts - 1)
-        tokens_SB = np.take_along_axis(layout.forced_SP, known_SB, axis=1)
-        tokens_SB = np.where(index_SB < layout.prompts, tokens_SB, 0)
-        first_S1 = np.arange(layout.shards)[:, None] * layout.prompts
-        job_SB = (first_S1 + known_SB) * layout.samples
-        rows = tokens_SB.reshape(-1).astype(np.int32), job_SB.reshape(-1).astype(np.int32)
+        known_ZB = np.minimum(index_ZB, layout.prompts - 1)
+        tokens_ZB = np.take_along_axis(layout.forced_ZQ, known_ZB, axis=1)
+        tokens_ZB = np.where(index_ZB < layout.prompts, tokens_ZB, 0)
+        first_Z1 = np.arange(layout.shards)[:, None] * layout.prompts
+        job_ZB = (first_Z1 + known_ZB) * layout.samples
+        rows = tokens_ZB.reshape(-1).astype(np.int32), job_ZB.reshape(-1).astype(np.int32)
         return ForcedPrefix(*place_rows(rows), self._policy)

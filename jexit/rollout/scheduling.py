@@ -30,8 +30,8 @@ from jexit.rollout.pool import Jobs
 
 # The (least, most) rows of a tick. With fewer than the least, a layer's products take no less time,
 # because they wait for its weights (peak FLOP/s over bandwidth). More than the most gain nothing.
-PLACES = {"cpu": (16, 128), "gpu": (256, 512), "tpu": (256, 512)}
-ROWS_A_PLACE = 3  # rows of the pool per row of a tick: some wait at other segments
+TICK_ROWS = {"cpu": (16, 128), "gpu": (256, 512), "tpu": (256, 512)}
+POOL_ROWS_PER_TICK_ROW = 3  # rows of the pool per row of a tick: some wait at other segments
 # Positions of one prefill on each data shard. More positions read the weights less often, but add
 # more padding.
 PREFILL_TOKENS = {"cpu": 512, "gpu": 2048, "tpu": 2048}
@@ -53,27 +53,27 @@ def fitted(size: EngineSize, jobs: int, row_bytes: int = 0) -> tuple[int, int]:
     """Returns (rows of the pool, rows of a tick) of one data shard for `jobs` completions.
 
     `row_bytes` is the size of the KV cache of one row. A tick with few rows takes as long as one
-    with the lower number of `PLACES`, so a few completions are best run all at once. On CPUs, only
-    `size.rows` limits the memory of the pool.
+    with the lower number of `TICK_ROWS`, so a few completions are best run all at once. On CPUs,
+    only `size.rows` limits the memory of the pool.
     """
     platform = target().platform
-    least, most = PLACES[platform]
-    rows = min(size.rows or ROWS_A_PLACE * (size.places or most), jobs)
+    least, most = TICK_ROWS[platform]
+    rows = min(size.rows or POOL_ROWS_PER_TICK_ROW * (size.tick_rows or most), jobs)
     if platform != "cpu" and row_bytes and not size.rows:
         memory = int(CACHE_SHARE * chip().memory_gib * 2**30)
         rows = max(1, min(rows, memory // row_bytes))
-    places = size.places or min(max(-(-rows // ROWS_A_PLACE), least), most)
-    return rows, min(places, rows)
+    tick_rows = size.tick_rows or min(max(-(-rows // POOL_ROWS_PER_TICK_ROW), least), most)
+    return rows, min(tick_rows, rows)
 
 
 def prompts_bucket(prompts: int, samples: int) -> int:
     """Rounds a shard's number of prompts up to the next number that programs are compiled for.
 
     These numbers are powers of two as long as the additional completions (`samples` per prompt) do
-    not make a tick slower (`PLACES`). Beyond that, there are four numbers per doubling.
+    not make a tick slower (`TICK_ROWS`). Beyond that, there are four numbers per doubling.
     """
     doubled = 1 << (prompts - 1).bit_length()
-    free = doubled * samples <= PLACES[target().platform][0]
+    free = doubled * samples <= TICK_ROWS[target().platform][0]
     return doubled if free else bucket(prompts, 1)
 
 
@@ -87,7 +87,7 @@ def columns_bucket(tokens: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Group:
+class PrefillGroup:
     """One prefill on each data shard: `prompts` prompts, padded to `rows` × `slots` tokens."""
 
     prompts: int
@@ -105,11 +105,11 @@ class Layout:
     cache slots.
     """
 
-    length_SP: np.ndarray  # 0 where a shard has fewer prompts
-    forced_SP: np.ndarray  # lengths of the forced prefixes, which are part of length_SP
+    length_ZQ: np.ndarray  # 0 where a shard has fewer prompts
+    forced_ZQ: np.ndarray  # lengths of the forced prefixes, which are part of length_ZQ
     samples: int
     rows: int
-    places: int
+    tick_rows: int
 
     @classmethod
     def of(
@@ -137,40 +137,40 @@ class Layout:
 
         slots = prompt_bucket(int(length_B.max()))
         most = cache_bucket(slots + new - 1, slots + new - 1)
-        rows, places = fitted(size, (most_prompts + beyond) * samples, most * token_bytes)
+        rows, tick_rows = fitted(size, (most_prompts + beyond) * samples, most * token_bytes)
         forced_B = np.zeros_like(length_B) if forced_B is None else forced_B
-        return cls(by_shard(length_B), by_shard(forced_B), samples, rows, places)
+        return cls(by_shard(length_B), by_shard(forced_B), samples, rows, tick_rows)
 
     @property
     def shards(self) -> int:
-        return self.length_SP.shape[0]
+        return self.length_ZQ.shape[0]
 
     @property
     def prompts(self) -> int:
         """The number of prompts per shard that programs are compiled for."""
-        return self.length_SP.shape[1]
+        return self.length_ZQ.shape[1]
 
     @property
     def most_prompts(self) -> int:
         """The largest number of prompts on any shard."""
-        return int(self.prompts_S.max())
+        return int(self.prompts_Z.max())
 
     @property
     def jobs(self) -> int:
         return self.prompts * self.samples
 
     @functools.cached_property
-    def prompts_S(self) -> np.ndarray:
-        return np.sum(self.length_SP > 0, axis=1)
+    def prompts_Z(self) -> np.ndarray:
+        return np.sum(self.length_ZQ > 0, axis=1)
 
     @property
-    def jobs_S(self) -> np.ndarray:
-        return self.prompts_S * self.samples
+    def jobs_Z(self) -> np.ndarray:
+        return self.prompts_Z * self.samples
 
     @property
     def job_B(self) -> np.ndarray:
         """The indices of the caller's completions among the jobs of all shards, without padding."""
-        return np.flatnonzero(np.repeat(self.length_SP.reshape(-1) > 0, self.samples))
+        return np.flatnonzero(np.repeat(self.length_ZQ.reshape(-1) > 0, self.samples))
 
     def by_job(self, values_BX: np.ndarray) -> np.ndarray:
         """Reorders the caller's values [B, ...] into job order [J, ...]; padding jobs get 0.
@@ -182,31 +182,32 @@ class Layout:
         return values_JX
 
     @functools.cached_property
-    def order_SP(self) -> np.ndarray:
+    def order_ZQ(self) -> np.ndarray:
         """The indices of each shard's prompts in the order in which they start; padding is last."""
-        length_SP = np.where(self.length_SP > 0, self.length_SP, np.iinfo(np.int32).max)
-        return np.argsort(length_SP, axis=1, kind="stable")
+        length_ZQ = np.where(self.length_ZQ > 0, self.length_ZQ, np.iinfo(np.int32).max)
+        return np.argsort(length_ZQ, axis=1, kind="stable")
 
     @functools.cached_property
-    def groups(self) -> dict[int, Group]:
+    def groups(self) -> dict[int, PrefillGroup]:
         """The division of the prompts into prefill groups that has the least total cost.
 
-        The keys are the positions of the groups' first prompts in `order_SP`. A group has the slots
+        The keys are the positions of the groups' first prompts in `order_ZQ`. A group has the slots
         that its longest prompt needs, and either all rows that fit a prefill or a fraction of them
         (`GROUP_PARTS`), so that few programs are compiled for any batch. The cost is rows times
         slots, including padding, plus a fixed cost per call.
         """
         tokens, prompts = PREFILL_TOKENS[target().platform], self.most_prompts
-        length_ST = np.take_along_axis(self.length_SP, self.order_SP[:, :prompts], axis=1)
+        ordered_ZQ = np.take_along_axis(self.length_ZQ, self.order_ZQ[:, :prompts], axis=1)
         # The last prompt of one shard may be shorter than an earlier prompt of a shard with fewer.
-        longest_T = np.maximum.accumulate(length_ST.max(axis=0))
-        slots_T = [prompt_bucket(int(length)) for length in longest_T]
-        cost, last = [0.0], [Group(0, 0, 0)]  # of the first n prompts: least cost and last group
-        for stop, slots in enumerate(slots_T, start=1):
+        longest_Q = np.maximum.accumulate(ordered_ZQ.max(axis=0))
+        slots_Q = [prompt_bucket(int(length)) for length in longest_Q]
+        # Of the first n prompts: the least cost, and the last group at this cost.
+        cost, last = [0.0], [PrefillGroup(0, 0, 0)]
+        for stop, slots in enumerate(slots_Q, start=1):
             most = min(max(tokens // slots, 1), self.prompts)
             options = []
             for rows in sorted({-(-most // parts) for parts in GROUP_PARTS}):
-                group = Group(min(rows, stop), rows, slots)
+                group = PrefillGroup(min(rows, stop), rows, slots)
                 spent = rows * slots + CALL_SHARE * tokens
                 options.append((cost[stop - group.prompts] + spent, group))
             cheapest, group = min(options, key=operator.itemgetter(0))
@@ -227,7 +228,7 @@ class Layout:
 
     @property
     def prompt_slots(self) -> int:
-        return prompt_bucket(int(self.length_SP.max()))
+        return prompt_bucket(int(self.length_ZQ.max()))
 
     def first_slots(self, most: int) -> int:
         """Returns the slots per row of the initial cache: the longest prompt plus some room.
@@ -237,47 +238,47 @@ class Layout:
         slots = self.prompt_slots + max(16, self.prompt_slots // 8)
         return cache_bucket(min(slots, most), most)
 
-    def has_room(self, prefilled: int, started_S: np.ndarray) -> bool:
+    def has_room(self, prefilled: int, started_Z: np.ndarray) -> bool:
         """Returns whether the prefix cache has free slots for the prompts of `groups[prefilled]`.
 
-        `prefilled` is the number of prompts that each shard has prefilled, and `started_S` that of
+        `prefilled` is the number of prompts that each shard has prefilled, and `started_Z` that of
         the completions that have begun on each shard. A prompt's slot is free once all its
         completions have begun.
         """
-        begun_S = np.where(started_S >= self.jobs_S, self.prompts, started_S // self.samples)
-        return prefilled + self.groups[prefilled].prompts - self.prefixes <= int(begun_S.min())
+        begun_Z = np.where(started_Z >= self.jobs_Z, self.prompts, started_Z // self.samples)
+        return prefilled + self.groups[prefilled].prompts - self.prefixes <= int(begun_Z.min())
 
     def group(self, first: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the indices and lengths [S, B] of each shard's prompts in `groups[first]`.
+        """Returns the indices and lengths [Z, B] of each shard's prompts in `groups[first]`.
 
         Padding has the index `prompts` and the length 1.
         """
         group = self.groups[first]
         turn = first + np.arange(group.rows)
-        index_SB = self.order_SP[:, np.minimum(turn, self.prompts - 1)]
-        length_SB = np.take_along_axis(self.length_SP, index_SB, axis=1)
-        exists_SB = (length_SB > 0) & (turn < first + group.prompts)
-        index_SB = np.where(exists_SB, index_SB, self.prompts).astype(np.int32)
-        return index_SB, np.where(exists_SB, length_SB, 1).astype(np.int32)
+        index_ZB = self.order_ZQ[:, np.minimum(turn, self.prompts - 1)]
+        length_ZB = np.take_along_axis(self.length_ZQ, index_ZB, axis=1)
+        exists_ZB = (length_ZB > 0) & (turn < first + group.prompts)
+        index_ZB = np.where(exists_ZB, index_ZB, self.prompts).astype(np.int32)
+        return index_ZB, np.where(exists_ZB, length_ZB, 1).astype(np.int32)
 
     def jobs_from(self, first_prompt: int) -> Jobs:
         """Returns the decoding jobs of all shards, with prompts numbered from `first_prompt`."""
         shards, samples = self.shards, self.samples
-        turn_SP = np.argsort(self.order_SP, axis=1)
-        first_S1 = first_prompt + np.arange(shards)[:, None] * self.most_prompts
+        turn_ZQ = np.argsort(self.order_ZQ, axis=1)
+        first_Z1 = first_prompt + np.arange(shards)[:, None] * self.most_prompts
         sample_G = np.arange(samples)
 
-        def by_job(values_SP: np.ndarray) -> np.ndarray:
-            return np.repeat(values_SP.reshape(-1), samples).astype(np.int32)
+        def by_job(values_ZQ: np.ndarray) -> np.ndarray:
+            return np.repeat(values_ZQ.reshape(-1), samples).astype(np.int32)
 
-        order_SPG = self.order_SP[:, :, None] * samples + sample_G
+        order_ZQG = self.order_ZQ[:, :, None] * samples + sample_G
         return Jobs(
-            number_J=by_job(first_S1 + np.arange(self.prompts)),
+            number_J=by_job(first_Z1 + np.arange(self.prompts)),
             sample_J=np.tile(sample_G, shards * self.prompts).astype(np.int32),
-            prompt_length_J=by_job(self.length_SP),
-            forced_J=by_job(self.forced_SP),
-            slot_J=by_job(turn_SP % self.prefixes),
-            order_J=order_SPG.reshape(-1).astype(np.int32),
+            prompt_length_J=by_job(self.length_ZQ),
+            forced_J=by_job(self.forced_ZQ),
+            slot_J=by_job(turn_ZQ % self.prefixes),
+            order_J=order_ZQG.reshape(-1).astype(np.int32),
         )
 
 
@@ -306,15 +307,15 @@ class Segments:
         return len(self.bounds) - 1
 
     @property
-    def starts_S(self) -> Array:
+    def starts_Y(self) -> Array:
         return jnp.asarray(self.bounds[:-1], jnp.int32)
 
     @property
-    def ends_S(self) -> Array:
+    def ends_Y(self) -> Array:
         return jnp.asarray(self.bounds[1:], jnp.int32)
 
     @property
-    def costs_S(self) -> np.ndarray:
+    def costs_Y(self) -> np.ndarray:
         """The cost of one row in a tick of each segment, in units of one layer.
 
         The cost of segment 0 includes drawing a token.
@@ -329,22 +330,22 @@ def choose(
     waits_P: Bool[Array, "P"],
     since_P: Int[Array, "P"],
     tick: Int[Array, ""],
-    places: int,
+    tick_rows: int,
 ) -> Int[Array, ""]:
     """Chooses the segment that the next tick runs, given the segment for which each row waits.
 
-    A tick of cost c with n of W = `places` rows filled wastes c · (W − n) / n per filled row. The
-    segment with the least waste is chosen (in a tie, the deepest), unless some row is overdue
+    A tick of cost c with n of w = `tick_rows` rows filled wastes c · (w − n) / n per filled row.
+    The segment with the least waste is chosen (in a tie, the deepest), unless some row is overdue
     (`PATIENCE`); then it is the segment of the longest-waiting row.
     """
     count = segments.count
     if count == 1:
         return jnp.zeros((), jnp.int32)
-    at_SP = (segment_P == jnp.arange(count)[:, None]) & waits_P
-    filled_S = jnp.minimum(jnp.sum(at_SP, axis=1), places).astype(jnp.float32)
-    waste_S = segments.costs_S * (places - filled_S) / filled_S
-    waste_S = jnp.where(filled_S > 0, waste_S, jnp.inf)
-    least = count - 1 - jnp.argmin(waste_S[::-1])
+    at_YP = (segment_P == jnp.arange(count)[:, None]) & waits_P
+    filled_Y = jnp.minimum(jnp.sum(at_YP, axis=1), tick_rows).astype(jnp.float32)
+    waste_Y = segments.costs_Y * (tick_rows - filled_Y) / filled_Y
+    waste_Y = jnp.where(filled_Y > 0, waste_Y, jnp.inf)
+    least = count - 1 - jnp.argmin(waste_Y[::-1])
     age_P = jnp.where(waits_P, tick - since_P, -1)
     oldest = jnp.argmax(age_P)
     overdue = age_P[oldest] > PATIENCE * count
@@ -352,15 +353,16 @@ def choose(
 
 
 def pick(
-    here_P: Bool[Array, "P"], since_P: Int[Array, "P"], tick: Int[Array, ""], places: int
+    here_P: Bool[Array, "P"], since_P: Int[Array, "P"], tick: Int[Array, ""], tick_rows: int
 ) -> tuple[Int[Array, "B"] | None, Bool[Array, "B"]]:
-    """Returns the `places` rows of a tick, longest-waiting first, and a mask of rows that do work.
+    """Returns the rows of a tick, longest-waiting first, and a mask of rows that do work.
 
-    `here_P` is True for rows that wait for the tick's segment. The mask is False for other rows,
-    which only fill up the tick. If a tick holds every row of the pool, returns (None, `here_P`).
+    A tick has `tick_rows` rows. `here_P` is True for rows that wait for the tick's segment. The
+    mask is False for other rows, which only fill up the tick. If a tick holds every row of the
+    pool, returns (None, `here_P`).
     """
-    if places == here_P.shape[0]:
+    if tick_rows == here_P.shape[0]:
         return None, here_P
     priority_P = jnp.where(here_P, tick - since_P + 1, 0)
-    priority_B, rows_B = jax.lax.top_k(priority_P, places)
+    priority_B, rows_B = jax.lax.top_k(priority_P, tick_rows)
     return rows_B.astype(jnp.int32), priority_B > 0

@@ -41,7 +41,7 @@ _ACCEPT, _REST = 1_000, 1_001
 
 
 @struct.dataclass
-class Rows:
+class SpeculationState:
     """The state of a request's completions: KV cache, next input token and its cache slot."""
 
     cache: Cache
@@ -87,7 +87,7 @@ class Speculation:
         self.accepted = self.drafted = 0
         self._lengths = [0] * len(request.prompts)
         self._over = [False] * len(request.prompts)
-        self._rows: Rows | None = None
+        self._rows: SpeculationState | None = None
 
     @property
     def ended(self) -> bool:
@@ -109,10 +109,10 @@ class Speculation:
             engine.graphdef, engine.states, engine.layers, self._end_map, self._rows, active_B,
             self.request.sampling, layer=self._layer, adapters=engine.adapters,
         )  # fmt: skip
-        token_BC, logprob_BC, count_B = jax.device_get(made)
+        token_BT, logprob_BT, count_B = jax.device_get(made)
         self.drafted += DRAFT * int(active_B.sum())
         self.accepted += int((count_B - 1)[active_B].sum())
-        return self._news(token_BC, logprob_BC, count_B)
+        return self._news(token_BT, logprob_BT, count_B)
 
     def _began(self) -> list[Grown]:
         request = self.request
@@ -132,13 +132,13 @@ class Speculation:
         token_B, logprob_B = jax.device_get(made)
         return self._news(token_B[:, None], logprob_B[:, None], np.ones(len(prompts), np.int32))
 
-    def _news(self, token_BC: Any, logprob_BC: Any, count_B: Any) -> list[Grown]:
+    def _news(self, token_BT: Any, logprob_BT: Any, count_B: Any) -> list[Grown]:
         news = []
         for row, over in enumerate(self._over):
             if over:
                 continue
             room = self.request.max_new_tokens - self._lengths[row]
-            tokens = token_BC[row, : min(int(count_B[row]), room)].tolist()
+            tokens = token_BT[row, : min(int(count_B[row]), room)].tolist()
             ends = [index for index, token in enumerate(tokens) if token in self._eos]
             tokens = tokens[: ends[0] + 1] if ends else tokens
             self._lengths[row] += len(tokens)
@@ -148,7 +148,7 @@ class Speculation:
                     ticket=row,
                     tokens=tokens,
                     depths=[self.model.arch.layers] * len(tokens),
-                    logprobs=logprob_BC[row, : len(tokens)].tolist(),
+                    logprobs=logprob_BT[row, : len(tokens)].tolist(),
                     hazard_logits=[[math.nan] * len(self.model.exit_layers)] * len(tokens),
                     finished=self._over[row],
                 )
@@ -169,7 +169,7 @@ def _prefilled(
     slots: int,
     exit_index: int,
     adapters: bool,
-) -> tuple[Rows, tuple[Array, Array] | None, tuple[Array, Array]]:
+) -> tuple[SpeculationState, tuple[Array, Array] | None, tuple[Array, Array]]:
     """Prefills prompts; returns the rows, the exit's map to the last layer, and the first tokens.
 
     The last result is (tokens, log-probabilities). The map is None without a linear continuation.
@@ -189,7 +189,7 @@ def _prefilled(
         maps = maps_to_end(model.blocks.continuation, model.exit_layers, model.arch.layers)
         end_map = maps[0][exit_index], maps[1][exit_index]
     ones_B = jnp.ones(rows, jnp.int32)
-    return Rows(cache, drawn_B[0], length_B, ones_B, keys_B), end_map, drawn_B
+    return SpeculationState(cache, drawn_B[0], length_B, ones_B, keys_B), end_map, drawn_B
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "layer", "adapters"), donate_argnums=4)
@@ -198,16 +198,16 @@ def _round(
     states: tuple[nnx.State, ...],
     layers: LayerWeights | None,
     end_map: tuple[Array, Array] | None,
-    rows: Rows,
+    rows: SpeculationState,
     active_B: Bool[Array, "B"],
     sampling: Sampling,
     *,
     layer: int,
     adapters: bool,
-) -> tuple[Rows, tuple[Array, Array, Array]]:
+) -> tuple[SpeculationState, tuple[Array, Array, Array]]:
     """Drafts `DRAFT` tokens per row at exit `layer` and verifies them.
 
-    Returns the rows and (tokens [B, C], log-probabilities [B, C], count [B]). The first `count`
+    Returns the rows and (tokens [B, T], log-probabilities [B, T], count [B]). The first `count`
     tokens of a row are new, the last of these drawn from all layers. Inactive rows do not change.
     """
     model: Transformer = nnx.merge(graphdef, *states)
@@ -229,58 +229,58 @@ def _round(
         return (token_B, cache), (h_B1D[:, 0], token_B, weights_BV)
 
     (token_B, cache), drafted = jax.lax.scan(draft, (rows.token_B, rows.cache), jnp.arange(DRAFT))
-    h_BGD, draft_BG, q_BGV = (jnp.moveaxis(part, 0, 1) for part in drafted)
+    h_BUD, draft_BU, q_BUV = (jnp.moveaxis(part, 0, 1) for part in drafted)
     last_B1D, cache = to_exit(token_B, DRAFT, cache)
-    h_BCD = jnp.concatenate([h_BGD, last_B1D], axis=1)
-    slot_BC = rows.slot_B[:, None] + jnp.arange(DRAFT + 1)
-    h_BCD, cache = stack.through(h_BCD, slot_BC, cache, layer, model.arch.layers)
-    batch, chunk, width = h_BCD.shape
-    flat_ND = model.final_norm(h_BCD).reshape(-1, width)
-    logits_BCV = head_logits(flat_ND, model.head_VD).reshape(batch, chunk, -1)
-    p_BCV = _weights(sampling, logits_BCV)
-    count_B, rest_BV = accepted(p_BCV, q_BGV, draft_BG, fold_in(draw_keys_B, _ACCEPT))
+    h_BTD = jnp.concatenate([h_BUD, last_B1D], axis=1)
+    slot_BT = rows.slot_B[:, None] + jnp.arange(DRAFT + 1)
+    h_BTD, cache = stack.through(h_BTD, slot_BT, cache, layer, model.arch.layers)
+    batch, chunk, width = h_BTD.shape
+    flat_MD = model.final_norm(h_BTD).reshape(-1, width)
+    logits_BTV = head_logits(flat_MD, model.head_VD).reshape(batch, chunk, -1)
+    p_BTV = _weights(sampling, logits_BTV)
+    count_B, rest_BV = accepted(p_BTV, q_BUV, draft_BU, fold_in(draw_keys_B, _ACCEPT))
     last_B = draw_by_weight(rest_BV, fold_in(draw_keys_B, _REST))
-    padded_BC = jnp.pad(draft_BG, ((0, 0), (0, 1)))
-    token_BC = jnp.where(jnp.arange(chunk) == count_B[:, None], last_B[:, None], padded_BC)
-    scored_BCV = logits_BCV if sampling.greedy else sampling.distribution(logits_BCV)
-    logprob_BC = jnp.take_along_axis(jax.nn.log_softmax(scored_BCV), token_BC[..., None], axis=-1)[
+    padded_BT = jnp.pad(draft_BU, ((0, 0), (0, 1)))
+    token_BT = jnp.where(jnp.arange(chunk) == count_B[:, None], last_B[:, None], padded_BT)
+    scored_BTV = logits_BTV if sampling.greedy else sampling.distribution(logits_BTV)
+    logprob_BT = jnp.take_along_axis(jax.nn.log_softmax(scored_BTV), token_BT[..., None], axis=-1)[
         ..., 0
     ]
     new_B = jnp.where(active_B, count_B + 1, 0)
-    after = Rows(
+    after = SpeculationState(
         cache,
         jnp.where(active_B, last_B, rows.token_B),
         rows.slot_B + new_B,
         rows.index_B + new_B,
         rows.keys_B,
     )
-    return after, (token_BC, logprob_BC, count_B + 1)
+    return after, (token_BT, logprob_BT, count_B + 1)
 
 
 def accepted(
-    p_BCV: Float[Array, "B C V"],
-    q_BGV: Float[Array, "B G V"],
-    draft_BG: Int[Array, "B G"],
+    p_BTV: Float[Array, "B T V"],
+    q_BUV: Float[Array, "B U V"],
+    draft_BU: Int[Array, "B U"],
     keys_B: Key[Array, "B"],
 ) -> tuple[Int[Array, "B"], Float[Array, "B V"]]:
     """Returns how many drafted tokens are accepted [B], and the next token's weights [B, V].
 
-    The next token is drawn with probability weight / Σ weight. The G tokens `draft_BG` were drawn
-    from the exit's distributions `q_BGV`; `p_BCV` are the distributions of all layers at the same
-    positions and after the last draft (C = G + 1). (Leviathan et al., arXiv:2211.17192, algorithm
+    The next token is drawn with probability weight / Σ weight. The U tokens `draft_BU` were drawn
+    from the exit's distributions `q_BUV`; `p_BTV` are the distributions of all layers at the same
+    positions and after the last draft (T = U + 1). (Leviathan et al., arXiv:2211.17192, algorithm
     1.)
     """
-    drafted = draft_BG.shape[1]
-    p_BG = jnp.take_along_axis(p_BCV[:, :-1], draft_BG[..., None], axis=-1)[..., 0]
-    q_BG = jnp.take_along_axis(q_BGV, draft_BG[..., None], axis=-1)[..., 0]
-    uniform_BG = jax.vmap(lambda key: jax.random.uniform(key, (drafted,)))(keys_B)
-    accepts_BG = uniform_BG * q_BG < p_BG
-    count_B = jnp.sum(jnp.cumprod(accepts_BG.astype(jnp.int32), axis=1), axis=1)
+    drafted = draft_BU.shape[1]
+    p_BU = jnp.take_along_axis(p_BTV[:, :-1], draft_BU[..., None], axis=-1)[..., 0]
+    q_BU = jnp.take_along_axis(q_BUV, draft_BU[..., None], axis=-1)[..., 0]
+    uniform_BU = jax.vmap(lambda key: jax.random.uniform(key, (drafted,)))(keys_B)
+    accepts_BU = uniform_BU * q_BU < p_BU
+    count_B = jnp.sum(jnp.cumprod(accepts_BU.astype(jnp.int32), axis=1), axis=1)
     at_B11 = count_B[:, None, None]
-    p_BV = jnp.take_along_axis(p_BCV, at_B11, axis=1)[:, 0]
+    p_BV = jnp.take_along_axis(p_BTV, at_B11, axis=1)[:, 0]
     # After the last draft nothing is left out.
-    padded_BCV = jnp.pad(q_BGV, ((0, 0), (0, 1), (0, 0)))
-    q_BV = jnp.take_along_axis(padded_BCV, at_B11, axis=1)[:, 0]
+    padded_BTV = jnp.pad(q_BUV, ((0, 0), (0, 1), (0, 0)))
+    q_BV = jnp.take_along_axis(padded_BTV, at_B11, axis=1)[:, 0]
     rest_BV = jnp.maximum(p_BV - q_BV, 0.0)
     # p = q up to rounding, though a draft was rejected: what is left is p itself.
     empty_B1 = jnp.sum(rest_BV, axis=-1, keepdims=True) <= 0.0
@@ -303,35 +303,35 @@ class _Stack:
     adapters: bool
 
     def through(
-        self, h_BCD: Array, slot_BC: Int[Array, "B C"], cache: Cache, first: int, end: int
+        self, h_BTD: Array, slot_BT: Int[Array, "B T"], cache: Cache, first: int, end: int
     ) -> tuple[Array, Cache]:
-        """Runs layers `first` … `end` − 1 on C tokens per row; returns residuals and the cache.
+        """Runs layers `first` … `end` − 1 on T tokens per row; returns residuals and the cache.
 
-        `slot_BC` are the tokens' cache slots, which are also their positions in the sequence.
+        `slot_BT` are the tokens' cache slots, which are also their positions in the sequence.
         """
-        batch, chunk, _ = h_BCD.shape
-        rope = rope_table(self.model.arch, slot_BC)
+        batch, chunk, _ = h_BTD.shape
+        rope = rope_table(self.model.arch, slot_BT)
         rows_B = jnp.arange(batch, dtype=jnp.int32)
 
-        def inputs(block: Block, h_BCD: Array) -> tuple[Array, KeysValues]:
-            x_BCD = block.attn_norm(h_BCD)
+        def inputs(block: Block, h_BTD: Array) -> tuple[Array, KeysValues]:
+            x_BTD = block.attn_norm(h_BTD)
             settings = {"adapters": self.adapters, "key": None}
-            kv = block.attn.keys_values(x_BCD, *rope, **settings)
-            return block.attn.queries(x_BCD, *rope, **settings), kv
+            kv = block.attn.keys_values(x_BTD, *rope, **settings)
+            return block.attn.queries(x_BTD, *rope, **settings), kv
 
-        def output(block: Block, h_BCD: Array, mixed_BCNH: Array) -> Array:
-            return block.finish(h_BCD, mixed_BCNH, adapters=self.adapters)
+        def output(block: Block, h_BTD: Array, mixed_BTNH: Array) -> Array:
+            return block.finish(h_BTD, mixed_BTNH, adapters=self.adapters)
 
         def one(layer: Array, carry: tuple[Array, Cache]) -> tuple[Array, Cache]:
-            h_BCD, cache = carry
-            q_BCNH, kv = at_layer(layer, self.model.blocks, self.layers, inputs, h_BCD)
+            h_BTD, cache = carry
+            q_BTNH, kv = at_layer(layer, self.model.blocks, self.layers, inputs, h_BTD)
             for index in range(chunk):
                 part = KeysValues(*(values[:, index : index + 1] for values in kv))
-                cache = cache.written(layer, rows_B, slot_BC[:, index], part)
-            q_NNH = q_BCNH.reshape(batch * chunk, *q_BCNH.shape[2:])
-            length_N = jnp.minimum(slot_BC.reshape(-1) + 1, cache.slots)
-            mixed_NNH = cache.attend(layer, jnp.repeat(rows_B, chunk), q_NNH, length_N)
-            mixed_BCNH = mixed_NNH.reshape(q_BCNH.shape)
-            return at_layer(layer, self.model.blocks, self.layers, output, h_BCD, mixed_BCNH), cache
+                cache = cache.written(layer, rows_B, slot_BT[:, index], part)
+            q_MNH = q_BTNH.reshape(batch * chunk, *q_BTNH.shape[2:])
+            length_M = jnp.minimum(slot_BT.reshape(-1) + 1, cache.slots)
+            mixed_MNH = cache.attend(layer, jnp.repeat(rows_B, chunk), q_MNH, length_M)
+            mixed_BTNH = mixed_MNH.reshape(q_BTNH.shape)
+            return at_layer(layer, self.model.blocks, self.layers, output, h_BTD, mixed_BTNH), cache
 
-        return jax.lax.fori_loop(first, end, one, (h_BCD, cache))
+        return jax.lax.fori_loop(first, end, one, (h_BTD, cache))

@@ -36,7 +36,7 @@ LAYERS_SCOPE, FILL_SCOPE, COPY_SCOPE = "layers", "fill", "copy"
 
 
 @struct.dataclass
-class Rows:
+class TickRows:
     """The rows of the pool that one tick runs."""
 
     job_B: Int[Array, "B"]
@@ -57,7 +57,7 @@ class Rows:
         return self.here_B & (self.job_B != FREE)
 
 
-def _nothing_drawn(at: Rows) -> tuple[Array, Array, Array]:
+def _nothing_drawn(at: TickRows) -> tuple[Array, Array, Array]:
     zeros_B = jnp.zeros(at.job_B.shape)
     return zeros_B.astype(jnp.int32), zeros_B, zeros_B
 
@@ -74,7 +74,7 @@ class Ticks:
     ready: Int[Array, "1"]
     policy: Policy
     draws: Draws
-    places: int
+    tick_rows: int
     adapters: bool
     hazards: bool
 
@@ -104,19 +104,19 @@ class Ticks:
         # Free rows wait for segment 0 too, up to the number of completions that can begin.
         opens_P = free_P & (jnp.cumsum(free_P) <= self.ready[0] - pool.started[0])
         waits_P = ~free_P | opens_P
-        segment = choose(segments, pool.segment_P, waits_P, pool.since_P, tick, self.places)
+        segment = choose(segments, pool.segment_P, waits_P, pool.since_P, tick, self.tick_rows)
         there_P = waits_P & (pool.segment_P == segment)
-        rows_B, here_B = pick(there_P, pool.since_P, tick, self.places)
+        rows_B, here_B = pick(there_P, pool.since_P, tick, self.tick_rows)
 
         def of_rows(part: Array) -> Array:
             return part if rows_B is None else part[rows_B]
 
         state = (pool.job_P, pool.index_P, pool.depth_P, pool.h_PD, pool.hazard_logits_PE)
-        at = Rows(*map(of_rows, state), here_B=here_B, rows_B=rows_B)
+        at = TickRows(*map(of_rows, state), here_B=here_B, rows_B=rows_B)
         draws = segment == 0
         at, records, cache, started = self._next(at, records, pool, draws)
         at, cache = self._run(at, cache, segment)
-        depth_end = segments.ends_S[segment]
+        depth_end = segments.ends_Y[segment]
         leaves_B = (at.depth_B <= depth_end) | (segment == segments.count - 1)
 
         def back(part: Array, new: Array) -> Array:
@@ -124,7 +124,7 @@ class Ticks:
             new = jnp.where(here, new, of_rows(part))
             return new if rows_B is None else part.at[rows_B].set(new, unique_indices=True)
 
-        cost = jnp.asarray(segments.costs_S)[segment]
+        cost = jnp.asarray(segments.costs_Y)[segment]
         after = pool.replace(
             job_P=back(pool.job_P, at.job_B),
             index_P=back(pool.index_P, at.index_B),
@@ -139,13 +139,13 @@ class Ticks:
             tick=pool.tick + 1,
             started=started,
             filled=pool.filled + cost * jnp.sum(at.runs_B),
-            offered=pool.offered + cost * self.places,
+            offered=pool.offered + cost * self.tick_rows,
         )
         return after, records, draws.astype(jnp.int32)
 
     def _next(
-        self, at: Rows, records: Records, pool: Pool, draws: Array
-    ) -> tuple[Rows, Records, Cache, Array]:
+        self, at: TickRows, records: Records, pool: Pool, draws: Array
+    ) -> tuple[TickRows, Records, Cache, Array]:
         """If `draws` (at segment 0), draws the tokens of finished passes and begins new passes.
 
         Returns the rows, the records, the cache, and how many completions have begun so far.
@@ -195,7 +195,7 @@ class Ticks:
         )
         return after, records, cache, started
 
-    def _draw(self, at: Rows) -> tuple[Array, Array, Array]:
+    def _draw(self, at: TickRows) -> tuple[Array, Array, Array]:
         """Returns drawn tokens and the log-probabilities of the tokens and of their depths, [B]."""
         model = self.model
         logits_BV = constrain(head_logits(model.final_norm(at.h_BD), model.head_VD), ".V")
@@ -205,7 +205,7 @@ class Ticks:
         depth_logprob_B = self._policy(at).log_prob(at.depth_B, at.hazard_logits_BE, depths)
         return token_B, logprob_B, depth_logprob_B
 
-    def _fill(self, at: Rows, cache: Cache, fills_B: Array) -> tuple[Rows, Cache]:
+    def _fill(self, at: TickRows, cache: Cache, fills_B: Array) -> tuple[TickRows, Cache]:
         """Runs the continuation in the skipped layers of rows `fills_B`; caches keys and values.
 
         Returns the rows, those in `fills_B` with the residual after the last layer, and the cache.
@@ -232,7 +232,7 @@ class Ticks:
             h_BD, cache = jax.lax.fori_loop(first, layers, fill, (at.h_BD, cache))
         return at.replace(h_BD=h_BD), cache
 
-    def _copied(self, cache: Cache, at: Rows, begins_B: Array, job_B: Array) -> Cache:
+    def _copied(self, cache: Cache, at: TickRows, begins_B: Array, job_B: Array) -> Cache:
         """Returns the cache with the prompts' keys and values in rows whose completions begin.
 
         `begins_B` marks these rows, and `job_B` contains their completions.
@@ -247,7 +247,7 @@ class Ticks:
         with jax.named_scope(COPY_SCOPE):
             return jax.lax.fori_loop(0, jnp.sum(begins_B), copy, (cache, begins_B))[0]
 
-    def _run(self, at: Rows, cache: Cache, segment: Array) -> tuple[Rows, Cache]:
+    def _run(self, at: TickRows, cache: Cache, segment: Array) -> tuple[TickRows, Cache]:
         """Runs the layers of `segment` that any row needs; decides which rows leave at its exit.
 
         Returns the rows with new residuals, depths and hazard logits, and the cache.
@@ -273,7 +273,7 @@ class Ticks:
             new_BD = at_layer(layer, self.model.blocks, self.layers, output, h_BD, mixed_BNH)
             return jnp.where((layer < at.depth_B)[:, None], new_BD, h_BD), cache
 
-        first, end = self.segments.starts_S[segment], self.segments.ends_S[segment]
+        first, end = self.segments.starts_Y[segment], self.segments.ends_Y[segment]
         deepest = jnp.max(jnp.where(at.runs_B, at.depth_B, 0))
         with jax.named_scope(LAYERS_SCOPE):
             h_BD, cache = jax.lax.fori_loop(
@@ -283,7 +283,7 @@ class Ticks:
         if not self.reads_hazards or self.segments.count == 1:
             return at, cache
 
-        def at_exit(at: Rows) -> tuple[Array, Array]:
+        def at_exit(at: TickRows) -> tuple[Array, Array]:
             z_B = self.model.exits(at.h_BD, segment)
             keys_B = fold_in(self._keys(at), 1 + segment)
             leaves_B = self._policy(at).leaves_by_row(z_B, keys_B) & (end < at.depth_B)
@@ -303,22 +303,22 @@ class Ticks:
     def _keys_values(self, block: Block, x_B1D: Array, rope: tuple[Array, Array]) -> KeysValues:
         return block.attn.keys_values(x_B1D, *rope, adapters=self.adapters, key=None)
 
-    def _slot(self, at: Rows) -> Int[Array, "B"]:
+    def _slot(self, at: TickRows) -> Int[Array, "B"]:
         """Returns the cache slot of each row's current token: its position in the sequence."""
         return self.jobs.prompt_length_J[jnp.maximum(at.job_B, 0)] + at.index_B - 1
 
-    def _policy(self, at: Rows) -> Policy:
+    def _policy(self, at: TickRows) -> Policy:
         """Returns the policy for each row's current token."""
         known_B = jnp.maximum(at.job_B, 0)
         return self.policy.at(known_B, at.index_B + self.jobs.forced_J[known_B])
 
-    def _keys(self, at: Rows) -> Array:
+    def _keys(self, at: TickRows) -> Array:
         return self.draws.keys(self.jobs, jnp.maximum(at.job_B, 0), at.index_B)
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("graphdef", "places", "adapters", "hazards"),
+    static_argnames=("graphdef", "tick_rows", "adapters", "hazards"),
     donate_argnames=("pool", "records"),
 )
 def advance(
@@ -335,7 +335,7 @@ def advance(
     policy: Policy,
     draws: Draws,
     *,
-    places: int,
+    tick_rows: int,
     adapters: bool,
     hazards: bool,
 ) -> tuple[Pool, Records, Status]:
@@ -344,13 +344,13 @@ def advance(
     The host has to act in two cases: a row needs a larger cache; or a row is free, all `ready`
     (prefilled) completions of the row's data shard have begun, and `more` is True because further
     completions are to come. The ticks also stop when `steps` of them have drawn tokens. One tick of
-    a shard runs up to `places` rows.
+    a shard runs up to `tick_rows` rows.
     """
 
     def local(
         pool: Pool, records: Records, more: Array, steps: Array, *held: Any
     ) -> tuple[Pool, Records, Status]:
-        ticks = Ticks(graphdef, *held, places=places, adapters=adapters, hazards=hazards)
+        ticks = Ticks(graphdef, *held, tick_rows=tick_rows, adapters=adapters, hazards=hazards)
 
         def goes_on(carry: tuple[Pool, Records, Array]) -> Array:
             pool, _, drawn = carry

@@ -22,11 +22,11 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Message, Receive, Scope, Send
 
 from jexit.errors import RunEnded
-from jexit.serve.metrics import Metrics
+from jexit.serve.metrics import ServerMetrics
 from jexit.serve.pool import Opened
 from jexit.serve.protocol import (
-    Asked,
     Choice,
+    ParsedRequest,
     Refused,
     check_model,
     choice_body,
@@ -60,7 +60,7 @@ class Server:
     most_bytes: int = 1 << 20
 
     def __post_init__(self) -> None:
-        self.metrics = Metrics()
+        self.metrics = ServerMetrics()
         self.completions = 0
         self.started = int(time.time())
 
@@ -172,7 +172,7 @@ class Server:
                     task.cancel()
                 await asyncio.wait({whole, left})
 
-    def _asked(self, data: bytes, chat: bool) -> Asked:
+    def _asked(self, data: bytes, chat: bool) -> ParsedRequest:
         return self.opened.asked(values_of(data), chat=chat)
 
     def _check_key(self, request: Request) -> None:
@@ -238,7 +238,7 @@ class Server:
         return b"".join(parts)
 
     async def _answer(
-        self, asked: Asked, began: float
+        self, asked: ParsedRequest, began: float
     ) -> AsyncIterator[tuple[Choice, dict[str, Any]]]:
         """Decodes a request; yields (choice, fields of its new tokens) and updates the metrics."""
         first = True
@@ -257,13 +257,13 @@ class Server:
         self.metrics.requests.labels("200").inc()
         self.metrics.whole.observe(time.perf_counter() - began)
 
-    async def _whole(self, asked: Asked, parts: Any) -> dict[str, Any]:
+    async def _whole(self, asked: ParsedRequest, parts: Any) -> dict[str, Any]:
         whole = await gathered(parts)
         made = [choice_body(choice, fields, part=False) for choice, fields in whole]
         used = usage(asked, [choice for choice, _ in whole])
         return self._head(asked, "") | {"choices": made, "usage": used}
 
-    async def _events(self, asked: Asked, parts: Any) -> AsyncGenerator[bytes]:
+    async def _events(self, asked: ParsedRequest, parts: Any) -> AsyncGenerator[bytes]:
         head, choices = self._head(asked, ".chunk" if asked.chat else ""), {}
         try:
             async with contextlib.aclosing(parts):
@@ -278,7 +278,7 @@ class Server:
             yield _event(head | {"choices": [], "usage": usage(asked, list(choices.values()))})
         yield b"data: [DONE]\n\n"
 
-    def _head(self, asked: Asked, suffix: str) -> dict[str, Any]:
+    def _head(self, asked: ParsedRequest, suffix: str) -> dict[str, Any]:
         kind, prefix = (
             ("chat.completion", "chatcmpl") if asked.chat else ("text_completion", "cmpl")
         )

@@ -21,7 +21,7 @@ from jexit.model.policies import Sample, check_policy, policy_of, warn_if_untrai
 from jexit.model.transformer import Transformer
 from jexit.rollout import Arrivals, Grown, Request
 from jexit.rollout.speculation import Speculation
-from jexit.serve.protocol import Asked, Choice, Limits, Refused, parse
+from jexit.serve.protocol import Choice, Limits, ParsedRequest, Refused, parse
 
 TURN_SECONDS = 0.04  # between two looks at who joins and leaves
 MOST_STEPS = 256  # sampling steps in this time
@@ -269,7 +269,7 @@ class Opened:
     pool: PoolThread
     limits: Limits
 
-    def asked(self, values: Mapping[str, Any], *, chat: bool) -> Asked:
+    def asked(self, values: Mapping[str, Any], *, chat: bool) -> ParsedRequest:
         """Parses a request from the fields `values`; raises Refused if it cannot be served."""
         try:
             asked = parse(values, chat=chat, tokenizer=self.tokenizer, limits=self.limits)
@@ -278,7 +278,7 @@ class Opened:
             raise Refused(400, str(error)) from None
         return asked
 
-    async def answer(self, asked: Asked) -> AsyncGenerator[tuple[Choice, dict[str, Any]]]:
+    async def answer(self, asked: ParsedRequest) -> AsyncGenerator[tuple[Choice, dict[str, Any]]]:
         """Decodes a request; yields (choice, response fields of its new tokens) at each update."""
         count = len(asked.request.prompts)
         choices = [Choice(asked, index, self.tokenizer) for index in range(count)]

@@ -28,7 +28,7 @@ from jexit.untrusted import parse_json
 CHOICES = 64  # most of a request
 FIELD_COUNT = 64  # most of a request; it has far fewer that are known
 Probability = Annotated[float, Field(ge=0, le=1)]
-Text = Annotated[str, Field(max_length=1 << 20)]
+InputText = Annotated[str, Field(max_length=1 << 20)]
 Stop = Annotated[str, Field(max_length=1024)]
 # Without `fail_fast`, pydantic keeps a fault for each of a million wrong entries.
 Some = Field(min_length=1, max_length=1024, fail_fast=True)
@@ -82,16 +82,16 @@ class TextFormat(_Strict):
     type: Literal["text"] = "text"
 
 
-class Part(_Strict):
+class ContentPart(_Strict):
     """A part of a message's content; only text is supported."""
 
     type: Literal["text"]
-    text: Text
+    text: InputText
 
 
-class Message(_Strict):
+class ChatMessage(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[Part], Some]
+    content: InputText | Annotated[list[ContentPart], Some]
     name: str | None = None
 
     @property
@@ -133,7 +133,7 @@ class Body(_Strict):
 
 
 class ChatBody(Body):
-    messages: Annotated[list[Message], Some]
+    messages: Annotated[list[ChatMessage], Some]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
@@ -145,7 +145,7 @@ Several = Field(max_length=CHOICES, fail_fast=True)
 
 
 class TextBody(Body):
-    prompt: Text | Annotated[list[Text], Several] | Ids | Annotated[list[Ids], Several]
+    prompt: InputText | Annotated[list[InputText], Several] | Ids | Annotated[list[Ids], Several]
     logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
     best_of: Annotated[int, Field(ge=1)] | None = None
     echo: Literal[False] | None = None
@@ -154,7 +154,7 @@ class TextBody(Body):
 
 FIELDS = {
     name
-    for model in (ChatBody, TextBody, Message, Part, StreamOptions, TextFormat)
+    for model in (ChatBody, TextBody, ChatMessage, ContentPart, StreamOptions, TextFormat)
     for name in model.model_fields
 }
 
@@ -170,7 +170,7 @@ class Limits:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Asked:
+class ParsedRequest:
     """A validated request; `request` is its form for the decoder, with one prompt per choice."""
 
     chat: bool
@@ -194,7 +194,9 @@ def values_of(data: bytes) -> dict[str, Any]:
     return values
 
 
-def parse(values: Mapping[str, Any], *, chat: bool, tokenizer: Tokenizer, limits: Limits) -> Asked:
+def parse(
+    values: Mapping[str, Any], *, chat: bool, tokenizer: Tokenizer, limits: Limits
+) -> ParsedRequest:
     """Validates the fields `values` of a request; raises Refused or UserError if invalid."""
     # An empty list of tools changes nothing; any other is an unknown field.
     values = {name: value for name, value in values.items() if (name, value) != ("tools", [])}
@@ -251,7 +253,7 @@ def parse(values: Mapping[str, Any], *, chat: bool, tokenizer: Tokenizer, limits
         key=(secrets.randbits(32) if body.seed is None else body.seed) % (1 << 32),
     )
     _ = request.sampling  # raises UserError
-    return Asked(
+    return ParsedRequest(
         chat=chat,
         request=request,
         stop=tuple(stop),
@@ -343,7 +345,7 @@ class TokenLogprob(NamedTuple):
 class Choice:
     """One growing completion of a request, with its text so far and its finish reason."""
 
-    asked: Asked
+    asked: ParsedRequest
     index: int
     tokenizer: Tokenizer
 
@@ -427,7 +429,7 @@ def choice_body(choice: Choice, fields: Mapping[str, Any], *, part: bool) -> dic
     return body
 
 
-def usage(asked: Asked, choices: Sequence[Choice]) -> dict[str, int]:
+def usage(asked: ParsedRequest, choices: Sequence[Choice]) -> dict[str, int]:
     made = sum(choice.text.tokens for choice in choices)
     return {
         "prompt_tokens": asked.prompt_tokens,

@@ -27,7 +27,7 @@ from jexit.model.policies import Full
 from jexit.model.transformer import exit_hidden_states, run
 from jexit.steps.completions import Completions
 from jexit.steps.optim import Metrics, apply_gradients
-from jexit.steps.state import Fixed, Params, SplitModel, TrainState
+from jexit.steps.state import FixedParams, Params, SplitModel, TrainState
 
 
 @struct.dataclass
@@ -38,14 +38,14 @@ class ExitStates:
     kl_NE: Float[Array, "N E"]  # KL(π_L ‖ π_e) in nats, π_e with the continuation from exit e
 
 
-def make_exit_states(split: SplitModel) -> Callable[[Params, Fixed, Completions], ExitStates]:
+def make_exit_states(split: SplitModel) -> Callable[[Params, FixedParams, Completions], ExitStates]:
     """Returns the jitted function (trainable, fixed, batch) → `ExitStates`.
 
     The result has N = B·C positions: all completion positions of the batch, row by row and
     including padding.
     """
 
-    def states(trainable: Params, fixed: Fixed, batch: Completions) -> ExitStates:
+    def states(trainable: Params, fixed: FixedParams, batch: Completions) -> ExitStates:
         model = split.student(trainable, fixed)
         exits = model.exit_layers
         full = run(model, batch.tokens_BT, policy=Full(), **batch.layout, residual_layers=exits)
@@ -66,7 +66,7 @@ def make_exit_states(split: SplitModel) -> Callable[[Params, Fixed, Completions]
 
 def make_lens_step(
     split: SplitModel, optimizer: optax.GradientTransformation, config: SFTConfig
-) -> Callable[[TrainState, Fixed, ExitStates, Int[Array, "M"]], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, FixedParams, ExitStates, Int[Array, "M"]], tuple[TrainState, Metrics]]:
     """Returns the jitted step (state, fixed, states, position_M) → (state, metrics) for the heads.
 
     `position_M` are M indices of positions in `states`. The loss is w_exit times the mean of
@@ -77,7 +77,7 @@ def make_lens_step(
     exit_layers = split.student(split.trainable).exit_layers
 
     def step(
-        state: TrainState, fixed: Fixed, states: ExitStates, position_M: Int[Array, "M"]
+        state: TrainState, fixed: FixedParams, states: ExitStates, position_M: Int[Array, "M"]
     ) -> tuple[TrainState, Metrics]:
         residual_MED, kl_ME = states.residual_NED[position_M], states.kl_NE[position_M]
         target_ME, _ = target_log_hazards(kl_ME, config.sharpness)

@@ -14,7 +14,7 @@ from jexit.model.policies import Full, Policy
 from jexit.model.transformer import run
 from jexit.steps.completions import Completions, token_logprobs
 from jexit.steps.optim import Metrics, gradient_step
-from jexit.steps.state import Fixed, Params, SplitModel, TrainState
+from jexit.steps.state import FixedParams, Params, SplitModel, TrainState
 
 
 def make_finetune_step(
@@ -23,7 +23,7 @@ def make_finetune_step(
     *,
     policy: Policy = Full(),
     micro_batches: int = 1,
-) -> Callable[[TrainState, Fixed, Completions, PRNGKey], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, FixedParams, Completions, PRNGKey], tuple[TrainState, Metrics]]:
     """Returns the jitted fine-tuning step (state, fixed, batch, key) → (state, metrics).
 
     The loss is the mean of −log p(y_t) over the tokens y_t of all completions, including their end
@@ -33,7 +33,7 @@ def make_finetune_step(
     """
 
     def step(
-        state: TrainState, fixed: Fixed, batch: Completions, key: PRNGKey
+        state: TrainState, fixed: FixedParams, batch: Completions, key: PRNGKey
     ) -> tuple[TrainState, Metrics]:
         tokens = jnp.maximum(jnp.sum(batch.token_BC), 1)
 

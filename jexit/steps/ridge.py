@@ -31,14 +31,14 @@ from jexit.dist import constrain
 from jexit.model.policies import Full
 from jexit.model.transformer import run
 from jexit.steps.completions import Completions
-from jexit.steps.state import Fixed, Params, SplitModel
+from jexit.steps.state import FixedParams, Params, SplitModel
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-ORIGINS = ("x_origin_ED", "v_origin_PD")  # fields of Sums
+ORIGINS = ("x_origin_ED", "v_origin_PD")  # fields of RidgeSums
 
 
 @struct.dataclass
-class Sums:
+class RidgeSums:
     """Sums over tokens for the ridge fit: of residuals x at the exits and of displacements v.
 
     For each pair P of an exit and a layer m that tokens leaving there skip (see `pairs`), the
@@ -58,7 +58,7 @@ class Sums:
     vv_PD: Float[Array, "P D"]
 
     @classmethod
-    def zero(cls, exit_layers: tuple[int, ...], layers: int, width: int) -> Sums:
+    def zero(cls, exit_layers: tuple[int, ...], layers: int, width: int) -> RidgeSums:
         exits, count = len(exit_layers), len(pairs(exit_layers, layers))
 
         def vector(rows: int) -> Array:
@@ -79,12 +79,12 @@ class Sums:
             vv_PD=vector(count),
         )
 
-    def cleared(self) -> Sums:
+    def cleared(self) -> RidgeSums:
         """Returns a copy in which all sums are zero and only the origins are kept."""
-        return Sums(
+        return RidgeSums(
             **{
                 f.name: (jnp.copy if f.name in ORIGINS else jnp.zeros_like)(getattr(self, f.name))
-                for f in dataclasses.fields(Sums)
+                for f in dataclasses.fields(RidgeSums)
             }
         )
 
@@ -97,7 +97,9 @@ def pairs(exit_layers: tuple[int, ...], layers: int) -> list[tuple[int, int]]:
     return [(e, m) for e, first in enumerate(exit_layers) for m in range(first, layers)]
 
 
-def make_sums_step(split: SplitModel) -> Callable[[Sums, Params, Fixed, Completions], Sums]:
+def make_sums_step(
+    split: SplitModel,
+) -> Callable[[RidgeSums, Params, FixedParams, Completions], RidgeSums]:
     """Returns the jitted step (sums, trainable, fixed, batch) → sums, which adds the batch.
 
     The model runs at full depth. Only tokens whose pass could leave early count.
@@ -109,7 +111,9 @@ def make_sums_step(split: SplitModel) -> Callable[[Sums, Params, Fixed, Completi
     def product(left_BCD: Array, right_BCD: Array) -> Array:
         return jnp.einsum("BCd,BCD->dD", left_BCD, right_BCD, precision=jax.lax.Precision.HIGHEST)
 
-    def step(sums: Sums, trainable: Params, fixed: Fixed, batch: Completions) -> Sums:
+    def step(
+        sums: RidgeSums, trainable: Params, fixed: FixedParams, batch: Completions
+    ) -> RidgeSums:
         weight_BC = batch.action_BC.astype(jnp.float32)
         count = jnp.sum(weight_BC)
         first = sums.count == 0.0
@@ -134,7 +138,7 @@ def make_sums_step(split: SplitModel) -> Callable[[Sums, Params, Fixed, Completi
         )
         residual_EBCD = jax.vmap(batch.window)(result.residual_RBTD).astype(jnp.float32)
 
-        def at_exit(e: Array, sums: Sums) -> Sums:
+        def at_exit(e: Array, sums: RidgeSums) -> RidgeSums:
             x_BCD, origin_D = centred(residual_EBCD[e], sums.x_origin_ED[e])
             return sums.replace(
                 x_origin_ED=sums.x_origin_ED.at[e].set(origin_D),
@@ -144,7 +148,7 @@ def make_sums_step(split: SplitModel) -> Callable[[Sums, Params, Fixed, Completi
 
         sums = jax.lax.fori_loop(0, exits, at_exit, sums)
 
-        def of_pair(p: Array, sums: Sums) -> Sums:
+        def of_pair(p: Array, sums: RidgeSums) -> RidgeSums:
             e = jnp.asarray(exit_P)[p]
             residual_BCD = residual_EBCD[e]
             x_BCD = (residual_BCD - sums.x_origin_ED[e]) * weight_BC[..., None]
@@ -225,7 +229,7 @@ class Chain:
         self.q_EDD = np.zeros((exits, width, width))
         self.c_ED = np.zeros((exits, width))
 
-    def moments(self, sums: Sums, exit_index: int, pair: int) -> Moments:
+    def moments(self, sums: RidgeSums, exit_index: int, pair: int) -> Moments:
         """Returns the moments of inputs x and updates u for fitting the next map at one exit.
 
         x is the output of the chain, and u is the full-depth residual of pair number `pair` (see
@@ -267,7 +271,12 @@ class Fit:
 
 
 def fit(
-    sums: Sums, held_back: Sums, exit_layers: tuple[int, ...], layers: int, *, rank: int = 0
+    sums: RidgeSums,
+    held_back: RidgeSums,
+    exit_layers: tuple[int, ...],
+    layers: int,
+    *,
+    rank: int = 0,
 ) -> Fit:
     """Fits the map of every layer to the tokens of `sums` and `held_back` together.
 
@@ -288,7 +297,9 @@ def fit(
     for layer in range(exit_layers[0], layers):
         here = [e for e in range(exits) if exit_layers[e] <= layer]
 
-        def moments(chain: Chain, of: Sums, here: list[int] = here, layer: int = layer) -> Moments:
+        def moments(
+            chain: Chain, of: RidgeSums, here: list[int] = here, layer: int = layer
+        ) -> Moments:
             return Moments.mixed([chain.moments(of, e, pair_of[e, layer]) for e in here])
 
         def extend(chain: Chain, of: Moments, strength: float, here: list[int] = here) -> tuple:
@@ -312,12 +323,12 @@ def fit(
     return Fit(maps, b_LD, strengths, errors)
 
 
-def together(one: Sums, other: Sums) -> Sums:
+def together(one: RidgeSums, other: RidgeSums) -> RidgeSums:
     """Returns the sums over the tokens of `one` and `other`, which must have the same origins."""
-    return Sums(
+    return RidgeSums(
         **{
             f.name: getattr(one, f.name) + (0 if f.name in ORIGINS else getattr(other, f.name))
-            for f in dataclasses.fields(Sums)
+            for f in dataclasses.fields(RidgeSums)
         }
     )
 

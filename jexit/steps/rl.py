@@ -36,7 +36,7 @@ from jexit.model.policies import Full, Prescribed
 from jexit.model.transformer import Transformer, run
 from jexit.steps.completions import Completions, flat, token_logprobs
 from jexit.steps.optim import Metrics, gradient_step, joined, micro_batch
-from jexit.steps.state import Fixed, Params, SplitModel, TrainState
+from jexit.steps.state import FixedParams, Params, SplitModel, TrainState
 
 
 @struct.dataclass
@@ -78,7 +78,9 @@ class Penalties:
     length_coef: Float[Array, ""] | float
 
 
-RLStep = Callable[[TrainState, Fixed, RLBatch, Penalties, PRNGKey], tuple[TrainState, Metrics]]
+RLStep = Callable[
+    [TrainState, FixedParams, RLBatch, Penalties, PRNGKey], tuple[TrainState, Metrics]
+]
 # The values of `config.kl_loss` that need whole distributions, and their direction in `linear_kl`.
 EXACT_KL = {"exact": "student_teacher", "forward": "teacher_student"}
 
@@ -112,7 +114,7 @@ def make_rl_step(
     """
 
     def step(
-        state: TrainState, fixed: Fixed, batch: RLBatch, penalties: Penalties, key: PRNGKey
+        state: TrainState, fixed: FixedParams, batch: RLBatch, penalties: Penalties, key: PRNGKey
     ) -> tuple[TrainState, Metrics]:
         teacher = split.teacher(state.trainable, fixed)
         teacher_head_VD = teacher.head_VD if split.teacher_has_own_head else None

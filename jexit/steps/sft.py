@@ -23,7 +23,7 @@ from jexit.model.policies import Full, Prescribed
 from jexit.model.transformer import Transformer, exit_hidden_states, run
 from jexit.steps.completions import Completions, flat
 from jexit.steps.optim import Metrics, accumulated_gradients, apply_gradients, micro_batch, summed
-from jexit.steps.state import Fixed, Params, SplitModel, TrainState
+from jexit.steps.state import FixedParams, Params, SplitModel, TrainState
 
 
 def make_sft_step(
@@ -32,7 +32,7 @@ def make_sft_step(
     config: SFTConfig,
     *,
     micro_batches: int = 1,
-) -> Callable[[TrainState, Fixed, Completions, PRNGKey], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, FixedParams, Completions, PRNGKey], tuple[TrainState, Metrics]]:
     """Returns the jitted calibration step (state, fixed, batch, key) → (state, metrics).
 
     For each of `micro_batches` parts of the batch, the teacher runs once (`targets`), S =
@@ -42,7 +42,7 @@ def make_sft_step(
     """
 
     def step(
-        state: TrainState, fixed: Fixed, batch: Completions, key: PRNGKey
+        state: TrainState, fixed: FixedParams, batch: Completions, key: PRNGKey
     ) -> tuple[TrainState, Metrics]:
         teacher = split.teacher(state.trainable, fixed)
         teacher_head_VD = teacher.head_VD if split.teacher_has_own_head else None

@@ -31,12 +31,12 @@ class TrainState:
     skipped: Int[Array, ""]
 
 
-class Fixed(NamedTuple):
+class FixedParams(NamedTuple):
     """The parameters that a run does not train.
 
     `frozen` are the student's fixed parameters. `teacher` is a copy of the initial trainable
     parameters, or None if the base weights stay fixed or no teacher is needed. Jitted steps take a
-    `Fixed` as an argument, because arrays in a closure would be compiled into the program as
+    `FixedParams` as an argument, because arrays in a closure would be compiled into the program as
     constants.
     """
 
@@ -49,14 +49,14 @@ class SplitModel(NamedTuple):
 
     graphdef: nnx.GraphDef
     trainable: Params
-    fixed: Fixed
+    fixed: FixedParams
 
-    def student(self, trainable: Params, fixed: Fixed | None = None) -> Transformer:
+    def student(self, trainable: Params, fixed: FixedParams | None = None) -> Transformer:
         """Returns the model with the parameters `trainable` and `fixed` (None: `self.fixed`)."""
         fixed = self.fixed if fixed is None else fixed
         return nnx.merge(self.graphdef, trainable, fixed.frozen)
 
-    def teacher(self, trainable: Params, fixed: Fixed | None = None) -> Transformer:
+    def teacher(self, trainable: Params, fixed: FixedParams | None = None) -> Transformer:
         """Returns the teacher, without gradient; run it with `adapters=False`.
 
         The teacher's parameters are the copy in `fixed`, or `trainable` if there is no such copy.
@@ -93,7 +93,7 @@ def split_model(model: Transformer, *, full: bool, keep_teacher: bool = True) ->
         teacher = jax.tree.map(
             lambda leaf: jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf, trainable
         )
-    return SplitModel(graphdef, trainable, Fixed(frozen, teacher))
+    return SplitModel(graphdef, trainable, FixedParams(frozen, teacher))
 
 
 def parameter_labels(model: Transformer, *, full: bool) -> Params:

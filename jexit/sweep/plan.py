@@ -27,7 +27,7 @@ _SETTING = re.compile(r"--(?P<of>config|eval)\.(?P<key>[a-z_0-9.]+)=(?P<value>.*
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.,=+()-]+")
 
 
-class Asked(Record):
+class CellRecord(Record):
     """The settings and `jexit.main` arguments of one combination, as recorded in a JSON file.
 
     `run` and `eval` are the arguments of the run and of its evaluation, or None until they begin.
@@ -94,7 +94,7 @@ class Cell:
 
     def begin(self, part: str, arguments: Sequence[str]) -> None:
         """Records the arguments of `part`: `"run"`, or `"eval"` for the run's evaluation."""
-        asked = _asked(self.asked) or Asked(settings=dict(self.settings))
+        asked = _asked(self.asked) or CellRecord(settings=dict(self.settings))
         asked.model_copy(update={part: tuple(arguments)}).write(self.asked)
 
     def check(self, part: str, arguments: Sequence[str]) -> None:
@@ -276,16 +276,16 @@ def _whole(path: pathlib.Path) -> bool:
     return path.exists() and Evaluation.read(path).complete
 
 
-def _asked(path: pathlib.Path) -> Asked | None:
+def _asked(path: pathlib.Path) -> CellRecord | None:
     """Returns the record that `Cell.begin` wrote to `path`, or None if `path` is not such a file.
 
     Raises UserError if the record is damaged or does not contain settings.
     """
     record = read_json(path, REMEDY) if path.exists() else None
-    if not isinstance(record, dict) or not record.keys() & Asked.model_fields.keys():
+    if not isinstance(record, dict) or not record.keys() & CellRecord.model_fields.keys():
         return None
     try:
-        return Asked.model_validate(record)
+        return CellRecord.model_validate(record)
     except ValidationError:
         raise UserError(
             f"{path} does not contain the settings of its run; choose another --into, or delete "

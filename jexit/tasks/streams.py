@@ -16,7 +16,7 @@ class NoMoreProblems(ValueError):
     """Raised if a split has too few distinct problems for the requested index."""
 
 
-class Stream(Generic[T]):
+class ProblemStream(Generic[T]):
     """A sequence of items that are drawn at random from a seed, such as generated problems.
 
     `draw_one` draws an item. `key_of` returns a string that identifies an item independently of its

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from jexit.tasks.base import Attempt, Draw, Problem, Rewards, Split, Verdict
 from jexit.tasks.chains import ChainTask, Corruption
 from jexit.tasks.options import MIXTURE, check_range, check_steps
-from jexit.tasks.streams import Stream
+from jexit.tasks.streams import ProblemStream
 
 MIN_STEP, MAX_STEP = 2, 5
 STEP_MODES = ("free", "at_once", "mixed", *range(MIN_STEP, MAX_STEP + 1))
@@ -188,11 +188,11 @@ task = Sums
 
 
 @functools.lru_cache(maxsize=8)  # shared by tasks that differ in `steps` only
-def _digits(seed: int, operands: tuple[int, int]) -> Stream[str]:
+def _digits(seed: int, operands: tuple[int, int]) -> ProblemStream[str]:
     def draw_digits(draw: Draw) -> str:
         return "".join(str(draw.integer(0, 9)) for _ in range(draw.integer(*operands)))
 
-    return Stream("sums", seed, draw_digits, str)
+    return ProblemStream("sums", seed, draw_digits, str)
 
 
 def prescribed_steps(count: int, step: int) -> list[int]:

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 
 from jexit.tasks.base import Draw, Problem, Rewards, Split
 from jexit.tasks.number_chain import NumberChain
-from jexit.tasks.streams import Stream
+from jexit.tasks.streams import ProblemStream
 
 NAMES = ("Tom", "Mia", "Sam", "Lea", "Ben", "Ada", "Max", "Eva")
 OBJECTS = ("apples", "books", "coins", "pens", "cards", "shells", "stamps", "balls", "eggs", "cups")
@@ -167,8 +167,8 @@ def worked(
 
 
 @functools.lru_cache(maxsize=8)
-def _problems(seed: int) -> Stream[Problem]:
-    return Stream("word_problems", seed, _draw_problem, substance)
+def _problems(seed: int) -> ProblemStream[Problem]:
+    return ProblemStream("word_problems", seed, _draw_problem, substance)
 
 
 def substance(problem: Problem) -> str:

@@ -61,7 +61,7 @@ def main() -> None:
     at_once, texts, layers = arguments.batch * arguments.pool, {}, {}
 
     def ours(label: str, model, policy):
-        size = EngineSize(rows=at_once, places=arguments.batch)
+        size = EngineSize(rows=at_once, tick_rows=arguments.batch)
 
         def run() -> None:
             texts[label], depths = [], []

@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--topologies", default="v5e:2x2")
     parser.add_argument("--shape", default="32,8,128,36", help="N,K,H,L")
     parser.add_argument("--rows", type=int, default=96)
-    parser.add_argument("--places", type=int, default=32)
+    parser.add_argument("--tick-rows", type=int, default=32)
     parser.add_argument("--slots", type=int, default=1024)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--json", action="store_true", help="one line a case")
@@ -63,7 +63,7 @@ def compile_case(
         return jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
 
     cache = operand(kv_heads, layers, arguments.rows, arguments.slots, width)
-    places = operand(arguments.places, dtype=jnp.int32)
+    of_rows = operand(arguments.tick_rows, dtype=jnp.int32)
 
     def all_layers(q: Any, keys: Any, values: Any, rows: Any, lengths: Any) -> Any:
         def step(layer: Any, q: Any) -> Any:
@@ -76,7 +76,7 @@ def compile_case(
     begin = time.perf_counter()
     with topology.compiling():
         lowered = jax.jit(all_layers).lower(
-            operand(arguments.places, heads, width), cache, cache, places, places
+            operand(arguments.tick_rows, heads, width), cache, cache, of_rows, of_rows
         )
         compiled = lowered.compile()
     held = 2 * cache.size * cache.dtype.itemsize

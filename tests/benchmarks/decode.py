@@ -152,7 +152,7 @@ def by_depth(split: tuple, prompts: list, pad_id: int, arguments: argparse.Names
             eos_ids=(),
             pad_id=pad_id,
             key=0,
-            size=EngineSize(rows=len(prompts), places=arguments.batch),
+            size=EngineSize(rows=len(prompts), tick_rows=arguments.batch),
         )
 
     shape = (len(prompts), columns)
@@ -221,7 +221,7 @@ def against_hugging_face(
     tokens = {}
 
     def ours(name: str, policy: object) -> Callable[[], object]:
-        size = EngineSize(rows=len(prompts), places=batch)
+        size = EngineSize(rows=len(prompts), tick_rows=batch)
 
         def run() -> None:
             tokens[name] = rollout(

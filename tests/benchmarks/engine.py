@@ -8,7 +8,7 @@ vocabulary of 8,192; float32 on the CPU. Every pass of every completion gets a d
 among the exits, with a mean of a half or a quarter of the layers. The same completions then come
 from the engine at full depth, from the engine at those depths, and, a few of them, from the plain
 loop at both, which masks rows that have left and runs as deep as its deepest row. Work that ends
-leaves places idle at its end, the more the fewer completions there are for a row of the pool.
+leaves ticks unfilled at its end, the more the fewer completions there are for a row of the pool.
 
 The plain loop reads stacked weights, of which XLA copies each layer's on CPUs; so `stacked` is the
 engine at full depth with such weights, and what is due of it says what the engine itself costs.
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=25)
     parser.add_argument("--rows", type=int, default=48)
-    parser.add_argument("--places", type=int, default=16)
+    parser.add_argument("--tick-rows", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=2)
     arguments = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -74,11 +74,11 @@ def compare(arguments: argparse.Namespace) -> bool:
 
     model = random_model(arguments.model)
     arch, split = model.arch, nnx.split(model)
-    count, new, places = arguments.prompts, arguments.new_tokens, arguments.places
+    count, new, tick_rows = arguments.prompts, arguments.new_tokens, arguments.tick_rows
     rng = np.random.default_rng(1)
     prompts = rng.integers(0, arch.vocab_size, (count, arguments.prompt_tokens)).tolist()
     asked = {"eos_ids": (), "pad_id": 0, "key": 0, "temperature": 0.0}
-    size = EngineSize(rows=arguments.rows, places=places)
+    size = EngineSize(rows=arguments.rows, tick_rows=tick_rows)
     idle: dict[str, float] = {}
     tokens: dict[str, np.ndarray] = {}
 
@@ -93,8 +93,8 @@ def compare(arguments: argparse.Namespace) -> bool:
 
     def loop(name: str, depths: np.ndarray | None, columns: int) -> None:
         made_BT = []
-        for start in range(0, arguments.batches * places, places):
-            part = slice(start, start + places)
+        for start in range(0, arguments.batches * tick_rows, tick_rows):
+            part = slice(start, start + tick_rows)
             policy = Full() if depths is None else Prescribed(depths[part])
             made_BT.append(plain(split, prompts[part], policy=policy, max_new_tokens=columns))
         tokens[f"loop, {name}"] = np.concatenate(made_BT)
@@ -130,8 +130,8 @@ def compare(arguments: argparse.Namespace) -> bool:
         return "equal" if same else "differ"
 
     print(
-        f"{arguments.model}: {count} completions of {new} tokens, {arguments.rows} rows, {places} "
-        f"places; speed over the plain loop's at full depth, prefill left out"
+        f"{arguments.model}: {count} completions of {new} tokens, {arguments.rows} rows, "
+        f"{tick_rows} a tick; speed over the plain loop's at full depth, prefill left out"
     )
     print(
         f"{'depths':<8}{'ideal':>8}{'engine':>8}{'of ideal':>10}{'masking':>9}{'idle':>7}  tokens"

@@ -141,15 +141,15 @@ def test_draws_over_runs_have_the_variance_of_both_runs_and_problems(monkeypatch
     """The variance of a mean over R runs is the unbiased variance between them, over R."""
     rng = np.random.default_rng(6)
     runs_R = rng.normal(0, 0.3, 4)
-    drawn_D = drawn_over_runs(np.repeat(runs_R[:, None], 50, axis=1))
-    assert drawn_D.std() == pytest.approx(runs_R.std(ddof=1) / 2, rel=0.05)
+    drawn_I = drawn_over_runs(np.repeat(runs_R[:, None], 50, axis=1))
+    assert drawn_I.std() == pytest.approx(runs_R.std(ddof=1) / 2, rel=0.05)
     problems_N = rng.normal(0, 1, 200)
-    alike_D = drawn_over_runs(np.tile(problems_N, (4, 1)))
-    assert alike_D.std() == pytest.approx(problems_N.std() / np.sqrt(200), rel=0.06)
-    both_D = drawn_over_runs(runs_R[:, None] + problems_N)
-    assert both_D.var() == pytest.approx(drawn_D.var() + alike_D.var(), rel=0.06)
-    one_D = drawn_over_runs(np.ones((1, 9)), 0, 1)  # half problems leave a width
-    assert percentile_interval(one_D)[0] < 0.95 < percentile_interval(one_D)[1] <= 1
+    alike_I = drawn_over_runs(np.tile(problems_N, (4, 1)))
+    assert alike_I.std() == pytest.approx(problems_N.std() / np.sqrt(200), rel=0.06)
+    both_I = drawn_over_runs(runs_R[:, None] + problems_N)
+    assert both_I.var() == pytest.approx(drawn_I.var() + alike_I.var(), rel=0.06)
+    one_I = drawn_over_runs(np.ones((1, 9)), 0, 1)  # half problems leave a width
+    assert percentile_interval(one_I)[0] < 0.95 < percentile_interval(one_I)[1] <= 1
     # Five seeds that differ as much as their problems, and answers that are correct or wrong.
     monkeypatch.setattr(intervals, "DRAWS", 600)
 

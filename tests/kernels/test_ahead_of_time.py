@@ -66,7 +66,7 @@ def test_the_smallest_and_the_widest_model_compile(topology):
 @on_every_chip
 def test_decode_attention_is_picked_and_copies_nothing(topology):
     """8 of 24 rows, 1,024 slots: less than a fiftieth of one layer's keys and values, of 36."""
-    rows = rows_of("compile_decode_attention", topology, "--rows=24", "--places=8")
+    rows = rows_of("compile_decode_attention", topology, "--rows=24", "--tick-rows=8")
     by_name = {row["implementation"]: row for row in rows}
     kernel = "pallas_gpu" if topology.startswith("h100") else "pallas_tpu"
     for name in (None, kernel):

@@ -8,17 +8,17 @@ from jexit.kernels import linear_logprob, tpu
 from jexit.kernels.chips import CHIPS, UNKNOWN
 from jexit.kernels.dispatch import compiling_for, target
 from jexit.kernels.linear_kl import api as linear_kl
-from jexit.kernels.tpu import Operands
+from jexit.kernels.tpu import TpuOperands
 
 
 def operands(
     tokens=2048, width=2560, vocab=151_936, exits=0, dtype="bfloat16", head_dtype=None
-) -> Operands:
+) -> TpuOperands:
     def shape(*dims):
         return jax.ShapeDtypeStruct(dims, dtype)
 
     hidden = (shape(tokens, width),) + ((shape(exits, tokens, width),) if exits else ())
-    return Operands(hidden, (jax.ShapeDtypeStruct((vocab, width), head_dtype or dtype),))
+    return TpuOperands(hidden, (jax.ShapeDtypeStruct((vocab, width), head_dtype or dtype),))
 
 
 def test_chips_are_known_by_jaxs_names():

@@ -33,8 +33,8 @@ def register_small_tiles(operation: Operation, xla: Any, pallas_tpu: Any, pallas
     """Gives an op its implementations once more, with tiles too small for any case to fit one."""
     functions: tuple[Callable[..., Any], ...] = (
         partial(xla, chunk_tokens=4, chunk_vocab=32),
-        partial(pallas_tpu, tile=tpu.Tile(tokens=4, vocab=32)),
-        partial(pallas_gpu, tile=gpu.Tile(tokens=16, vocab=32, width=16)),
+        partial(pallas_tpu, tile=tpu.TpuTile(tokens=4, vocab=32)),
+        partial(pallas_gpu, tile=gpu.GpuTile(tokens=16, vocab=32, width=16)),
     )
     for name, function in zip(SMALL_TILES, functions, strict=True):
         operation.register(name, function, platforms=ONLY_BY_NAME)

@@ -33,7 +33,7 @@ REQUESTS = [
 def pool(model) -> Arrivals:
     return Arrivals(
         model, eos_ids=(60,), pad_id=59, max_prompt_tokens=16, max_new_tokens=20,
-        size=EngineSize(rows=3, places=2),
+        size=EngineSize(rows=3, tick_rows=2),
     )  # fmt: skip
 
 

@@ -31,7 +31,7 @@ from teacher_forcing import assert_as_teacher_forced
 from tolerances import LOGPROBS
 
 LAYERS, DEPTHS, PAD, COLUMNS = 5, (1, 2, 4, 5), 59, 14
-SMALL = EngineSize(rows=7, places=3)
+SMALL = EngineSize(rows=7, tick_rows=3)
 DEPTH_BT = np.random.default_rng(1).choice(DEPTHS, (20, COLUMNS))
 SAMPLE = Sample(temperature=2.0, min_hazard=0.1)
 ASKED = {
@@ -88,10 +88,10 @@ def test_every_policy_decodes_as_teacher_forcing_says(model, sampled):
 def test_sizes_and_stacked_weights_change_nothing(model, sampled, monkeypatch):
     """A row for each completion, one row for all; weights as accelerators have them."""
     asked = ASKED | {"policy": SAMPLE}
-    one = EngineSize(rows=1, places=1)
+    one = EngineSize(rows=1, tick_rows=1)
     assert_same(rollout(model, ten_prompts(), size=one, **asked), sampled)
     monkeypatch.setattr(engine, "on_cpu", lambda: False)
-    all_at_once = EngineSize(rows=20, places=20)
+    all_at_once = EngineSize(rows=20, tick_rows=20)
     assert_same(rollout(model, ten_prompts(), size=all_at_once, **asked), sampled)
 
 
@@ -108,7 +108,7 @@ def test_any_depths_and_ends(model, data):
     ends = data.draw(st.lists(st.integers(0, 60), min_size=3, max_size=3))
     # A draw at random may fall within rounding of the border between two tokens.
     asked = GREEDY | {"policy": policy, "max_new_tokens": COLUMNS, "eos_ids": ends}
-    decoded(model, prompts, size=EngineSize(rows=5, places=2), **asked)
+    decoded(model, prompts, size=EngineSize(rows=5, tick_rows=2), **asked)
 
 
 @pytest.mark.slow
@@ -117,7 +117,7 @@ def test_a_small_prefix_cache_and_caches_that_grow(model, monkeypatch):
     monkeypatch.setitem(scheduling.PREFILL_TOKENS, "cpu", 64)  # groups of 4, of 2 and of 1
     monkeypatch.setattr(cache, "SMALLEST_CACHE", 16)
     asked = ASKED | {"policy": SAMPLE, "hazards": False, "max_new_tokens": 40}
-    made = decoded(model, 2 * ten_prompts(), size=EngineSize(rows=5, places=2), **asked)
+    made = decoded(model, 2 * ten_prompts(), size=EngineSize(rows=5, tick_rows=2), **asked)
     assert made.shape == (16, 64) and made.lengths_B.max() > 20
 
 
@@ -126,7 +126,7 @@ def test_finished_rows_make_room_at_once(model):
     prompts = [[5, token] for token in range(24)]
     asked = {"max_new_tokens": 40, "eos_ids": (60, 7, 12, 33), "pad_id": PAD, "key": 0}
     request = Request(prompts=prompts, **asked)
-    decoding = Decoding(model, request, EngineSize(rows=2, places=2))
+    decoding = Decoding(model, request, EngineSize(rows=2, tick_rows=2))
     while not decoding.turn():
         pass
     made = decoding.rollouts()
@@ -339,7 +339,7 @@ def test_forced_prefixes_go_on_as_if_decoding_had_never_stopped(model, prompts, 
     whole = rollout(model, prompts, **asked)
     assert len(set(whole.depths_BT[:, 1:].flat)) > 2
     begun = [prompts[i] + whole.tokens_BT[i, :cut].tolist() for i, cut in enumerate(cuts)]
-    asked |= {"max_new_tokens": 3, "size": EngineSize(rows=2, places=1)}
+    asked |= {"max_new_tokens": 3, "size": EngineSize(rows=2, tick_rows=1)}
     made = rollout(model, begun, forced=cuts, **asked)
     row_B1 = np.arange(3)[:, None]
     after_BC = np.asarray(cuts)[:, None] + np.arange(3)

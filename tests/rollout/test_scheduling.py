@@ -12,7 +12,7 @@ from jexit.rollout.scheduling import PATIENCE, Layout, Segments, choose, fitted,
 
 
 def chosen(segment_P, waits_P=None, since_P=None, tick=0):
-    """The segment of a tick with four places; of three segments with two layers each."""
+    """The segment of a tick of four rows; of three segments with two layers each."""
     segment_P = jnp.asarray(segment_P)
     waits_P = jnp.ones(segment_P.shape, bool) if waits_P is None else jnp.asarray(waits_P)
     since_P = jnp.zeros_like(segment_P) if since_P is None else jnp.asarray(since_P)
@@ -21,12 +21,12 @@ def chosen(segment_P, waits_P=None, since_P=None, tick=0):
 
 
 def test_the_least_waste_goes_first_and_nobody_waits_for_ever():
-    assert chosen([0, 0, 0, 0, 1, 1, 2]) == 0, "the only one that fills the places"
+    assert chosen([0, 0, 0, 0, 1, 1, 2]) == 0, "the only one that fills the tick"
     assert chosen([0, 0, 0, 0, 2, 2, 2, 2]) == 2, "the deepest of equals"
     assert chosen([0, 0, 0, 1, 1, 1]) == 1, "drawing a token costs more than two layers"
     assert chosen([0, 0, 0, 1, 1]) == 0, "5 · 1/3 is less than 2 · 2/2"
     assert chosen([0, 0, 0, 1, 1, 1, 1], waits_P=[1, 1, 1, 1, 0, 0, 0]) == 0
-    # A single row against segments that always fill the places.
+    # A single row against segments that always fill the tick.
     segment_P, since_P = [1, 0, 0, 0, 0], [0, 50, 50, 50, 50]
     assert chosen(segment_P, since_P=since_P, tick=3 * PATIENCE) == 0
     assert chosen(segment_P, since_P=since_P, tick=3 * PATIENCE + 1) == 1
@@ -44,7 +44,7 @@ def test_those_that_wait_longest_take_the_places():
 
 
 def test_sizes_fit_the_work_and_the_memory_of_a_chip():
-    for (rows, places), jobs, expected in [
+    for (rows, tick_rows), jobs, expected in [
         ((0, 0), 1000, (384, 128)),
         ((0, 0), 192, (192, 64)),
         ((0, 0), 20, (20, 16)),
@@ -54,11 +54,11 @@ def test_sizes_fit_the_work_and_the_memory_of_a_chip():
         ((0, 4), 99, (12, 4)),
         ((500, 100), 200, (200, 100)),
     ]:
-        assert fitted(EngineSize(rows=rows, places=places), jobs) == expected
+        assert fitted(EngineSize(rows=rows, tick_rows=tick_rows), jobs) == expected
     with compiling_for("gpu", "NVIDIA H100 80GB HBM3"):
         assert fitted(EngineSize(), 1319) == (1319, 440)
-        rows, places = fitted(EngineSize(), 1319, 150 * 2**20)
-        assert rows == places == int(0.3 * 79 * 1024 / 150) == 161
+        rows, tick_rows = fitted(EngineSize(), 1319, 150 * 2**20)
+        assert rows == tick_rows == int(0.3 * 79 * 1024 / 150) == 161
         assert fitted(EngineSize(rows=700), 1319, 150 * 2**20) == (700, 256)
     with compiling_for("gpu", "a chip of tomorrow"):
         assert fitted(EngineSize(), 1319, 150 * 2**20)[0] == int(0.3 * 16 * 1024 / 150)
@@ -69,7 +69,7 @@ def test_sizes_fit_the_work_and_the_memory_of_a_chip():
 
 
 def layout_of(lengths, samples=1):
-    size = EngineSize(rows=8, places=4)
+    size = EngineSize(rows=8, tick_rows=4)
     return Layout.of(np.asarray(lengths), samples, size, token_bytes=64, new=4)
 
 
@@ -115,9 +115,9 @@ def test_shards_of_unequal_numbers_of_prompts_have_room_for_the_longest(monkeypa
     for lengths in ((5, 60, 100), (100, 5, 60), (9, 300, 20, 500, 40)):
         made, seen = layout_of(lengths), []
         for first, group in made.groups.items():
-            index_SB, length_SB = made.group(first)
-            assert length_SB.max() <= group.slots
-            seen += [(s, int(i)) for s, row in enumerate(index_SB) for i in row if i < made.prompts]
+            index_ZB, length_ZB = made.group(first)
+            assert length_ZB.max() <= group.slots
+            seen += [(s, int(i)) for s, row in enumerate(index_ZB) for i in row if i < made.prompts]
         half = made.most_prompts
         assert sorted(s * half + i for s, i in seen) == list(range(len(lengths)))
         job_B, jobs = made.job_B, made.jobs_from(first_prompt=7)
@@ -133,7 +133,7 @@ def test_sizes_that_programs_are_compiled_for_are_few():
     assert sorted(set(prompts.values()))[:8] == [1, 2, 4, 8, 16, 20, 24, 28]
     assert len(set(prompts.values())) == 25
     assert all(n <= padded <= max(16, 1.25 * n) for n, padded in prompts.items())
-    # Eight completions of a prompt: 16 fill the places that a tick has at least.
+    # Eight completions of a prompt: 16 fill the rows that a tick has at least.
     assert [scheduling.prompts_bucket(n, 8) for n in (1, 2, 3, 5, 9, 24)] == [1, 2, 3, 5, 10, 24]
     columns = {n: scheduling.columns_bucket(n) for n in range(1, 4097)}
     assert len(set(columns.values())) == 16

@@ -25,7 +25,7 @@ class Letters:
 
 
 PROMPTS = ["abc", "defghij", "k", "lmno", "pq"]
-SMALL = EngineSize(rows=3, places=2)
+SMALL = EngineSize(rows=3, tick_rows=2)
 SETTINGS = {
     "policy": Sample(), "max_new_tokens": 40, "temperature": 1.0, "seed": 5, "size": SMALL
 }  # fmt: skip

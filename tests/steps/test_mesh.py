@@ -20,7 +20,7 @@ from jexit.steps.completions import pack_completions, pad_completions
 from jexit.steps.optim import apply_gradients
 from jexit.steps.rl import Penalties, RLBatch, make_rl_step
 from jexit.steps.sft import make_sft_step
-from jexit.steps.state import Fixed, new_state, split_model
+from jexit.steps.state import FixedParams, new_state, split_model
 from tolerances import GRADIENT, relative_error
 
 SLOW = pytest.mark.slow
@@ -97,7 +97,8 @@ def rl_update(split, micro_batches):
 
 def placed(split):
     return split._replace(
-        trainable=place_parameters(split.trainable), fixed=Fixed(*place_parameters(split.fixed))
+        trainable=place_parameters(split.trainable),
+        fixed=FixedParams(*place_parameters(split.fixed)),
     )
 
 
@@ -160,7 +161,7 @@ def test_rollouts_on_a_mesh_are_those_of_one_device(split, sizes, count):
             pad_id=0,
             key=5,
             samples_per_prompt=2,
-            size=EngineSize(rows=3, places=2),
+            size=EngineSize(rows=3, tick_rows=2),
         )
 
     alone = roll(split)

@@ -13,7 +13,7 @@ from jexit.steps.completions import pad_completions
 from jexit.steps.ridge import (
     STRENGTHS,
     Chain,
-    Sums,
+    RidgeSums,
     factors,
     fit,
     make_sums_step,
@@ -61,7 +61,7 @@ add = make_sums_step(SPLIT)
 
 
 def summed(*batches, beside=None, split=SPLIT):
-    sums = Sums.zero(EXITS, LAYERS, WIDTH) if beside is None else beside.cleared()
+    sums = RidgeSums.zero(EXITS, LAYERS, WIDTH) if beside is None else beside.cleared()
     for batch in batches:
         sums = add(sums, split.trainable, split.fixed, batch)
     return sums
@@ -155,7 +155,7 @@ def test_held_back_tokens_choose_the_strength_of_what_is_fitted_on_all(parts):
 def test_sums_add_up(parts):
     seen, held, *sums = parts
     whole, both = jax.device_get(summed(seen, held)), together(*sums)
-    for field in dataclasses.fields(Sums):
+    for field in dataclasses.fields(RidgeSums):
         found, truth = getattr(both, field.name), getattr(whole, field.name)
         np.testing.assert_allclose(found, truth, rtol=1e-4, atol=1e-3)
 

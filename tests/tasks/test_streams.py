@@ -2,12 +2,12 @@ import pytest
 
 from jexit.tasks import make_task
 from jexit.tasks.base import split_of
-from jexit.tasks.streams import NoMoreProblems, Stream
+from jexit.tasks.streams import NoMoreProblems, ProblemStream
 from jexit.tasks.tom.task import canonical
 
 
 def test_training_draws_are_independent_and_random_access():
-    stream = Stream("digits", 0, lambda draw: draw.integer(0, 9), str)
+    stream = ProblemStream("digits", 0, lambda draw: draw.integer(0, 9), str)
     drawn = [stream.at("train", index) for index in range(400)]
     assert stream.at("train", 10**12) in drawn
     assert all(split_of(str(digit)) == "train" for digit in drawn)
@@ -17,7 +17,7 @@ def test_training_draws_are_independent_and_random_access():
 def test_held_out_draws_are_all_there_is_once():
     for split in ("val", "test"):
         there = [n for n in range(100) if split_of(str(n)) == split]
-        stream = Stream("numbers", 0, lambda draw: draw.integer(0, 99), str)
+        stream = ProblemStream("numbers", 0, lambda draw: draw.integer(0, 99), str)
         last = len(there) - 1
         assert stream.at(split, last) == stream.at(split, last)
         assert sorted(stream.at(split, index) for index in range(len(there))) == there

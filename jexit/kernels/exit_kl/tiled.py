@@ -12,19 +12,19 @@ from jexit.kernels.exit_kl.statistics import Exit, Final
 from jexit.kernels.shards import Shards
 
 
-class Statistics(NamedTuple):
+class ExitKLStatistics(NamedTuple):
     """Statistics over part of the vocabulary: [N] for the final distribution, [E, N] for exits."""
 
     final: Final
     exits: Exit
 
 
-# (h_final_ND, h_exits_END, head_VD) → Statistics of one device's tokens and vocabulary
-Tiled = Callable[[jax.Array, jax.Array, jax.Array], Statistics]
+# (h_final_ND, h_exits_END, head_VD) → ExitKLStatistics of one device's tokens and vocabulary
+TiledExitKL = Callable[[jax.Array, jax.Array, jax.Array], ExitKLStatistics]
 
 
 def exit_kl(
-    tiled: Tiled, h_final_ND: jax.Array, h_exits_END: jax.Array, head_VD: jax.Array
+    tiled: TiledExitKL, h_final_ND: jax.Array, h_exits_END: jax.Array, head_VD: jax.Array
 ) -> ExitKL:
     """Implements `jexit.kernels.exit_kl` on one device or a mesh.
 
@@ -35,7 +35,7 @@ def exit_kl(
     def local(h_final_ND: jax.Array, h_NED: jax.Array, head_VD: jax.Array) -> ExitKL:
         part = tiled(h_final_ND, jnp.moveaxis(h_NED, 1, 0), head_VD)
         start = shards.vocab_start(head_VD.shape[0])
-        part = Statistics(
+        part = ExitKLStatistics(
             part.final._replace(argmax=part.final.argmax + start),
             part.exits._replace(argmax=part.exits.argmax + start),
         )
@@ -56,9 +56,9 @@ def exit_kl(
     return ExitKL(kl_NE.T, entropy_N, logsumexp_N, agree_NE.T)
 
 
-def merge(left: Statistics, right: Statistics) -> Statistics:
+def merge(left: ExitKLStatistics, right: ExitKLStatistics) -> ExitKLStatistics:
     """Merges statistics from two parts of the vocabulary, `left` first."""
-    return Statistics(
+    return ExitKLStatistics(
         statistics.merge_final(left.final, right.final),
         statistics.merge_exit(left.exits, right.exits, left.final, right.final),
     )

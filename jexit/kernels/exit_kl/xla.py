@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jexit.kernels import tiles
 from jexit.kernels.exit_kl import reference, statistics, tiled
 from jexit.kernels.exit_kl.reference import ExitKL
-from jexit.kernels.exit_kl.tiled import Statistics
+from jexit.kernels.exit_kl.tiled import ExitKLStatistics
 
 
 def exit_kl(
@@ -36,18 +36,20 @@ def _of_all(
     h_final_ND: jax.Array,
     h_exits_END: jax.Array,
     head_VD: jax.Array,
-) -> Statistics:
+) -> ExitKLStatistics:
     (tokens, _), vocab, sets = h_final_ND.shape, head_VD.shape[0], 1 + h_exits_END.shape[0]
     chunks = tiles.override(tiles.choose_chunks(tokens, vocab, sets), chunk_tokens, chunk_vocab)
 
-    def of_chunk(h_NSD: jax.Array) -> Statistics:
+    def of_chunk(h_NSD: jax.Array) -> ExitKLStatistics:
         h_SND = jnp.moveaxis(h_NSD, 1, 0)
 
-        def tile(start: jax.Array | int, size: int) -> Statistics:
+        def tile(start: jax.Array | int, size: int) -> ExitKLStatistics:
             z_SNC = tiles.logits(h_SND, tiles.slice_head(head_VD, start, size))
             index_C = start + jnp.arange(size, dtype=jnp.int32)
             final, of_final = statistics.of_final(z_SNC[:1], index_C, axis=-1)
-            return Statistics(final, statistics.of_exit(z_SNC[1:], of_final, index_C, axis=-1))
+            return ExitKLStatistics(
+                final, statistics.of_exit(z_SNC[1:], of_final, index_C, axis=-1)
+            )
 
         total = tiles.over_vocab(tile, tiled.merge, vocab, chunks.vocab)
         # From [1 or E, N, 1] to [N, 1 or E]: the tokens go first.
@@ -55,7 +57,7 @@ def _of_all(
 
     h_NSD = jnp.concatenate([h_final_ND[:, None], jnp.moveaxis(h_exits_END, 0, 1)], axis=1)
     final, exits = tiles.over_tokens(of_chunk, (h_NSD,), chunks.tokens)
-    return Statistics(
+    return ExitKLStatistics(
         jax.tree.map(lambda array_N1: array_N1[:, 0], final),
         jax.tree.map(jnp.transpose, exits),
     )

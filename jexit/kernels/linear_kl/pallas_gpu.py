@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from jexit.kernels import gpu
-from jexit.kernels.gpu import BY_CHIP, MASKED, Blocks, Operands, Set, Tile
+from jexit.kernels.gpu import BY_CHIP, MASKED, Blocks, GpuOperands, GpuTile, Set
 from jexit.kernels.linear_kl import reference, statistics, tiled
 from jexit.kernels.linear_kl.reference import JEFFREYS, STUDENT_TEACHER, TEACHER_STUDENT
-from jexit.kernels.linear_kl.statistics import Finished, Statistics
+from jexit.kernels.linear_kl.statistics import FinishedKL, KLStatistics
 
 
 def linear_kl(
@@ -19,13 +19,13 @@ def linear_kl(
     head_teacher_VD: jax.Array | None = None,
     *,
     direction: str = STUDENT_TEACHER,
-    tile: Tile = BY_CHIP,
+    tile: GpuTile = BY_CHIP,
 ) -> jax.Array:
     """Implements `jexit.kernels.linear_kl` on GPUs; sizes set in `tile` override the defaults."""
     arguments = (h_student_ND, h_teacher_ND, head_VD, head_teacher_VD)
     if h_student_ND.shape[0] == 0:
         return reference.linear_kl(*arguments, direction=direction)
-    kernels = tiled.Tiled(partial(_statistics, tile), partial(_gradients, tile))
+    kernels = tiled.TiledKL(partial(_statistics, tile), partial(_gradients, tile))
     return tiled.linear_kl(kernels, *arguments, direction)
 
 
@@ -34,24 +34,24 @@ def _operands(
     h_teacher_ND: jax.Array,
     head_VD: jax.Array,
     head_teacher_VD: jax.Array | None,
-) -> Operands:
+) -> GpuOperands:
     """Returns the operands of the kernels: first the student's logits, then the teacher's.
 
     Without `head_teacher_VD`, both use `head_VD`.
     """
     heads = (head_VD,) if head_teacher_VD is None else (head_VD, head_teacher_VD)
-    return Operands((h_student_ND, h_teacher_ND), heads, (Set(0), Set(1, head=len(heads) - 1)))
+    return GpuOperands((h_student_ND, h_teacher_ND), heads, (Set(0), Set(1, head=len(heads) - 1)))
 
 
-def _neutral(direction: str) -> Statistics:
+def _neutral(direction: str) -> KLStatistics:
     """Returns the statistics of an empty vocabulary, which change nothing when merged."""
     of_student = 0.0 if direction in (STUDENT_TEACHER, JEFFREYS) else None
     of_teacher = 0.0 if direction in (TEACHER_STUDENT, JEFFREYS) else None
-    return Statistics(MASKED, MASKED, 0.0, 0.0, of_student, of_student, of_teacher)
+    return KLStatistics(MASKED, MASKED, 0.0, 0.0, of_student, of_student, of_teacher)
 
 
-def _statistics(tile: Tile, direction: str, *arrays: jax.Array | None) -> Statistics:
-    """Returns one device's statistics [N], as `tiled.Tiled` describes."""
+def _statistics(tile: GpuTile, direction: str, *arrays: jax.Array | None) -> KLStatistics:
+    """Returns one device's statistics [N], as `tiled.TiledKL` describes."""
     return gpu.statistics(
         lambda blocks: statistics.of_tile(*blocks.logits, direction, axis=1)[0],
         lambda left, right: statistics.merge(left, right)[0],
@@ -62,19 +62,19 @@ def _statistics(tile: Tile, direction: str, *arrays: jax.Array | None) -> Statis
 
 
 def _gradients(
-    tile: Tile,
+    tile: GpuTile,
     direction: str,
     h_student_ND: jax.Array,
     h_teacher_ND: jax.Array,
     head_VD: jax.Array,
     head_teacher_VD: jax.Array | None,
-    finished: Finished,
+    finished: FinishedKL,
     g_N: jax.Array,
     head_dtype: jnp.dtype | None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Returns one device's share of the gradients of student states [N, D] and head [V, D].
 
-    `tiled.Tiled.gradients` describes them; the head's is None without `head_dtype`.
+    `tiled.TiledKL.gradients` describes them; the head's is None without `head_dtype`.
     """
 
     def dlogits(blocks: Blocks) -> jax.Array:

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jexit.kernels import tpu
 from jexit.kernels.linear_kl import reference, statistics, tiled
 from jexit.kernels.linear_kl.reference import STUDENT_TEACHER
-from jexit.kernels.linear_kl.statistics import Finished, Statistics
-from jexit.kernels.tpu import BY_CHIP, Operands, Tile
+from jexit.kernels.linear_kl.statistics import FinishedKL, KLStatistics
+from jexit.kernels.tpu import BY_CHIP, TpuOperands, TpuTile
 
 
 def linear_kl(
@@ -19,14 +19,14 @@ def linear_kl(
     head_teacher_VD: jax.Array | None = None,
     *,
     direction: str = STUDENT_TEACHER,
-    tile: Tile = BY_CHIP,
+    tile: TpuTile = BY_CHIP,
 ) -> jax.Array:
     """Implements `jexit.kernels.linear_kl` on TPUs; sizes set in `tile` override the defaults."""
     arguments = (h_student_ND, h_teacher_ND, head_VD, head_teacher_VD)
     if h_student_ND.shape[0] == 0:
         return reference.linear_kl(*arguments, direction=direction)
     tpu.check_covers(_operands(*arguments))
-    kernels = tiled.Tiled(partial(_statistics, tile), partial(_gradients, tile))
+    kernels = tiled.TiledKL(partial(_statistics, tile), partial(_gradients, tile))
     return tiled.linear_kl(kernels, *arguments, direction)
 
 
@@ -35,12 +35,12 @@ def _operands(
     h_teacher_ND: jax.Array,
     head_VD: jax.Array,
     head_teacher_VD: jax.Array | None,
-) -> Operands:
+) -> TpuOperands:
     heads = (head_VD,) if head_teacher_VD is None else (head_VD, head_teacher_VD)
-    return Operands((h_student_ND, h_teacher_ND), heads)
+    return TpuOperands((h_student_ND, h_teacher_ND), heads)
 
 
-def _logits(blocks: Operands) -> tuple[jax.Array, jax.Array]:
+def _logits(blocks: TpuOperands) -> tuple[jax.Array, jax.Array]:
     """Returns the student's and the teacher's logits [C, T] of a tile.
 
     The teacher uses the last head, which is the only one if student and teacher share it.
@@ -49,8 +49,8 @@ def _logits(blocks: Operands) -> tuple[jax.Array, jax.Array]:
     return blocks.logits(student[...]), blocks.logits(teacher[...], head=len(blocks.heads) - 1)
 
 
-def _statistics(tile: Tile, direction: str, *arrays: jax.Array | None) -> Statistics:
-    """Returns one device's statistics [N], as `tiled.Tiled` describes."""
+def _statistics(tile: TpuTile, direction: str, *arrays: jax.Array | None) -> KLStatistics:
+    """Returns one device's statistics [N], as `tiled.TiledKL` describes."""
     total = tpu.statistics(
         lambda blocks: statistics.of_tile(*_logits(blocks), direction, axis=0)[0],
         lambda left, right: statistics.merge(left, right)[0],
@@ -61,19 +61,19 @@ def _statistics(tile: Tile, direction: str, *arrays: jax.Array | None) -> Statis
 
 
 def _gradients(
-    tile: Tile,
+    tile: TpuTile,
     direction: str,
     h_student_ND: jax.Array,
     h_teacher_ND: jax.Array,
     head_VD: jax.Array,
     head_teacher_VD: jax.Array | None,
-    finished: Finished,
+    finished: FinishedKL,
     g_N: jax.Array,
     head_dtype: jnp.dtype | None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Returns one device's gradients for student states and head, as `tiled.Tiled` describes."""
+    """Returns one device's gradients for student states and head, as `tiled.TiledKL` describes."""
 
-    def dlogits(blocks: Operands) -> jax.Array:
+    def dlogits(blocks: TpuOperands) -> jax.Array:
         g_1T, finished = blocks.rows
         dz_CT = g_1T * statistics.dlogits(*_logits(blocks), finished, direction)
         return jnp.where(g_1T != 0, dz_CT, 0)

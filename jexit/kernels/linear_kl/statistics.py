@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jexit.kernels.linear_kl.reference import JEFFREYS, STUDENT_TEACHER, TEACHER_STUDENT
 
 
-class Statistics(NamedTuple):
+class KLStatistics(NamedTuple):
     """Statistics per token over part of the vocabulary; those that are not needed are None.
 
     x is a logit minus its distribution's largest logit, and gap = x_student − x_teacher. The
@@ -34,7 +34,7 @@ class Statistics(NamedTuple):
     gap_teacher: jax.Array | None  # Σ exp(x_teacher) gap
 
 
-class Weights(NamedTuple):
+class KLWeights(NamedTuple):
     """The weights of the head's rows for each token; the weighted sums of rows give the gradient.
 
     x is a logit minus its distribution's largest logit.
@@ -45,7 +45,7 @@ class Weights(NamedTuple):
     teacher: jax.Array  # exp(x_teacher)
 
 
-class Rescale(NamedTuple):
+class KLRescale(NamedTuple):
     """The rescaling of sums over one part of the vocabulary when the part is merged with another.
 
     `student` and `teacher` multiply the sums; `move` is added to the centred gap.
@@ -56,7 +56,7 @@ class Rescale(NamedTuple):
     move: jax.Array | None  # of the centred gap
 
 
-class Finished(NamedTuple):
+class FinishedKL(NamedTuple):
     """The KL of each token in nats, and the whole-vocabulary statistics that its gradient needs."""
 
     kl: jax.Array
@@ -70,7 +70,7 @@ class Finished(NamedTuple):
 
 def of_tile(
     z_student: jax.Array, z_teacher: jax.Array, direction: str, axis: int
-) -> tuple[Statistics, Weights]:
+) -> tuple[KLStatistics, KLWeights]:
     """Returns (statistics, weights) for a tile of student and teacher logits.
 
     `axis` is the vocabulary axis of the logits, which has length 1 in the statistics. `direction`
@@ -87,7 +87,7 @@ def of_tile(
         gap_student = weighted_gap.sum(axis, keepdims=True)
     if direction in (TEACHER_STUDENT, JEFFREYS):
         gap_teacher = (exp_teacher * (x_student - x_teacher)).sum(axis, keepdims=True)
-    statistics = Statistics(
+    statistics = KLStatistics(
         max_student,
         max_teacher,
         exp_student.sum(axis, keepdims=True),
@@ -96,13 +96,13 @@ def of_tile(
         gap_student,
         gap_teacher,
     )
-    return statistics, Weights(exp_student, weighted_gap, exp_teacher)
+    return statistics, KLWeights(exp_student, weighted_gap, exp_teacher)
 
 
-def merge(left: Statistics, right: Statistics) -> tuple[Statistics, Rescale, Rescale]:
+def merge(left: KLStatistics, right: KLStatistics) -> tuple[KLStatistics, KLRescale, KLRescale]:
     """Merges the statistics of two parts of the vocabulary.
 
-    Returns the merged statistics, the `Rescale` of sums over the left part, and that of sums over
+    Returns the merged statistics, the `KLRescale` of sums over the left part, and that of sums over
     the right part.
     """
     max_student = jnp.maximum(left.max_student, right.max_student)
@@ -113,8 +113,8 @@ def merge(left: Statistics, right: Statistics) -> tuple[Statistics, Rescale, Res
         pivot = jnp.where(left.max_student < right.max_student, right.pivot, of_equals)
         pivot = jnp.where(left.max_student > right.max_student, left.pivot, pivot)
 
-    def rescaled(part: Statistics) -> tuple[Statistics, Rescale]:
-        """Returns a part's statistics relative to the merged maxima and pivot, and the `Rescale`.
+    def rescaled(part: KLStatistics) -> tuple[KLStatistics, KLRescale]:
+        """Returns a part's statistics relative to the merged maxima and pivot, and the `KLRescale`.
 
         If a maximum rises by δ, exp(x) is multiplied by exp(−δ), and gaps shift.
         """
@@ -129,7 +129,7 @@ def merge(left: Statistics, right: Statistics) -> tuple[Statistics, Rescale, Res
             gap_teacher = scale_teacher * (
                 part.gap_teacher + part.sum_teacher * (shift_student - shift_teacher)
             )
-        statistics = Statistics(
+        statistics = KLStatistics(
             max_student,
             max_teacher,
             scale_student * part.sum_student,
@@ -138,7 +138,7 @@ def merge(left: Statistics, right: Statistics) -> tuple[Statistics, Rescale, Res
             gap_student,
             gap_teacher,
         )
-        return statistics, Rescale(scale_student, scale_teacher, move)
+        return statistics, KLRescale(scale_student, scale_teacher, move)
 
     (one, left_scale), (two, right_scale) = rescaled(left), rescaled(right)
     total = one._replace(
@@ -152,7 +152,7 @@ def merge(left: Statistics, right: Statistics) -> tuple[Statistics, Rescale, Res
     return total, left_scale, right_scale
 
 
-def finish(total: Statistics) -> Finished:
+def finish(total: KLStatistics) -> FinishedKL:
     """Returns the KL, and the values for its gradient, from whole-vocabulary statistics.
 
     The KL has the `direction` for which `of_tile` computed the statistics.
@@ -166,7 +166,7 @@ def finish(total: Statistics) -> Finished:
         kl += (mean_gap - offset) + (total.max_teacher - total.pivot)
     if total.gap_teacher is not None:
         kl += offset - total.gap_teacher / total.sum_teacher
-    return Finished(
+    return FinishedKL(
         jnp.maximum(kl, 0.0),
         total.max_student,
         total.max_teacher,
@@ -178,7 +178,7 @@ def finish(total: Statistics) -> Finished:
 
 
 def dlogits(
-    z_student: jax.Array, z_teacher: jax.Array, finished: Finished, direction: str
+    z_student: jax.Array, z_teacher: jax.Array, finished: FinishedKL, direction: str
 ) -> jax.Array:
     """Returns the derivative of each token's KL with respect to the student's logits `z_student`.
 

@@ -8,34 +8,34 @@ import jax
 import jax.numpy as jnp
 
 from jexit.kernels.linear_kl import statistics
-from jexit.kernels.linear_kl.statistics import Finished
+from jexit.kernels.linear_kl.statistics import FinishedKL
 from jexit.kernels.shards import Shards
 
 
-class Tiled(NamedTuple):
+class TiledKL(NamedTuple):
     """The two functions that an implementation provides; each computes one device's share.
 
     Attributes:
-      statistics: `(direction, h_student_ND, h_teacher_ND, head_VD, head_teacher_VD)` → `Statistics`
-        [N].
+      statistics: `(direction, h_student_ND, h_teacher_ND, head_VD, head_teacher_VD)` →
+        `KLStatistics` [N].
       gradients: `(direction, h_student_ND, h_teacher_ND, head_VD, head_teacher_VD, finished, g_N,
         head_dtype)` → dh_ND in float32, and dhead_VD in `head_dtype`, or None if `head_dtype` is
         None. g_N is the derivative of the loss with respect to each token's KL; gradients of tokens
         with g = 0 must be 0.
     """
 
-    statistics: Callable[..., statistics.Statistics]
+    statistics: Callable[..., statistics.KLStatistics]
     gradients: Callable[..., tuple[jax.Array, jax.Array | None]]
 
 
-class _Static(NamedTuple):
-    tiled: Tiled
+class _KLStatic(NamedTuple):
+    tiled: TiledKL
     direction: str
     shards: Shards
 
 
 def linear_kl(
-    tiled: Tiled,
+    tiled: TiledKL,
     h_student_ND: jax.Array,
     h_teacher_ND: jax.Array,
     head_VD: jax.Array,
@@ -49,19 +49,19 @@ def linear_kl(
     """
     shards, tokens = Shards.current(head_VD.shape[0]), h_student_ND.shape[0]
     hidden = (shards.pad_tokens(h_student_ND), shards.pad_tokens(h_teacher_ND))
-    static = _Static(tiled, direction, shards)
+    static = _KLStatic(tiled, direction, shards)
     return _linear_kl(static, *hidden, head_VD, head_teacher_VD)[:tokens]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _linear_kl(static: _Static, *arguments: Any) -> jax.Array:
+def _linear_kl(static: _KLStatic, *arguments: Any) -> jax.Array:
     return _finished(static, *arguments).kl
 
 
-def _finished(static: _Static, *arguments: Any) -> Finished:
+def _finished(static: _KLStatic, *arguments: Any) -> FinishedKL:
     shards = static.shards
 
-    def local(*arguments: Any) -> Finished:
+    def local(*arguments: Any) -> FinishedKL:
         total = static.tiled.statistics(static.direction, *arguments)
         return statistics.finish(shards.merged(total, lambda *pair: statistics.merge(*pair)[0]))
 
@@ -69,7 +69,7 @@ def _finished(static: _Static, *arguments: Any) -> Finished:
     return shards.run(local, arguments, specs, shards.tokens)
 
 
-def _forward(static: _Static, *arguments: Any) -> tuple[jax.Array, tuple[Any, ...]]:
+def _forward(static: _KLStatic, *arguments: Any) -> tuple[jax.Array, tuple[Any, ...]]:
     """Returns the KL [N] of N tokens in nats, and the residuals for `_backward`.
 
     This is the forward rule of the custom VJP `_linear_kl`, with the KL in `static.direction`.
@@ -83,7 +83,7 @@ def _forward(static: _Static, *arguments: Any) -> tuple[jax.Array, tuple[Any, ..
     return finished.kl, (values, finished, head_trains)
 
 
-def _backward(static: _Static, residuals: tuple[Any, ...], g_N: jax.Array) -> tuple[Any, ...]:
+def _backward(static: _KLStatic, residuals: tuple[Any, ...], g_N: jax.Array) -> tuple[Any, ...]:
     arguments, finished, head_trains = residuals
     h_student_ND, _, head_VD, _ = arguments
     shards = static.shards

@@ -20,11 +20,11 @@ import jax.numpy as jnp
 from jexit.kernels import tiles
 from jexit.kernels.linear_kl import reference, statistics, tiled
 from jexit.kernels.linear_kl.reference import STUDENT_TEACHER
-from jexit.kernels.linear_kl.statistics import Finished, Statistics
+from jexit.kernels.linear_kl.statistics import FinishedKL, KLStatistics
 from jexit.kernels.shards import Shards
 
 
-class _Static(NamedTuple):
+class _ChunkedKLStatic(NamedTuple):
     direction: str
     chunk_tokens: int | None
     chunk_vocab: int | None
@@ -33,7 +33,7 @@ class _Static(NamedTuple):
         return tiles.override(chunks, self.chunk_tokens, self.chunk_vocab)
 
 
-class _Rows(NamedTuple):
+class _RowSums(NamedTuple):
     """Weighted sums [N, D] of the rows of the head; those that are not needed are None.
 
     x is a logit minus the largest logit. The centred gap is x_student − x_teacher minus its value
@@ -45,9 +45,9 @@ class _Rows(NamedTuple):
     teacher: jax.Array | None  # Σ exp(x_teacher) row
 
 
-class _Total(NamedTuple):
-    statistics: Statistics  # [N, 1] each
-    rows: _Rows | None  # None without gradients
+class _KLTotal(NamedTuple):
+    statistics: KLStatistics  # [N, 1] each
+    rows: _RowSums | None  # None without gradients
 
 
 def linear_kl(
@@ -68,22 +68,22 @@ def linear_kl(
     arguments = (h_student_ND, h_teacher_ND, head_VD, head_teacher_VD)
     if h_student_ND.shape[0] == 0:
         return reference.linear_kl(*arguments, direction=direction)
-    static = _Static(direction, chunk_tokens, chunk_vocab)
+    static = _ChunkedKLStatic(direction, chunk_tokens, chunk_vocab)
     if Shards.current(head_VD.shape[0]).divides:
         return tiled.linear_kl(_tiled(static), *arguments, direction)
     return _linear_kl(static, *arguments)
 
 
-def _tiled(static: _Static) -> tiled.Tiled:
-    return tiled.Tiled(partial(_of_all, static), partial(_gradients, static))
+def _tiled(static: _ChunkedKLStatic) -> tiled.TiledKL:
+    return tiled.TiledKL(partial(_of_all, static), partial(_gradients, static))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _linear_kl(static: _Static, *arguments: Any) -> jax.Array:
+def _linear_kl(static: _ChunkedKLStatic, *arguments: Any) -> jax.Array:
     return statistics.finish(_of_all(static, static.direction, *arguments)).kl
 
 
-def _forward(static: _Static, *arguments: Any) -> tuple[jax.Array, tuple[Any, ...]]:
+def _forward(static: _ChunkedKLStatic, *arguments: Any) -> tuple[jax.Array, tuple[Any, ...]]:
     """Returns the KL [N] of N tokens in nats, and the residuals for `_backward`.
 
     This is the forward rule of the custom VJP `_linear_kl`, with the KL in `static.direction`.
@@ -111,7 +111,9 @@ def _forward(static: _Static, *arguments: Any) -> tuple[jax.Array, tuple[Any, ..
     return kl_N, (unit_ND, None, None)
 
 
-def _backward(static: _Static, residuals: tuple[Any, ...], g_N: jax.Array) -> tuple[Any, ...]:
+def _backward(
+    static: _ChunkedKLStatic, residuals: tuple[Any, ...], g_N: jax.Array
+) -> tuple[Any, ...]:
     unit_ND, arguments, finished = residuals
     live_N1 = (g_N != 0)[:, None]  # a row that the loss masks out must not bring in its NaN
     if unit_ND is not None:
@@ -136,16 +138,16 @@ _linear_kl.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _of_all(
-    static: _Static,
+    static: _ChunkedKLStatic,
     direction: str,
     h_student_ND: jax.Array,
     h_teacher_ND: jax.Array,
     *heads: jax.Array | None,
-) -> Statistics:
+) -> KLStatistics:
     """Returns the statistics [N] of all tokens over the whole vocabulary of the heads."""
     chunks = static.override(tiles.choose_chunks(h_student_ND.shape[0], heads[0].shape[0], 2))
 
-    def of_chunk(*hidden: jax.Array) -> Statistics:
+    def of_chunk(*hidden: jax.Array) -> KLStatistics:
         total = _of_chunk(direction, *hidden, heads, chunks.vocab)
         return jax.tree.map(lambda array_N1: array_N1[:, 0], total.statistics)
 
@@ -153,24 +155,24 @@ def _of_all(
 
 
 def _gradients(
-    static: _Static,
+    static: _ChunkedKLStatic,
     direction: str,
     h_student_ND: jax.Array,
     h_teacher_ND: jax.Array,
     head_VD: jax.Array,
     head_teacher_VD: jax.Array | None,
-    finished: Finished,
+    finished: FinishedKL,
     g_N: jax.Array,
     head_dtype: jnp.dtype | None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Returns gradients for the student's hidden states and head, as `tiled.Tiled` describes."""
+    """Returns gradients for the student's hidden states and head, as `tiled.TiledKL` describes."""
 
     def dlogits(
         start: jax.Array | int,
         size: int,
         h_student_ND: jax.Array,
         h_teacher_ND: jax.Array,
-        finished: Finished,
+        finished: FinishedKL,
         g_N: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
         heads = (head_VD, head_teacher_VD)
@@ -216,42 +218,42 @@ def _of_chunk(
     chunk_vocab: int,
     *,
     with_gradient: bool = False,
-) -> _Total:
-    def tile(start: jax.Array | int, size: int) -> _Total:
+) -> _KLTotal:
+    def tile(start: jax.Array | int, size: int) -> _KLTotal:
         z_student_NC, z_teacher_NC, head_CD = _logits(
             h_student_ND, h_teacher_ND, heads, start, size
         )
         part, weights = statistics.of_tile(z_student_NC, z_teacher_NC, direction, axis=-1)
         if not with_gradient:
-            return _Total(part, None)
+            return _KLTotal(part, None)
         student_gap_ND = teacher_ND = None
         if part.gap_student is not None:
             student_gap_ND = tiles.product(weights.student_gap, head_CD, (1, 0))
         if part.gap_teacher is not None:
             teacher_ND = tiles.product(weights.teacher, head_CD, (1, 0))
-        rows = _Rows(tiles.product(weights.student, head_CD, (1, 0)), student_gap_ND, teacher_ND)
-        return _Total(part, rows)
+        rows = _RowSums(tiles.product(weights.student, head_CD, (1, 0)), student_gap_ND, teacher_ND)
+        return _KLTotal(part, rows)
 
     return tiles.over_vocab(tile, _merge, heads[0].shape[0], chunk_vocab)
 
 
-def _merge(left: _Total, right: _Total) -> _Total:
+def _merge(left: _KLTotal, right: _KLTotal) -> _KLTotal:
     total, *scales = statistics.merge(left.statistics, right.statistics)
     if left.rows is None:
-        return _Total(total, None)
+        return _KLTotal(total, None)
 
-    def rescaled(rows: _Rows, scale: statistics.Rescale) -> _Rows:
+    def rescaled(rows: _RowSums, scale: statistics.KLRescale) -> _RowSums:
         student_gap = teacher = None
         if rows.student_gap is not None:
             student_gap = scale.student * (rows.student_gap + rows.student * scale.move)
         if rows.teacher is not None:
             teacher = scale.teacher * rows.teacher
-        return _Rows(scale.student * rows.student, student_gap, teacher)
+        return _RowSums(scale.student * rows.student, student_gap, teacher)
 
-    return _Total(total, tiles.add(*map(rescaled, (left.rows, right.rows), scales)))
+    return _KLTotal(total, tiles.add(*map(rescaled, (left.rows, right.rows), scales)))
 
 
-def _unit(total: _Total) -> jax.Array:
+def _unit(total: _KLTotal) -> jax.Array:
     """Returns the gradient of each token's KL with respect to the student's hidden state.
 
     It is float32 [N, D]; `total` covers the whole vocabulary.

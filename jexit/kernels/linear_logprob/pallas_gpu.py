@@ -6,30 +6,30 @@ import jax
 import jax.numpy as jnp
 
 from jexit.kernels import gpu
-from jexit.kernels.gpu import BY_CHIP, MASKED, Blocks, Operands, Set, Tile
+from jexit.kernels.gpu import BY_CHIP, MASKED, Blocks, GpuOperands, GpuTile, Set
 from jexit.kernels.linear_logprob import reference, statistics, tiled
 from jexit.kernels.linear_logprob.reference import LinearLogprob
-from jexit.kernels.linear_logprob.statistics import Finished, Statistics
+from jexit.kernels.linear_logprob.statistics import FinishedLogprob, LogprobStatistics
 
-NEUTRAL = Statistics(MASKED, 0.0, 0.0, float("-inf"))  # for an empty vocabulary
+NEUTRAL = LogprobStatistics(MASKED, 0.0, 0.0, float("-inf"))  # for an empty vocabulary
 
 
 def linear_logprob(
-    h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array, *, tile: Tile = BY_CHIP
+    h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array, *, tile: GpuTile = BY_CHIP
 ) -> LinearLogprob:
     """Implements `jexit.kernels.linear_logprob` on GPUs; sizes in `tile` override the defaults."""
     if h_ND.shape[0] == 0:
         return reference.linear_logprob(h_ND, head_VD, targets_N)
-    kernels = tiled.Tiled(partial(_statistics, tile), partial(_gradients, tile))
+    kernels = tiled.TiledLogprob(partial(_statistics, tile), partial(_gradients, tile))
     return tiled.linear_logprob(kernels, h_ND, head_VD, targets_N)
 
 
 def _statistics(
-    tile: Tile, h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array
-) -> Statistics:
-    """Returns one device's statistics [N], as `tiled.Tiled` describes."""
+    tile: GpuTile, h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array
+) -> LogprobStatistics:
+    """Returns one device's statistics [N], as `tiled.TiledLogprob` describes."""
 
-    def of_tile(blocks: Blocks) -> Statistics:
+    def of_tile(blocks: Blocks) -> LogprobStatistics:
         return statistics.of_tile(*blocks.logits, blocks.index == blocks.rows, axis=1)[0]
 
     # A target beyond the vocabulary must not hit a masked column of the last tile.
@@ -38,21 +38,21 @@ def _statistics(
         of_tile,
         lambda left, right: statistics.merge(left, right)[0],
         NEUTRAL,
-        Operands((h_ND,), (head_VD,), (Set(0),), targets_N),
+        GpuOperands((h_ND,), (head_VD,), (Set(0),), targets_N),
         tile,
     )
 
 
 def _gradients(
-    tile: Tile,
+    tile: GpuTile,
     h_ND: jax.Array,
     head_VD: jax.Array,
     targets_N: jax.Array,
-    finished: Finished,
+    finished: FinishedLogprob,
     g: LinearLogprob,
     head_dtype: jnp.dtype | None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Returns one device's gradients for hidden states and head, as `tiled.Tiled` describes."""
+    """Returns one device's gradients for states and head, as `tiled.TiledLogprob` describes."""
 
     def dlogits(blocks: Blocks) -> jax.Array:
         targets_T1, finished, g = blocks.rows
@@ -60,5 +60,5 @@ def _gradients(
         dz_TC = statistics.dlogits(*blocks.logits, hit_TC, g, finished)
         return jnp.where(tiled.live(g), dz_TC, 0)
 
-    operands = Operands((h_ND,), (head_VD,), (Set(0),), (targets_N, finished, g))
+    operands = GpuOperands((h_ND,), (head_VD,), (Set(0),), (targets_N, finished, g))
     return gpu.gradients(dlogits, operands, tile, head_dtype)

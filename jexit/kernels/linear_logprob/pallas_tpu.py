@@ -8,22 +8,22 @@ import jax.numpy as jnp
 from jexit.kernels import tpu
 from jexit.kernels.linear_logprob import reference, statistics, tiled
 from jexit.kernels.linear_logprob.reference import LinearLogprob
-from jexit.kernels.linear_logprob.statistics import Finished, Statistics
-from jexit.kernels.tpu import BY_CHIP, Operands, Tile
+from jexit.kernels.linear_logprob.statistics import FinishedLogprob, LogprobStatistics
+from jexit.kernels.tpu import BY_CHIP, TpuOperands, TpuTile
 
 
 def linear_logprob(
-    h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array, *, tile: Tile = BY_CHIP
+    h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array, *, tile: TpuTile = BY_CHIP
 ) -> LinearLogprob:
     """Implements `jexit.kernels.linear_logprob` on TPUs; sizes in `tile` override the defaults."""
     if h_ND.shape[0] == 0:
         return reference.linear_logprob(h_ND, head_VD, targets_N)
-    tpu.check_covers(Operands((h_ND,), (head_VD,)))
-    kernels = tiled.Tiled(partial(_statistics, tile), partial(_gradients, tile))
+    tpu.check_covers(TpuOperands((h_ND,), (head_VD,)))
+    kernels = tiled.TiledLogprob(partial(_statistics, tile), partial(_gradients, tile))
     return tiled.linear_logprob(kernels, h_ND, head_VD, targets_N)
 
 
-def _logits(blocks: Operands, targets_1T: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _logits(blocks: TpuOperands, targets_1T: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns a tile's logits [C, T], and a mask [C, T] that is true at each token's target."""
     z_CT = blocks.logits(blocks.hidden[0][...])
     # A target beyond the vocabulary must not meet the last block's masked rows.
@@ -32,33 +32,33 @@ def _logits(blocks: Operands, targets_1T: jax.Array) -> tuple[jax.Array, jax.Arr
 
 
 def _statistics(
-    tile: Tile, h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array
-) -> Statistics:
-    """Returns one device's statistics [N], as `tiled.Tiled` describes."""
+    tile: TpuTile, h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array
+) -> LogprobStatistics:
+    """Returns one device's statistics [N], as `tiled.TiledLogprob` describes."""
     total = tpu.statistics(
         lambda blocks: statistics.of_tile(*_logits(blocks, blocks.rows), axis=0)[0],
         lambda left, right: statistics.merge(left, right)[0],
-        Operands((h_ND,), (head_VD,), targets_N),
+        TpuOperands((h_ND,), (head_VD,), targets_N),
         tile,
     )
     return jax.tree.map(lambda array_1N: array_1N[0], total)
 
 
 def _gradients(
-    tile: Tile,
+    tile: TpuTile,
     h_ND: jax.Array,
     head_VD: jax.Array,
     targets_N: jax.Array,
-    finished: Finished,
+    finished: FinishedLogprob,
     g: LinearLogprob,
     head_dtype: jnp.dtype | None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Returns one device's gradients for hidden states and head, as `tiled.Tiled` describes."""
+    """Returns one device's gradients for states and head, as `tiled.TiledLogprob` describes."""
 
-    def dlogits(blocks: Operands) -> jax.Array:
+    def dlogits(blocks: TpuOperands) -> jax.Array:
         targets_1T, finished, g = blocks.rows
         z_CT, hit_CT = _logits(blocks, targets_1T)
         return jnp.where(tiled.live(g), statistics.dlogits(z_CT, hit_CT, g, finished), 0)
 
-    operands = Operands((h_ND,), (head_VD,), (targets_N, finished, g))
+    operands = TpuOperands((h_ND,), (head_VD,), (targets_N, finished, g))
     return tpu.gradients(dlogits, operands, tile, head_dtype)

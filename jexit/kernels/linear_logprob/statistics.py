@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jexit.kernels.linear_logprob.reference import LinearLogprob
 
 
-class Statistics(NamedTuple):
+class LogprobStatistics(NamedTuple):
     """Softmax statistics of each token over part of the vocabulary, float32.
 
     z is a logit, and x is z minus `max`, the largest logit of this part.
@@ -27,7 +27,7 @@ class Statistics(NamedTuple):
     target: jax.Array  # z of the target, −∞ where it is not in this part
 
 
-class Weights(NamedTuple):
+class LogprobWeights(NamedTuple):
     """The weights of the head's rows for each token; the weighted sums of rows give the gradient.
 
     x is a logit minus the largest logit.
@@ -37,7 +37,7 @@ class Weights(NamedTuple):
     spread: jax.Array  # exp(x) x
 
 
-class Rescale(NamedTuple):
+class LogprobRescale(NamedTuple):
     """The rescaling of sums over one part of the vocabulary when the part is merged with another.
 
     `scale` multiplies exp(x), where x is a logit minus the largest logit; `shift` is added to x.
@@ -47,7 +47,7 @@ class Rescale(NamedTuple):
     shift: jax.Array  # of x
 
 
-class Finished(NamedTuple):
+class FinishedLogprob(NamedTuple):
     """The outputs of the op, and the whole-vocabulary statistics that their gradients need."""
 
     out: LinearLogprob
@@ -56,7 +56,7 @@ class Finished(NamedTuple):
     mean: jax.Array  # Σ p x
 
 
-def of_tile(z: jax.Array, hit: jax.Array, axis: int) -> tuple[Statistics, Weights]:
+def of_tile(z: jax.Array, hit: jax.Array, axis: int) -> tuple[LogprobStatistics, LogprobWeights]:
     """Returns (statistics, weights) for the logits `z` of a tile.
 
     `hit` is a mask that is true at the target. `axis` is the vocabulary axis of `z`, which has
@@ -66,28 +66,30 @@ def of_tile(z: jax.Array, hit: jax.Array, axis: int) -> tuple[Statistics, Weight
     x = z - top
     weight = jnp.exp(x)
     spread = weight * x
-    statistics = Statistics(
+    statistics = LogprobStatistics(
         top,
         weight.sum(axis, keepdims=True),
         spread.sum(axis, keepdims=True),
         jnp.where(hit, z, -jnp.inf).max(axis, keepdims=True),
     )
-    return statistics, Weights(weight, spread)
+    return statistics, LogprobWeights(weight, spread)
 
 
-def merge(left: Statistics, right: Statistics) -> tuple[Statistics, Rescale, Rescale]:
+def merge(
+    left: LogprobStatistics, right: LogprobStatistics
+) -> tuple[LogprobStatistics, LogprobRescale, LogprobRescale]:
     """Merges the statistics of two parts of the vocabulary.
 
-    Returns the merged statistics, the `Rescale` of sums over the left part, and that of sums over
-    the right part.
+    Returns the merged statistics, the `LogprobRescale` of sums over the left part, and that of sums
+    over the right part.
     """
     top = jnp.maximum(left.max, right.max)
 
-    def rescale(part: Statistics) -> Rescale:
-        return Rescale(jnp.exp(part.max - top), part.max - top)
+    def rescale(part: LogprobStatistics) -> LogprobRescale:
+        return LogprobRescale(jnp.exp(part.max - top), part.max - top)
 
     one, two = rescale(left), rescale(right)
-    total = Statistics(
+    total = LogprobStatistics(
         top,
         one.scale * left.sum + two.scale * right.sum,
         one.scale * (left.spread + left.sum * one.shift)
@@ -97,7 +99,7 @@ def merge(left: Statistics, right: Statistics) -> tuple[Statistics, Rescale, Res
     return total, one, two
 
 
-def finish(total: Statistics) -> Finished:
+def finish(total: LogprobStatistics) -> FinishedLogprob:
     """Returns the outputs, and the values for their gradients, from whole-vocabulary statistics."""
     log_sum, mean = jnp.log(total.sum), total.spread / total.sum
     # Differences to the maximum, not to the log-sum-exp: no digits are lost at large logits.
@@ -106,10 +108,10 @@ def finish(total: Statistics) -> Finished:
         entropy_N=log_sum - mean,
         logsumexp_N=total.max + log_sum,
     )
-    return Finished(out, total.max, log_sum, mean)
+    return FinishedLogprob(out, total.max, log_sum, mean)
 
 
-def dlogits(z: jax.Array, hit: jax.Array, g: LinearLogprob, finished: Finished) -> jax.Array:
+def dlogits(z: jax.Array, hit: jax.Array, g: LinearLogprob, finished: FinishedLogprob) -> jax.Array:
     """Returns the gradient of the loss with respect to the logits `z`.
 
     `hit` is a mask that is true at the target. `g` contains the derivative of the loss with respect

@@ -11,33 +11,33 @@ from jax.custom_derivatives import SymbolicZero
 
 from jexit.kernels.linear_logprob import statistics
 from jexit.kernels.linear_logprob.reference import LinearLogprob
-from jexit.kernels.linear_logprob.statistics import Finished
+from jexit.kernels.linear_logprob.statistics import FinishedLogprob
 from jexit.kernels.shards import Shards
 
 
-class Tiled(NamedTuple):
+class TiledLogprob(NamedTuple):
     """The two functions that an implementation provides; each computes one device's share.
 
     Attributes:
-      statistics: `(h_ND, head_VD, targets_N)` → `Statistics` [N]. Target 0 is the first row of the
-        device's `head_VD`; targets may lie outside of this head.
+      statistics: `(h_ND, head_VD, targets_N)` → `LogprobStatistics` [N]. Target 0 is the first row
+        of the device's `head_VD`; targets may lie outside of this head.
       gradients: `(h_ND, head_VD, targets_N, finished, g, head_dtype)` → dh_ND in float32, and
         dhead_VD in `head_dtype`, or None if `head_dtype` is None. `g` contains the derivative of
         the loss with respect to each output, or None for an output that the loss does not use;
         gradients of tokens for which all of these are 0 must be 0.
     """
 
-    statistics: Callable[..., statistics.Statistics]
+    statistics: Callable[..., statistics.LogprobStatistics]
     gradients: Callable[..., tuple[jax.Array, jax.Array | None]]
 
 
-class _Static(NamedTuple):
-    tiled: Tiled
+class _LogprobStatic(NamedTuple):
+    tiled: TiledLogprob
     shards: Shards
 
 
 def linear_logprob(
-    tiled: Tiled, h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array
+    tiled: TiledLogprob, h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array
 ) -> LinearLogprob:
     """Implements `jexit.kernels.linear_logprob` on one device or a mesh.
 
@@ -45,24 +45,27 @@ def linear_logprob(
     """
     shards, tokens = Shards.current(head_VD.shape[0]), h_ND.shape[0]
     out = _linear_logprob(
-        _Static(tiled, shards), shards.pad_tokens(h_ND), head_VD, shards.pad_tokens(targets_N)
+        _LogprobStatic(tiled, shards),
+        shards.pad_tokens(h_ND),
+        head_VD,
+        shards.pad_tokens(targets_N),
     )
     return jax.tree.map(lambda array_N: array_N[:tokens], out)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _linear_logprob(
-    static: _Static, h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array
+    static: _LogprobStatic, h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array
 ) -> LinearLogprob:
     return _finished(static, h_ND, head_VD, targets_N).out
 
 
 def _finished(
-    static: _Static, h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array
-) -> Finished:
+    static: _LogprobStatic, h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array
+) -> FinishedLogprob:
     shards = static.shards
 
-    def local(h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array) -> Finished:
+    def local(h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array) -> FinishedLogprob:
         start = shards.vocab_start(head_VD.shape[0])
         total = static.tiled.statistics(h_ND, head_VD, targets_N - start)
         return statistics.finish(shards.merged(total, lambda *pair: statistics.merge(*pair)[0]))
@@ -71,7 +74,7 @@ def _finished(
     return shards.run(local, (h_ND, head_VD, targets_N), specs, shards.tokens)
 
 
-def _forward(static: _Static, *arguments: Any) -> tuple[LinearLogprob, tuple[Any, ...]]:
+def _forward(static: _LogprobStatic, *arguments: Any) -> tuple[LinearLogprob, tuple[Any, ...]]:
     """Returns the outputs for N tokens, [N] each, and the residuals for `_backward`.
 
     This is the forward rule of the custom VJP `_linear_logprob`. Because of `symbolic_zeros`, each
@@ -83,7 +86,9 @@ def _forward(static: _Static, *arguments: Any) -> tuple[LinearLogprob, tuple[Any
     return finished.out, (values, finished, arguments[1].perturbed)
 
 
-def _backward(static: _Static, residuals: tuple[Any, ...], g: LinearLogprob) -> tuple[Any, ...]:
+def _backward(
+    static: _LogprobStatic, residuals: tuple[Any, ...], g: LinearLogprob
+) -> tuple[Any, ...]:
     (h_ND, head_VD, targets_N), finished, head_trains = residuals
     shards = static.shards
     g, live_N = used(g)
@@ -95,7 +100,7 @@ def _backward(static: _Static, residuals: tuple[Any, ...], g: LinearLogprob) -> 
         h_ND: jax.Array,
         head_VD: jax.Array,
         targets_N: jax.Array,
-        finished: Finished,
+        finished: FinishedLogprob,
         g: LinearLogprob,
     ) -> tuple[jax.Array, jax.Array | None]:
         targets_N = targets_N - shards.vocab_start(head_VD.shape[0])

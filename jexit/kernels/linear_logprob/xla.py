@@ -16,11 +16,15 @@ import jax.numpy as jnp
 from jexit.kernels import tiles
 from jexit.kernels.linear_logprob import reference, statistics, tiled
 from jexit.kernels.linear_logprob.reference import LinearLogprob
-from jexit.kernels.linear_logprob.statistics import Finished, Statistics, Weights
+from jexit.kernels.linear_logprob.statistics import (
+    FinishedLogprob,
+    LogprobStatistics,
+    LogprobWeights,
+)
 from jexit.kernels.shards import Shards
 
 
-class _Static(NamedTuple):
+class _ChunkedLogprobStatic(NamedTuple):
     chunk_tokens: int | None
     chunk_vocab: int | None
 
@@ -28,9 +32,9 @@ class _Static(NamedTuple):
         return tiles.override(chunks, self.chunk_tokens, self.chunk_vocab)
 
 
-class _Total(NamedTuple):
-    statistics: Statistics  # [N, 1] each
-    rows: Weights | None  # Σ weight · row of the head [N, D]; None without gradients
+class _LogprobTotal(NamedTuple):
+    statistics: LogprobStatistics  # [N, 1] each
+    rows: LogprobWeights | None  # Σ weight · row of the head [N, D]; None without gradients
 
 
 class _Units(NamedTuple):
@@ -59,24 +63,26 @@ def linear_logprob(
     """
     if h_ND.shape[0] == 0:
         return reference.linear_logprob(h_ND, head_VD, targets_N)
-    static = _Static(chunk_tokens, chunk_vocab)
+    static = _ChunkedLogprobStatic(chunk_tokens, chunk_vocab)
     if Shards.current(head_VD.shape[0]).divides:
         return tiled.linear_logprob(_tiled(static), h_ND, head_VD, targets_N)
     return _linear_logprob(static, h_ND, head_VD, targets_N)
 
 
-def _tiled(static: _Static) -> tiled.Tiled:
-    return tiled.Tiled(partial(_of_all, static), partial(_gradients, static))
+def _tiled(static: _ChunkedLogprobStatic) -> tiled.TiledLogprob:
+    return tiled.TiledLogprob(partial(_of_all, static), partial(_gradients, static))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _linear_logprob(
-    static: _Static, h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array
+    static: _ChunkedLogprobStatic, h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array
 ) -> LinearLogprob:
     return statistics.finish(_of_all(static, h_ND, head_VD, targets_N)).out
 
 
-def _forward(static: _Static, *arguments: Any) -> tuple[LinearLogprob, tuple[Any, ...]]:
+def _forward(
+    static: _ChunkedLogprobStatic, *arguments: Any
+) -> tuple[LinearLogprob, tuple[Any, ...]]:
     """Returns the outputs for N tokens, [N] each, and the residuals for `_backward`.
 
     This is the forward rule of the custom VJP `_linear_logprob`. Because of `symbolic_zeros`, each
@@ -102,7 +108,7 @@ def _forward(static: _Static, *arguments: Any) -> tuple[LinearLogprob, tuple[Any
 
 
 def _backward(
-    static: _Static, residuals: tuple[Any, ...], g: LinearLogprob
+    static: _ChunkedLogprobStatic, residuals: tuple[Any, ...], g: LinearLogprob
 ) -> tuple[jax.Array, jax.Array | None, None]:
     units, (h_ND, head_VD, targets_N), finished = residuals
     g, live_N = tiled.used(g)
@@ -129,12 +135,12 @@ _linear_logprob.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _of_all(
-    static: _Static, h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array
-) -> Statistics:
+    static: _ChunkedLogprobStatic, h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array
+) -> LogprobStatistics:
     """Returns the statistics [N] of all tokens over the whole vocabulary of the head."""
     chunks = static.override(tiles.choose_chunks(h_ND.shape[0], head_VD.shape[0], 1))
 
-    def of_chunk(h_ND: jax.Array, targets_N: jax.Array) -> Statistics:
+    def of_chunk(h_ND: jax.Array, targets_N: jax.Array) -> LogprobStatistics:
         total = _of_chunk(h_ND, targets_N, head_VD, chunks.vocab)
         return jax.tree.map(lambda array_N1: array_N1[:, 0], total.statistics)
 
@@ -142,22 +148,22 @@ def _of_all(
 
 
 def _gradients(
-    static: _Static,
+    static: _ChunkedLogprobStatic,
     h_ND: jax.Array,
     head_VD: jax.Array,
     targets_N: jax.Array,
-    finished: Finished,
+    finished: FinishedLogprob,
     g: LinearLogprob,
     head_dtype: jnp.dtype | None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Returns gradients for the hidden states and the head, as `tiled.Tiled` describes."""
+    """Returns gradients for the hidden states and the head, as `tiled.TiledLogprob` describes."""
 
     def dlogits(
         start: jax.Array | int,
         size: int,
         h_ND: jax.Array,
         targets_N: jax.Array,
-        finished: Finished,
+        finished: FinishedLogprob,
         g: LinearLogprob,
     ) -> tuple[jax.Array, jax.Array]:
         head_CD = tiles.slice_head(head_VD, start, size)
@@ -177,32 +183,34 @@ def _of_chunk(
     chunk_vocab: int,
     *,
     with_gradient: bool = False,
-) -> _Total:
-    def tile(start: jax.Array | int, size: int) -> _Total:
+) -> _LogprobTotal:
+    def tile(start: jax.Array | int, size: int) -> _LogprobTotal:
         head_CD = tiles.slice_head(head_VD, start, size)
         part, weights = statistics.of_tile(
             tiles.logits(h_ND, head_CD), _hits(targets_N - start, size), axis=-1
         )
         if not with_gradient:
-            return _Total(part, None)
-        rows = Weights(*(tiles.product(weight, head_CD, (1, 0)) for weight in weights))
-        return _Total(part, rows)
+            return _LogprobTotal(part, None)
+        rows = LogprobWeights(*(tiles.product(weight, head_CD, (1, 0)) for weight in weights))
+        return _LogprobTotal(part, rows)
 
     return tiles.over_vocab(tile, _merge, head_VD.shape[0], chunk_vocab)
 
 
-def _merge(left: _Total, right: _Total) -> _Total:
+def _merge(left: _LogprobTotal, right: _LogprobTotal) -> _LogprobTotal:
     total, *scales = statistics.merge(left.statistics, right.statistics)
     if left.rows is None:
-        return _Total(total, None)
+        return _LogprobTotal(total, None)
 
-    def rescaled(rows: Weights, by: statistics.Rescale) -> Weights:
-        return Weights(by.scale * rows.weight, by.scale * (rows.spread + rows.weight * by.shift))
+    def rescaled(rows: LogprobWeights, by: statistics.LogprobRescale) -> LogprobWeights:
+        return LogprobWeights(
+            by.scale * rows.weight, by.scale * (rows.spread + rows.weight * by.shift)
+        )
 
-    return _Total(total, tiles.add(*map(rescaled, (left.rows, right.rows), scales)))
+    return _LogprobTotal(total, tiles.add(*map(rescaled, (left.rows, right.rows), scales)))
 
 
-def _units(total: _Total) -> _Units:
+def _units(total: _LogprobTotal) -> _Units:
     """Returns the float32 derivatives [N, D] of entropy and log-sum-exp by the hidden states.
 
     `total` covers the whole vocabulary.

@@ -25,7 +25,7 @@ from jexit.tasks import answers, phrases
 from jexit.tasks.base import Attempt, Draw, Problem, Rewards, Split, Verdict
 from jexit.tasks.chains import ChainTask, Corruption
 from jexit.tasks.options import MIXTURE, check_range, check_steps
-from jexit.tasks.streams import Stream
+from jexit.tasks.streams import ProblemStream
 from jexit.tasks.tom.chain import chain, corruptions, read_line, reordered
 from jexit.tasks.tom.stories import PLACES, draw_problem
 from jexit.tasks.tom.text import (
@@ -189,14 +189,14 @@ task = Tom
 @functools.lru_cache(maxsize=8)  # an evaluation uses the same stories with other `steps`
 def _stories(
     seed: int, kinds: tuple[str, ...], people: tuple[int, int], moves: tuple[int, int]
-) -> Stream[tuple[Story, Question]]:
+) -> ProblemStream[tuple[Story, Question]]:
     def draw_story(draw: Draw) -> tuple[Story, Question]:
         return draw_problem(draw, draw.choice(kinds), people=people, moves=moves)
 
     def key_of(drawn: tuple[Story, Question]) -> str:
         return canonical(" ".join(part.text() for part in drawn))
 
-    return Stream("tom", seed, draw_story, key_of)
+    return ProblemStream("tom", seed, draw_story, key_of)
 
 
 def make_problem(story: Story, question: Question, *, mode: str, fine: bool) -> Problem:
