@@ -11,36 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jexit.axes import Array, Bool, Float, HiddenBTD
+from jexit.axes import Array
 from jexit.evaluation.replay import Recorded
-from jexit.kernels import exit_kl
 from jexit.model.exits import depth_of_exit_index
-from jexit.model.policies import Full, Prescribed
-from jexit.model.transformer import exit_hidden_states, run
+from jexit.model.policies import Prescribed
+from jexit.model.transformer import run
 from jexit.results import EarlyLeaving, ExitAgreement, ExitQuality
 from jexit.rollout import Decodable
 from jexit.steps.completions import Completions
+from jexit.steps.targets import exits_against_last_layer, kl_and_agreement
 
 CLOSE = 0.05  # nats; a token could leave at an exit whose KL to the last layer is below this
 THRESHOLDS = (0.05, 0.2)
-
-
-def kl_and_agreement(
-    final_BCD: HiddenBTD, other_EBCD: Float[Array, "E B C D"], head_VD: Array
-) -> tuple[Float[Array, "B C E"], Bool[Array, "B C E"]]:
-    """Compares the next-token distribution of `final_BCD` with the E distributions of `other_EBCD`.
-
-    Returns KL(final ‖ other) in nats, and whether both have the same most likely token, each as
-    [B, C, E]. The output head `head_VD` turns the hidden states, [B, C, D] and [E, B, C, D], into
-    logits.
-    """
-    shape = other_EBCD.shape
-    found = exit_kl(
-        final_BCD.reshape(-1, shape[-1]), other_EBCD.reshape(shape[0], -1, shape[-1]), head_VD
-    )
-    return tuple(
-        jnp.moveaxis(part.reshape(shape[:3]), 0, -1) for part in (found.kl_EN, found.agree_EN)
-    )
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
@@ -58,13 +40,9 @@ def compare_exits(
     """
     model = nnx.merge(graphdef, *states)
     exit_layers, layers = model.exit_layers, model.arch.layers
-    full = run(
-        model, rows.tokens_BT, policy=Full(), **rows.layout, residual_layers=model.exit_layers
+    final_BCD, _, kl_BCE, same_BCE = exits_against_last_layer(
+        model, rows, model.blocks.continuation
     )
-    final_BCD = rows.window(full.hidden_BTD)
-    residual_EBCD = jax.vmap(rows.window)(full.residual_RBTD)
-    exits_EBCD = exit_hidden_states(model, residual_EBCD, model.blocks.continuation)
-    kl_BCE, same_BCE = kl_and_agreement(final_BCD, exits_EBCD, model.head_VD)
 
     def leaving(threshold: float) -> tuple[Array, Array, Array]:
         under_BCE = jnp.pad(kl_BCE < threshold, ((0, 0), (0, 0), (0, 1)), constant_values=True)

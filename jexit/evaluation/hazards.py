@@ -15,16 +15,15 @@ import numpy as np
 from flax import nnx
 
 from jexit.axes import Array, Bool, Float, HiddenBTD, Int
-from jexit.evaluation.exits import kl_and_agreement
 from jexit.evaluation.replay import Recorded
 from jexit.kernels import linear_kl
-from jexit.losses.sft import target_log_hazards
 from jexit.model.exits import log_hazards
-from jexit.model.policies import Full, Prescribed, Sample
-from jexit.model.transformer import Transformer, exit_hidden_states, run
+from jexit.model.policies import Prescribed, Sample
+from jexit.model.transformer import Transformer, run
 from jexit.results import ExitCalibration, HazardBin, HazardCalibration
 from jexit.rollout import Decodable
-from jexit.steps.completions import Completions
+from jexit.steps.completions import Completions, flat
+from jexit.steps.targets import target_hazards
 
 BINS = 10
 
@@ -87,33 +86,19 @@ def decisions_and_targets(
 ) -> tuple[Float[Array, "B C E"], Bool[Array, "B C E"], Float[Array, "B C E"], Float[Array, "B C"]]:
     """Returns the student's `decisions`, the target hazards, and KL(student ‖ teacher) in nats.
 
-    The target at exit e is 1 − tanh(k·KL_e / 2), where k is `sharpness`. KL_e compares the
-    teacher's last layer with exit e of the teacher or, with `target="student"`, of the student at
-    full depth. See `config.sft.target`. The last output, [B, C], compares the next-token
-    distribution of the student at the depths `depth_BC` with that of the teacher at full depth.
+    The targets are those of calibration; see `target_hazards` for `target` and `sharpness`. The
+    last output, [B, C], compares the next-token distribution of the student at the depths
+    `depth_BC` with that of the teacher at full depth.
     """
     student = nnx.merge(student_def, *student_states)
     teacher = nnx.merge(teacher_def, *teacher_states)
-    taught = run(
-        teacher, rows.tokens_BT, policy=Full(), **rows.layout, adapters=False,
-        residual_layers=student.exit_layers if target == "teacher" else (),
-    )  # fmt: skip
-    measured, speaker = taught, teacher
-    if target == "student":
-        measured = run(
-            student, rows.tokens_BT, policy=Full(), **rows.layout,
-            residual_layers=student.exit_layers,
-        )  # fmt: skip
-        speaker = student
-    final_BCD = rows.window(taught.hidden_BTD)
-    exits_EBCD = exit_hidden_states(
-        speaker, jax.vmap(rows.window)(measured.residual_RBTD), student.blocks.continuation
+    final_BCD, leave_BCE, _ = target_hazards(
+        student, teacher, rows, target=target, sharpness=sharpness
     )
-    kl_BCE, _ = kl_and_agreement(final_BCD, exits_EBCD, speaker.head_VD)
-    leave_BCE, _ = target_log_hazards(kl_BCE, sharpness)
     hazard_BCE, asked_BCE, hidden_BCD = _decisions(student, rows, depth_BC, sample)
-    hidden_ND, final_ND = (part.reshape(-1, part.shape[-1]) for part in (hidden_BCD, final_BCD))
-    kl_N = linear_kl(hidden_ND, final_ND, student.head_VD, head_teacher_VD=teacher.head_VD)
+    kl_N = linear_kl(
+        flat(hidden_BCD), flat(final_BCD), student.head_VD, head_teacher_VD=teacher.head_VD
+    )
     return hazard_BCE, asked_BCE, jnp.exp(leave_BCE), kl_N.reshape(depth_BC.shape)
 
 

@@ -14,10 +14,15 @@ from flax import nnx
 
 from jexit.axes import Array, Bool, Float, Int, PRNGKey
 from jexit.errors import UserError
-from jexit.kernels import linear_logprob
 from jexit.model.policies import Full, Policy, Sample
 from jexit.model.transformer import Transformer, logits_of, run
-from jexit.steps.completions import Completions, bucket_length, pad_completions
+from jexit.steps.completions import (
+    Completions,
+    bucket_length,
+    flat,
+    pad_completions,
+    token_logprobs,
+)
 
 # Vocabulary entries per step of the search for the most likely token.
 _TILE = 2048
@@ -218,13 +223,10 @@ def token_scores(
         key=key,
     )
     hidden_BCD = batch.window(result.hidden_BTD)
-    hidden_ND = hidden_BCD.reshape(-1, hidden_BCD.shape[-1])
-    target_N = batch.completion_tokens_BC.reshape(-1)
-    logprob_N = linear_logprob(hidden_ND, model.head_VD, target_N).logprob_N
-    greedy_N = most_likely(hidden_ND, model.head_VD) == target_N
-    shape = batch.completion_tokens_BC.shape
-    depth_BC = batch.window(result.depth_BT)
-    return logprob_N.reshape(shape), greedy_N.reshape(shape), depth_BC
+    tokens_BC = batch.completion_tokens_BC
+    logprob_BC, _ = token_logprobs(model.head_VD, hidden_BCD, tokens_BC)
+    likely_BC = most_likely(flat(hidden_BCD), model.head_VD).reshape(tokens_BC.shape)
+    return logprob_BC, likely_BC == tokens_BC, batch.window(result.depth_BT)
 
 
 def most_likely(h_ND: Float[Array, "N D"], head_VD: Float[Array, "V D"]) -> Int[Array, "N"]:

@@ -20,14 +20,12 @@ from flax import struct
 from jexit.axes import Array, Float, Int
 from jexit.config import SFTConfig
 from jexit.dist import constrain
-from jexit.kernels import exit_kl
 from jexit.losses.sft import hazard_cross_entropy, target_log_hazards
 from jexit.model.exits import log_hazards
-from jexit.model.policies import Full
-from jexit.model.transformer import exit_hidden_states, run
-from jexit.steps.completions import Completions
+from jexit.steps.completions import Completions, flat
 from jexit.steps.optim import Metrics, apply_gradients
 from jexit.steps.state import FixedParams, Params, SplitModel, TrainState
+from jexit.steps.targets import exits_against_last_layer
 
 
 @struct.dataclass
@@ -47,19 +45,9 @@ def make_exit_states(split: SplitModel) -> Callable[[Params, FixedParams, Comple
 
     def states(trainable: Params, fixed: FixedParams, batch: Completions) -> ExitStates:
         model = split.student(trainable, fixed)
-        exits = model.exit_layers
-        full = run(model, batch.tokens_BT, policy=Full(), **batch.layout, residual_layers=exits)
-        residual_EBCD = jax.vmap(batch.window)(full.residual_RBTD)
-        hidden_EBCD = exit_hidden_states(model, residual_EBCD, model.blocks.continuation)
-        residual_END, hidden_END = (
-            values.reshape(len(exits), -1, model.arch.width)
-            for values in (residual_EBCD, hidden_EBCD)
-        )
-        final_ND = batch.window(full.hidden_BTD).reshape(-1, model.arch.width)
-        kl_EN = exit_kl(final_ND, hidden_END, model.head_VD).kl_EN
-        return ExitStates(
-            constrain(jnp.moveaxis(residual_END, 0, 1), "B.."), constrain(kl_EN.T, "B.")
-        )
+        found = exits_against_last_layer(model, batch, model.blocks.continuation)
+        residual_NED = flat(jnp.moveaxis(found.residual_EBCD, 0, 2))
+        return ExitStates(constrain(residual_NED, "B.."), constrain(flat(found.kl_BCE), "B."))
 
     return jax.jit(states)
 

@@ -15,15 +15,16 @@ import optax
 
 from jexit.axes import Array, Float, Int, PRNGKey
 from jexit.config import SFTConfig
-from jexit.kernels import exit_kl, linear_kl
+from jexit.kernels import linear_kl
 from jexit.losses.masked import masked_sum
-from jexit.losses.sft import draw_exit_indices, expected_exit_loss, target_log_hazards
+from jexit.losses.sft import draw_exit_indices, expected_exit_loss
 from jexit.model.exits import depth_log_prob, depth_of_exit_index, log_hazards
-from jexit.model.policies import Full, Prescribed
-from jexit.model.transformer import Transformer, exit_hidden_states, run
+from jexit.model.policies import Prescribed
+from jexit.model.transformer import Transformer, run
 from jexit.steps.completions import Completions, flat
 from jexit.steps.optim import Metrics, accumulated_gradients, apply_gradients, micro_batch, summed
 from jexit.steps.state import FixedParams, Params, SplitModel, TrainState
+from jexit.steps.targets import target_hazards
 
 
 def make_sft_step(
@@ -35,7 +36,7 @@ def make_sft_step(
 ) -> Callable[[TrainState, FixedParams, Completions, PRNGKey], tuple[TrainState, Metrics]]:
     """Returns the jitted calibration step (state, fixed, batch, key) → (state, metrics).
 
-    For each of `micro_batches` parts of the batch, the teacher runs once (`targets`), S =
+    For each of `micro_batches` parts of the batch, the teacher runs once (`target_hazards`), S =
     `config.samples` depths per token are drawn from the target hazards, and the student runs S
     times at these depths (`calibration_loss`). The loss is the mean over the S runs and all action
     positions (tokens whose pass could leave early).
@@ -56,7 +57,9 @@ def make_sft_step(
         def gradients_of(index: Array) -> tuple[Array, Metrics, Params]:
             rows = micro_batch(batch, index, micro_batches)
             student = split.student(state.trainable, fixed)
-            hidden_BCD, leave_BCE, stay_BCE = targets(student, teacher, rows, config)
+            hidden_BCD, leave_BCE, stay_BCE = target_hazards(
+                student, teacher, rows, target=config.target, sharpness=config.sharpness
+            )
             exits_SBC = draw_exit_indices(
                 jax.random.fold_in(target_key, index),
                 leave_BCE,
@@ -87,38 +90,6 @@ class Taught(NamedTuple):
     hidden_BCD: Array  # final hidden states of the teacher
     leave_BCE: Float[Array, "B C E"]  # log target hazards
     exits_BC: Int[Array, "B C"]  # prescribed exit indices
-
-
-def targets(
-    student: Transformer, teacher: Transformer, rows: Completions, config: SFTConfig
-) -> tuple[Array, Float[Array, "B C E"], Float[Array, "B C E"]]:
-    """Returns the teacher's final hidden states [B, C, D], and log h* and log(1 − h*), [B, C, E].
-
-    The target hazards h* follow from KL(teacher's final distribution ‖ distribution at exit e).
-    With `config.target="teacher"`, the exits are those of the teacher; with `"student"`, those of
-    the student at full depth. No gradient flows through the results.
-    """
-    from_teacher = config.target == "teacher"
-    taught = run(
-        teacher,
-        rows.tokens_BT,
-        policy=Full(),
-        **rows.layout,
-        adapters=False,
-        residual_layers=student.exit_layers if from_teacher else (),
-    )
-    measured, speaker = taught, teacher
-    if not from_teacher:
-        speaker, exits = student, student.exit_layers
-        measured = run(student, rows.tokens_BT, policy=Full(), **rows.layout, residual_layers=exits)
-    final_BCD = rows.window(taught.hidden_BTD)
-    residual_EBCD = jax.vmap(rows.window)(measured.residual_RBTD)
-    exits_EBCD = exit_hidden_states(speaker, residual_EBCD, student.blocks.continuation)
-    exits_END = exits_EBCD.reshape(exits_EBCD.shape[0], -1, exits_EBCD.shape[-1])
-    kl_EN = exit_kl(flat(final_BCD), exits_END, speaker.head_VD).kl_EN
-    kl_BCE = jnp.moveaxis(kl_EN.reshape(exits_EBCD.shape[:3]), 0, -1)
-    leave_BCE, stay_BCE = target_log_hazards(kl_BCE, config.sharpness)
-    return jax.lax.stop_gradient((final_BCD, leave_BCE, stay_BCE))
 
 
 def calibration_loss(
