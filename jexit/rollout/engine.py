@@ -106,9 +106,11 @@ class Engine:
         are to come. `steps=None` means no limit.
         """
 
+        layers = self.layers  # whose own compilation is not to be counted twice
+
         def run(steps: np.int32) -> Status:
             self.pool, self.records, status = ticks.advance(
-                self.graphdef, self.states, self.layers, self.pool, self.records, self.prefixes,
+                self.graphdef, self.states, layers, self.pool, self.records, self.prefixes,
                 jobs, ready, more, steps, policy, draws, tick_rows=self._tick_rows,
                 adapters=self.adapters, hazards=self.hazards,
             )  # fmt: skip

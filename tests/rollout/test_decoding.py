@@ -1,6 +1,7 @@
 """The engine against teacher forcing, Hugging Face, and itself in other sizes."""
 
 import dataclasses
+import time
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from jexit.rollout import (
     rollout,
     scheduling,
     ticks,
+    weights,
 )
 from jexit.rollout.prefill import prefill as prefill_program
 from teacher_forcing import assert_as_teacher_forced
@@ -371,3 +373,17 @@ def test_forced_tokens_leave_as_often_as_the_hazards_say(model):
     assert abs(left.mean() - hazard) < 4 * np.sqrt(hazard * (1 - hazard) / copies)
     np.testing.assert_allclose(made.depth_logprobs_BT[left, 0], np.log(hazard), atol=LOGPROBS)
     assert (made.depth_logprobs_BT[~left, 0] < np.log1p(-hazard)).all()
+
+
+def test_compilation_is_counted_once(model, monkeypatch):
+    """Even where nearly all of the time goes into compiling, the rest is above 0."""
+
+    class Slow(weights.Copy):
+        def of(self, graphdef, states):
+            time.sleep(1.0)
+            return super().of(graphdef, states)
+
+    monkeypatch.setattr(engine, "KEPT", Slow())
+    for program in (weights.apart, ticks.advance):
+        program.clear_cache()
+    assert rollout(model, [[3, 4, 5]], **GREEDY | {"max_new_tokens": 2}).seconds > 0
