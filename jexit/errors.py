@@ -83,6 +83,11 @@ def say(message: object) -> None:
     print(f"jexit: {' '.join(str(message).split())}", file=sys.stderr)
 
 
+def missing_package(name: str | None, extra: str) -> str:
+    """Returns the error message for a package that is not installed and belongs to `extra`."""
+    return f"{name} is not installed; run pip install -e '.[{extra}]' in the checkout"
+
+
 def disk_message(path: str | os.PathLike[str], error: OSError) -> str:
     """Returns an error message that says why `path` cannot be written, and what to do."""
     remedy = "free some space" if error.errno in DISK_FULL else "make it writable"

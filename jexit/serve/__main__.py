@@ -4,8 +4,8 @@
                           [--policy=threshold:0.5] [--max-prompt-tokens=N] [--max-new-tokens=N]
                           [--rows=N] [--max-waiting=N]
 
-Needs the extra `serve` (`pip install 'jexit[serve]'`). `POST /v1/chat/completions` and
-`/v1/completions` accept the requests of OpenAI's clients, streamed or not, with the additional
+Needs the extra `serve` (`pip install -e '.[serve]'` in the checkout). `POST /v1/chat/completions`
+and `/v1/completions` accept the requests of OpenAI's clients, streamed or not, with the additional
 fields `policy`, `top_k`, `min_p` and `hazards`. Each choice of a response has `depths`, the number
 of layers run for each token. `/` is a page to try the model; `/health` and `/metrics` are for
 monitoring. The requests of all clients are decoded together in one pool.
@@ -26,7 +26,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from jexit.errors import UserError, command
+from jexit.errors import UserError, command, missing_package
 
 SHUTDOWN = 300  # seconds that answers may take to end after a signal
 KEY_VARIABLE = "JEXIT_API_KEY"
@@ -40,10 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         import starlette  # noqa: F401
         import uvicorn
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"{error.name} is not installed, but the server needs it; run "
-            "pip install 'jexit[serve]'"
-        ) from error
+        raise UserError(missing_package(error.name, "serve")) from error
     try:
         with contextlib.closing(_listening(arguments.host, arguments.port)) as listening:
             server = _server(arguments)
