@@ -29,8 +29,7 @@ from jexit.report.rendering import printable
 from jexit.report.runs import read_run
 from jexit.results import LARGEST, Evaluation, is_number
 from jexit.sweep.plan import MACHINE, Cell, begun_in
-from jexit.sweep.summary import SEED
-from jexit.sweep.tables import write_csv
+from jexit.sweep.summary import SEED, write_csv
 from studies.seeds import over_seeds
 
 POINTS = 20  # lines of a run in NAME-curves.csv

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from jexit.errors import command, say
-from jexit.report.page import write_page
+from jexit.report.page import write_report
 from jexit.report.runs import read_runs
 
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs = read_runs(arguments.workdirs)
     for note in (note for run in runs for note in run.notes):
         say(note)
-    path = write_page(runs, arguments.output)
+    path = write_report(runs, arguments.output)
     print(f"Wrote {path}")
     return 0
 

@@ -15,26 +15,18 @@ from jexit.report.charts import Chart
 from jexit.report.colours import page_colours
 from jexit.report.heat_maps import heat_maps
 from jexit.report.rendering import asset, render
-from jexit.report.runs import Run, read_runs
+from jexit.report.runs import Run
 from jexit.report.training_curves import OTHER, training_charts
 
 REPORT_FILE = "report.html"
 
 
-def write_report(
-    workdirs: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str] | None = None
-) -> Path:
+def write_report(runs: Sequence[Run], output: str | os.PathLike[str] | None = None) -> Path:
     """Writes the report on one run, or on several runs side by side, and returns its path.
 
-    The default `output` is `report.html` in the first of `workdirs`. The same files always give the
-    same page, byte for byte. Raises UserError, without writing anything, if a directory contains
-    nothing to report, if a file in it is invalid, or if the page cannot be written.
+    The default `output` is `report.html` in the directory of the first run. The same runs always
+    give the same page, byte for byte. Raises UserError if the page cannot be written.
     """
-    return write_page(read_runs(workdirs), output)
-
-
-def write_page(runs: Sequence[Run], output: str | os.PathLike[str] | None = None) -> Path:
-    """Writes the report on runs that have already been read; see `write_report`."""
     path = runs[0].workdir / REPORT_FILE if output is None else Path(output)
     if path.is_dir():
         raise UserError(

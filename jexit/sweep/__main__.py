@@ -36,8 +36,7 @@ from collections.abc import Sequence
 from jexit.errors import INTERRUPTED, UserError, command, say
 from jexit.sweep.plan import Sweep
 from jexit.sweep.runner import Runner
-from jexit.sweep.summary import summary
-from jexit.sweep.tables import write_csv
+from jexit.sweep.summary import summary, write_csv
 
 TABLE = "table.csv"
 

@@ -242,7 +242,8 @@ def test_it_is_written_beside_the_first_run_or_elsewhere_and_always_the_same(
     assert capsys.readouterr().out == f"Wrote {path}\n"
     assert not (workdirs["eval"] / "report.html").exists()
     assert not list(workdirs["rl"].glob(".*partial"))
-    again = write_report([workdirs["rl"], workdirs["eval"]], tmp_path / "new" / "page.html")
+    runs = read_runs([workdirs["rl"], workdirs["eval"]])
+    again = write_report(runs, tmp_path / "new" / "page.html")
     assert again.read_bytes() == path.read_bytes()
     (tmp_path / "file").write_text("")
     for output, why in (
