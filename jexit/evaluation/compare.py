@@ -69,6 +69,16 @@ class Outcomes(NamedTuple):
     tokens_N: np.ndarray
 
 
+def check_same_problems(first: Outcomes, *others: Outcomes) -> None:
+    """Raises UserError if the problems of the evaluations differ."""
+    for other in others:
+        if other.problems != first.problems:
+            raise UserError(
+                f"{first.name} and {other.name} have different problems; evaluate them on the same "
+                "task, split and number of problems"
+            )
+
+
 def differences(ours: Outcomes, theirs: Outcomes) -> dict[str, tuple[float, float, float]]:
     """Returns the gains of `ours` over `theirs`, as {name: (gain, low end, high end)}.
 
@@ -77,11 +87,7 @@ def differences(ours: Outcomes, theirs: Outcomes) -> dict[str, tuple[float, floa
     `saved_per_problem` a fraction of the layers that `theirs` runs. Raises UserError if the
     problems differ.
     """
-    if ours.problems != theirs.problems:
-        raise UserError(
-            f"{ours.name} and {theirs.name} have different problems; evaluate both on the same "
-            "task, split and number of problems"
-        )
+    check_same_problems(ours, theirs)
     high, low = (1 - end for end in bootstrap_ratio(ours.layers_N, theirs.layers_N))
     fraction = [some.layers_N / some.layers for some in (ours, theirs)]
     return {
