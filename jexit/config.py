@@ -56,12 +56,7 @@ Layer = Annotated[int, Bounds(1, 1_000)]
 Message = Annotated[str, Length(1_000_000)]
 Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]
 PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
-Measure = Literal[
-    "exits",
-    "hazards",
-    "serial_depth",
-    "planning",
-    "capacity",
+ChainMeasure = Literal[  # of whether the answer depends on the chain of thought
     "early_answering",
     "no_chain",
     "filler",
@@ -70,6 +65,15 @@ Measure = Literal[
     "necessity",
     "substantivity",
     "paraphrasability",
+]
+CHAIN_MEASURES: tuple[ChainMeasure, ...] = get_args(ChainMeasure)
+Measure = Literal[
+    "exits",
+    "hazards",
+    "serial_depth",
+    "planning",
+    "capacity",
+    ChainMeasure,
 ]
 EVAL_MEASURES: tuple[Measure, ...] = get_args(Measure)
 

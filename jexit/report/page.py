@@ -8,6 +8,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from jexit.config import CHAIN_MEASURES
 from jexit.errors import UserError
 from jexit.io.files import write_bytes_atomic
 from jexit.report import evaluation_charts, tables
@@ -46,6 +47,7 @@ def page(runs: Sequence[Run]) -> Markup:
         training=training(runs),
         heat_maps=[(run, shown) for run in runs if (shown := heat_maps(run)) is not None],
         has_hazards=any(shown.hazards for run in runs for shown in run.completions),
+        chain_measures=CHAIN_MEASURES,
         charts=evaluation_charts,
         tables=tables,
         drawn=drawn,
