@@ -122,7 +122,7 @@ def test_cards_and_tables_say_what_the_evaluation_says(evaluated):
     assert set(column(rows, "strict / lenient / wrong / none")) == {"240 / 3 / 12 / 1"}
     assert set(column(rows, "s/problem")) == {f"{12.5 / 4321:.3f}"}
     layers = [f"{r['layers_per_problem']:.1f}" for r in value["runs"]]
-    assert column(rows, "layers a problem") == layers
+    assert column(rows, "layers per problem") == layers
     rows = rows_of(evaluated, "Policy minus control")
     assert rows[1][:6] == [
         "sample", "shuffled", "+62.0", "+56.0 to +68.0", "+0.1", "−1.0 to +1.2",
