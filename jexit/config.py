@@ -869,9 +869,10 @@ def check_rising(
     rising = all(isinstance(e, int) for e in exits) and list(exits) == sorted(set(exits))
     end = math.inf if layers is None else layers
     if not rising or (exits and not 1 <= exits[0] <= exits[-1] < end):
-        numbers = "layer numbers" if layers is None else f"layer numbers from 1 to {layers - 1}"
+        numbers = ", such as (5, 10, 15)" if layers is None else f" from 1 to {layers - 1}"
         raise UserError(
-            f"{what} {shown(exits)}, but exits must be rising {numbers}; choose such layers"
+            f"{what} {shown(exits)}, but exits must be rising layer numbers{numbers}; choose such "
+            "layers"
         )
 
 
