@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from jexit.errors import UserError
+from jexit.errors import UserError, command
 from jexit.io import storage_errors
 from jexit.io.atomic_directory import atomic_directory
 from jexit.io.hub import download
@@ -36,7 +36,7 @@ def convert(source: str, target: str, *, fetch: bool = False, layers: int | None
 
     `source` is a directory or a hub id. With `fetch`, files that the hub's local cache lacks are
     downloaded first. Unless `layers` is None, only the first `layers` layers are kept. Raises
-    UserError or OSError if `source` cannot be read or `target` cannot be written.
+    UserError if `source` cannot be read or `target` cannot be written.
     """
     if fetch:
         download(source)
@@ -96,15 +96,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(lambda: convert(**options))
 
 
-def run(command: Callable[[], str]) -> int:
+@command
+def run(conversion: Callable[[], str]) -> int:
     """Runs a conversion, prints its summary or error, and returns the exit code (0 or 1)."""
     jax.config.update("jax_platforms", "cpu")  # a conversion should not occupy an accelerator
     storage_errors.say_once()
-    try:
-        print(command())
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    print(conversion())
     return 0
 
 

@@ -20,6 +20,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from jexit.errors import say
+
 MODULES = {
     "report": "jexit.report.__main__",
     "compare": "jexit.evaluation.compare",
@@ -53,6 +55,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"use one of {', '.join(within or MODULES)}"
         if near and not within:
             hint = f"did you mean {near[0]}?"
-        print(f"jexit: there is no command {command!r}; {hint}", file=sys.stderr)
+        say(f"there is no command {command!r}; {hint}")
         return 1
     return importlib.import_module(MODULES[command]).main(argv[words:])

@@ -56,12 +56,7 @@ Layer = Annotated[int, Bounds(1, 1_000)]
 MessageText = Annotated[str, Length(1_000_000)]
 Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]
 PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
-MeasureName = Literal[
-    "exits",
-    "hazards",
-    "serial_depth",
-    "planning",
-    "capacity",
+ChainMeasure = Literal[  # of whether the answer depends on the chain of thought
     "early_answering",
     "no_chain",
     "filler",
@@ -70,6 +65,15 @@ MeasureName = Literal[
     "necessity",
     "substantivity",
     "paraphrasability",
+]
+CHAIN_MEASURES: tuple[ChainMeasure, ...] = get_args(ChainMeasure)
+MeasureName = Literal[
+    "exits",
+    "hazards",
+    "serial_depth",
+    "planning",
+    "capacity",
+    ChainMeasure,
 ]
 EVAL_MEASURES: tuple[MeasureName, ...] = get_args(MeasureName)
 
@@ -151,6 +155,14 @@ class ContinuationSettings:
     continuation_rank: Annotated[int, Bounds(0, 1_000_000)] = 0
     """The rank of factored linear maps; 0 means full matrices."""
 
+    def check_rank(self, where: str = "") -> None:
+        """Raises UserError for a rank without matrices; `where` precedes the settings' names."""
+        if self.continuation_rank and self.continuation == "frozen":
+            raise UserError(
+                f"{where}continuation_rank is {self.continuation_rank}, but a frozen continuation "
+                f"has no matrices; set {where}continuation=linear or {where}continuation_rank=0"
+            )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExitsConfig(ContinuationSettings):
@@ -194,11 +206,7 @@ class ExitSettings(ExitHead, ContinuationSettings):
 
     def __post_init__(self) -> None:
         check(self)
-        if self.continuation_rank and self.continuation == "frozen":
-            raise UserError(
-                f"continuation_rank is {self.continuation_rank}, but a frozen continuation has no "
-                "matrices; set continuation=linear or continuation_rank=0"
-            )
+        self.check_rank()
 
     def check_width(self, width: int) -> None:
         """Raises UserError unless the continuation's rank is below the model's width, `width`."""
@@ -668,28 +676,15 @@ class Config:
     def validate(self) -> None:
         """Raises UserError if settings contradict each other, by the rules that need no model."""
         _check_preset(self.preset)
-        for rules in (_exits, _sizes, _calibration, _checkpoints, _reinforcement):
+        check_rising(self.exits.layers)
+        self.exits.check_rank("config.exits.")
+        for rules in (_sizes, _calibration, _checkpoints, _reinforcement):
             for contradiction in rules(self):
                 raise UserError(contradiction)
         _check_policies(self)
 
 
 # Contradictions between settings. Each message is a sentence with values, rule and remedy.
-
-
-def _exits(config: Config) -> Iterator[str]:
-    exits = config.exits
-    if list(exits.layers) != sorted(set(exits.layers)):
-        yield (
-            f"config.exits.layers is {shown(exits.layers)}, but exits must be distinct layer "
-            "numbers in rising order; set it to numbers such as (5,10,15)"
-        )
-    if exits.continuation_rank and exits.continuation == "frozen":
-        yield (
-            f"config.exits.continuation_rank is {exits.continuation_rank}, but "
-            "config.exits.continuation is frozen, which has no matrices; set "
-            "config.exits.continuation=linear or config.exits.continuation_rank=0"
-        )
 
 
 def _sizes(config: Config) -> Iterator[str]:
@@ -871,8 +866,7 @@ def check_key(key: str) -> type:
 def check_exits(exits: tuple[int, ...], layers: int) -> tuple[int, ...]:
     """Returns `exits` or, if it is empty, every 5th layer of a model with `layers` layers.
 
-    `exits` must be in rising order. Raises UserError if an exit is not below `layers`, or if there
-    is no 5th layer below `layers`.
+    Raises the errors of `check_rising`, and UserError if there is no 5th layer below `layers`.
     """
     exits = tuple(exits) or tuple(range(5, layers, 5))
     if not exits:
@@ -880,12 +874,25 @@ def check_exits(exits: tuple[int, ...], layers: int) -> tuple[int, ...]:
             f"a model of {layers} layers is too shallow for the default exits at every 5th layer; "
             "set config.exits.layers to lower layer numbers, such as (1,2)"
         )
-    if exits[-1] >= layers:
-        raise UserError(
-            f"config.exits.layers contains exit {exits[-1]}, but the model has {layers} layers; "
-            f"use layer numbers from 1 to {layers - 1}"
-        )
+    check_rising(exits, layers)
     return exits
+
+
+def check_rising(
+    exits: tuple[Any, ...], layers: int | None = None, what: str = "config.exits.layers is"
+) -> None:
+    """Raises UserError unless `exits` are rising layer numbers from 1 to `layers` − 1, or empty.
+
+    If `layers` is None, the numbers have no upper bound. The error message begins with `what`.
+    """
+    rising = all(isinstance(e, int) for e in exits) and list(exits) == sorted(set(exits))
+    end = math.inf if layers is None else layers
+    if not rising or (exits and not 1 <= exits[0] <= exits[-1] < end):
+        numbers = ", such as (5, 10, 15)" if layers is None else f" from 1 to {layers - 1}"
+        raise UserError(
+            f"{what} {shown(exits)}, but exits must be rising layer numbers{numbers}; choose such "
+            "layers"
+        )
 
 
 def parse_policy(text: str, *further: str) -> tuple[str, float | int | None]:

@@ -1,5 +1,14 @@
-"""Exceptions that do not indicate a bug in jexit; `jexit.main` reports each in one sentence."""
+"""Exceptions that do not indicate a bug in jexit, and their report in one sentence on stderr."""
 
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import sys
+from collections.abc import Callable
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 INTERRUPTED, HOST_LOST = 3, 4  # exit codes of runs that the same command continues
 
 
@@ -27,3 +36,60 @@ class RunEnded(RuntimeError):
     """An error that ends a run before its last step; the message says why the run ended."""
 
     exit_code = 1
+
+
+def command(main: Callable[..., int]) -> Callable[..., int]:
+    """Makes a command's `main` report the errors that are not bugs, and return their exit codes.
+
+    Bugs propagate with their traceback.
+    """
+
+    @functools.wraps(main)
+    def reporting(*arguments: object) -> int:
+        try:
+            return main(*arguments)
+        except Exception as error:
+            code = report(error)
+            if code is None:
+                raise
+            return code
+
+    return reporting
+
+
+def report(error: Exception, path: str | os.PathLike[str] = "a file") -> int | None:
+    """Prints an error that is not a bug on stderr, and returns its exit code; else returns None.
+
+    Errors that are not bugs are UserError, RunEnded, and the system's errors for a full or
+    read-only disk and for missing permissions. `path` stands for a file that the system does not
+    name.
+    """
+    if isinstance(error, (UserError, RunEnded)):
+        say(error)
+        return error.exit_code
+    if isinstance(error, OSError):
+        path = error.filename or path
+        if error.errno in (*DISK_FULL, errno.EROFS):
+            say(disk_message(path, error))
+            return UserError.exit_code
+        if error.errno == errno.EACCES:
+            say(f"{path} cannot be opened ({error.strerror}); change its permissions")
+            return UserError.exit_code
+    return None
+
+
+def say(message: object) -> None:
+    """Prints a message on stderr as one line that begins with "jexit: "."""
+    print(f"jexit: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def missing_package(name: str | None, extra: str) -> str:
+    """Returns the error message for a package that is not installed and belongs to `extra`."""
+    return f"{name} is not installed; run pip install -e '.[{extra}]' in the checkout"
+
+
+def disk_message(path: str | os.PathLike[str], error: OSError) -> str:
+    """Returns an error message that says why `path` cannot be written, and what to do."""
+    remedy = "free some space" if error.errno in DISK_FULL else "make it writable"
+    reason = error.strerror or str(error)
+    return f"cannot write {path}: {reason}; {remedy}, or choose another place"

@@ -32,9 +32,8 @@ from ml_collections import ConfigDict, config_flags
 
 import jexit
 from jexit.config import Config, check_key
-from jexit.errors import RunEnded, UserError
+from jexit.errors import UserError, command, report, say
 from jexit.io import storage_errors
-from jexit.io.files import DISK_FULL, disk_message
 from jexit.settings import shown
 
 
@@ -238,6 +237,7 @@ def dispatch(config: Config, workdir: pathlib.Path, topology: str | None = None)
         commands[config.command](config, workdir)
 
 
+@command
 def main(argv: Sequence[str]) -> int:
     """Parses and runs a command line, and returns the exit code.
 
@@ -250,10 +250,7 @@ def main(argv: Sequence[str]) -> int:
     if {"--help", "-help", "-h"} & set(argv[1:]):
         print(__doc__.strip())
         return 0
-    try:
-        given = parse(argv)
-    except UserError as error:
-        return _say(error, error.exit_code)
+    given = parse(argv)
     # Imported here, so that a wrong flag does not wait for jax.
     from jexit.dist import multihost, provide_threads
     from jexit.kernels import using
@@ -285,19 +282,9 @@ def _exit_code(error: Exception, workdir: pathlib.Path) -> int | None:
     from jexit.dist import multihost
 
     if lost := multihost.ended(error):
-        return _say(lost, multihost.HostLost.exit_code)
-    if isinstance(error, (UserError, RunEnded)):
-        return _say(error, error.exit_code)
-    if isinstance(error, OSError) and error.errno in DISK_FULL:  # from any part of the program
-        message = disk_message(pathlib.Path(error.filename or workdir), error)
-        return _say(message, UserError.exit_code)
-    return None
-
-
-def _say(error: BaseException | str, code: int) -> int:
-    text = _one_line(error) if isinstance(error, BaseException) else error
-    print(f"jexit: {text}", file=sys.stderr)
-    return code
+        say(lost)
+        return multihost.HostLost.exit_code
+    return report(error, workdir)
 
 
 def _one_line(error: BaseException) -> str:

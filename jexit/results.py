@@ -407,7 +407,7 @@ class Completion(Record):
     """One completion, with the number of layers run for each of its tokens.
 
     The record is an entry of `completions.json`, or a line of `samples.jsonl`, which also contains
-    `step` and `reward`.
+    `step`, `reward` and `rewards`.
     """
 
     prompt: str
@@ -421,6 +421,7 @@ class Completion(Record):
     hazards: tuple[tuple[Number | None, ...] | None, ...] | None = None
     step: Count | None = None
     reward: Number | None = None
+    rewards: dict[str, Number] = {}  # the parts of `reward`, by reward function
 
     @model_validator(mode="after")
     def _one_a_token(self) -> Self:

@@ -24,7 +24,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from jexit.errors import UserError
+from jexit.errors import UserError, command
 from jexit.io.files import write_bytes_atomic
 from studies.charts import CHARTS, drawn
 from studies.study import COLUMNS, Study
@@ -81,6 +81,7 @@ def _wanted(shown: set[str], studies: Mapping[str, Study]) -> dict[str, list[str
     return wanted
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m studies",
@@ -91,29 +92,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--all", action="store_true", help="draw what no page links to, too")
     arguments = parser.parse_args(argv)
     directory = arguments.directory.resolve()
-    try:
-        parts = ("-curves", "-seeds")
-        paths = [p for p in sorted(directory.glob("*.csv")) if not p.stem.endswith(parts)]
-        if not paths:
-            raise UserError(
-                f"{directory} has no .csv file; python -m studies.collect takes one from a sweep"
-            )
-        studies = {path.stem: Study(path) for path in paths}
-        pages = [*directory.parent.glob("*.md"), *directory.parent.parent.glob("*.md")]
-        wanted = _wanted({name for p in pages for name in linked_charts(p, directory)}, studies)
-        files: dict[Path, str] = {}
-        for name, study in studies.items():
-            files |= drawn(study, directory, None if arguments.all else wanted[name])
-        for page in pages:
-            before = page.read_text("utf-8")
-            if (after := with_tables(before, studies)) != before:
-                files[page] = after
-        for path, text in files.items():  # nothing could be refused any more
-            write_bytes_atomic(path, text.encode())
-            print(f"Wrote {path}")
-    except (ValueError, OSError) as error:
-        print(f"jexit: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+    parts = ("-curves", "-seeds")
+    paths = [p for p in sorted(directory.glob("*.csv")) if not p.stem.endswith(parts)]
+    if not paths:
+        raise UserError(
+            f"{directory} has no .csv file; python -m studies.collect takes one from a sweep"
+        )
+    studies = {path.stem: Study(path) for path in paths}
+    pages = [*directory.parent.glob("*.md"), *directory.parent.parent.glob("*.md")]
+    wanted = _wanted({name for p in pages for name in linked_charts(p, directory)}, studies)
+    files: dict[Path, str] = {}
+    for name, study in studies.items():
+        files |= drawn(study, directory, None if arguments.all else wanted[name])
+    for page in pages:
+        before = page.read_text("utf-8")
+        if (after := with_tables(before, studies)) != before:
+            files[page] = after
+    for path, text in files.items():  # nothing could be refused any more
+        write_bytes_atomic(path, text.encode())
+        print(f"Wrote {path}")
     return 0
 
 

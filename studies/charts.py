@@ -6,9 +6,11 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from jexit.config import control_of
 from jexit.errors import UserError
 from jexit.report.charts import Axis, Chart, as_file
 from jexit.report.colours import SERIES, level_class
+from jexit.report.evaluation_charts import policy_marker
 from jexit.report.rendering import per_cent, short_number
 from jexit.report.training_curves import MEAN_DEPTH
 from studies import token_strips
@@ -18,8 +20,8 @@ from studies.study import COLUMNS, Group, OverSeeds, Study
 CURVES: Mapping[str, tuple[str, bool]] = {
     "accuracy": ("accuracy", True),
     "depth/fraction": ("depth", True),
-    "completion/length": ("tokens a completion", False),
-    "task/step_size": ("operands a step", False),
+    "completion/length": ("tokens per completion", False),
+    "task/step_size": ("operands per step", False),
     "task/written_out": ("additions written out", True),
     "task/chain_lines": ("lines of the chain", False),
     "depth_coef": ("depth penalty", False),
@@ -32,17 +34,16 @@ MEASURED: Mapping[str, tuple[str, ...]] = {
         "coarse",
         "at once",
     ),
-    "completions that take them": tuple(f"by {n} as asked" for n in range(2, 6)),
+    "completions with the prescribed steps": tuple(f"by {n} as asked" for n in range(2, 6)),
     "accuracy of a forced step": tuple(f"step of {n}" for n in range(2, 6)),
-    "what hangs on the chain": ("early answering", "corrupted step"),
+    "dependence on the chain of thought": ("early answering", "corrupted step"),
     "accuracy without a chain": ("no chain", "filler"),
 }
-# Policy → its marker and what it is.
-POLICIES: Mapping[str, tuple[str, str]] = {
-    "sample": ("circle", "sampled exits"),
-    "full": ("diamond", "all layers"),
-    "fixed:matched": ("open-triangle", "one exit a completion"),
-    "shuffled": ("open-square", "depths shuffled"),
+POLICIES: Mapping[str, str] = {  # and what the legend calls them
+    "sample": "sampled exits",
+    "full": "all layers",
+    "fixed:matched": "one exit per completion",
+    "shuffled": "depths shuffled",
 }
 
 
@@ -57,7 +58,8 @@ def plane(study: Study) -> list[Chart]:
         width=560.0,
         height=400.0,
     )
-    for policy, (shape, told) in POLICIES.items():
+    for policy, told in POLICIES.items():
+        shape = policy_marker(policy, control_of(policy) is not None)
         for group, colour in _colours(study).items():
             columns = ("depth_fraction", "accuracy", "accuracy_ci95/low", "accuracy_ci95/high")
             for depth, accuracy, *ends in zip(

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jexit.errors import UserError
+from jexit.errors import UserError, command
 from jexit.evaluation.compare import Outcomes, differences
 from jexit.evaluation.compare import read as read_outcomes
 from jexit.io.files import write_bytes_atomic
@@ -29,8 +29,7 @@ from jexit.report.rendering import printable
 from jexit.report.runs import read_run
 from jexit.results import LARGEST, Evaluation, is_number
 from jexit.sweep.plan import MACHINE, Cell, begun_in
-from jexit.sweep.summary import SEED
-from jexit.sweep.tables import write_csv
+from jexit.sweep.summary import SEED, write_csv
 from studies.seeds import over_seeds
 
 POINTS = 20  # lines of a run in NAME-curves.csv
@@ -128,6 +127,7 @@ def collect(cells: Sequence[Cell], target: Path, initial: Outcomes | None = None
     return written
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m studies.collect",
@@ -138,16 +138,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("target", type=Path, help="path of the study's files, without their ending")
     parser.add_argument("--initial", help="an evaluation of the initial checkpoint and its policy")
     arguments = parser.parse_args(argv)
-    try:
-        initial = read_outcomes(arguments.initial) if arguments.initial else None
-        cells = [cell for cell in begun_in(arguments.sweep) if cell.finished]
-        if not cells:
-            raise UserError(f"{arguments.sweep} has no finished run of a sweep; run it first")
-        for path in collect(cells, arguments.target, initial):
-            print(f"Wrote {path}")
-    except (ValueError, OSError) as error:
-        print(f"jexit: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+    initial = read_outcomes(arguments.initial) if arguments.initial else None
+    cells = [cell for cell in begun_in(arguments.sweep) if cell.finished]
+    if not cells:
+        raise UserError(f"{arguments.sweep} has no finished run of a sweep; run it first")
+    for path in collect(cells, arguments.target, initial):
+        print(f"Wrote {path}")
     return 0
 
 

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jexit.errors import UserError
-from jexit.evaluation.compare import Outcomes
+from jexit.evaluation.compare import Outcomes, check_same_problems
 from jexit.evaluation.intervals import drawn_over_runs, percentile_interval
 
 
@@ -18,13 +17,7 @@ def over_seeds(runs: Sequence[Outcomes], initial: Outcomes | None = None) -> dic
     with `initial`, the gains over that evaluation (`differences` in jexit.evaluation.compare),
     under names such as `accuracy_ci95/low`. Raises UserError if the runs' problems differ.
     """
-    everything = [*runs, initial] if initial else runs
-    for other in everything[1:]:
-        if other.problems != runs[0].problems:
-            raise UserError(
-                f"{runs[0].name} and {other.name} have different problems; evaluate all runs of a "
-                "study on the same task, split and number of problems"
-            )
+    check_same_problems(*runs, *([initial] if initial else []))
     shape = len(runs), len(runs[0].problems)
     correct_RN, layers_RN, tokens_RN = (
         np.stack([getattr(run, name) for run in runs])

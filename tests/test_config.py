@@ -192,8 +192,8 @@ CONTRADICTIONS = [
     ("rl", {"rl__floor_of": "initial"}, "config.rl.accuracy_floor is 0; set it above 0"),
     ("rl", {"rl__updates_per_batch": 2, "rl__importance_cap": 2.0}, "importance_cap is 2, but"),
     ("rl", {"batch_size": 10, "optim__accumulate": 4}, "batch_size is 10, but it must be a mult"),
-    ("rl", {"exits__layers": (2, 2)}, "config.exits.layers is (2, 2), but exits must be distinct"),
-    ("rl", {"exits__layers": (4, 2)}, "in rising order"),
+    ("rl", {"exits__layers": (2, 2)}, "config.exits.layers is (2, 2), but exits must be rising"),
+    ("rl", {"exits__layers": (4, 2)}, "exits must be rising layer numbers, such as (5, 10, 15)"),
     ("rl", {"exits__continuation_rank": 2}, "continuation=linear or config.exits.continuation_ra"),
     ("rl", {"mesh__fsdp": 5}, "a multiple of config.mesh.data=1 × config.mesh.fsdp=5; make config"),
     ("rl", {"steps": 0}, "config.steps is 0, but only calibration with config.sft.lens_steps"),
@@ -249,7 +249,7 @@ def test_what_does_not_go_together_is_one_short_sentence():
 
 def test_exits_default_to_every_fifth_layer_below_the_last():
     assert check_exits((), 24) == (5, 10, 15, 20) and check_exits((1, 3), 4) == (1, 3)
-    with pytest.raises(UserError, match=r"exit 8, but the model has 8 layers; .* 1 to 7"):
+    with pytest.raises(UserError, match=r"\(4, 8\), but exits must be rising .* from 1 to 7"):
         check_exits((4, 8), 8)
     with pytest.raises(UserError, match=r"a model of 5 layers is too shallow .*; set config\.ex"):
         check_exits((), 5)

@@ -55,7 +55,10 @@ WRONG = [
     ("--config.task.max_prompt_tokens=3", "over the limit of 3;"),
     ("--config.task.name=chess", "there is no task 'chess'; set config.task.name to one of"),
     ("--config.model.path=nowhere", "no model directory at 'nowhere'"),
-    ("--config.log.wandb_project=a", "the wandb package is not installed; run pip install wandb"),
+    (
+        "--config.log.wandb_project=a",
+        "wandb is not installed; run pip install -e '.[wandb]' in the checkout",
+    ),
     ("--config.model.path=runs/sft-qwen3-4b", "make it with python -m jexit.main --config"),
     ("--steps=3", "--steps is not an option, but a setting; use --config.steps"),
     ("--stps=3", "Unknown command line flag 'stps'"),

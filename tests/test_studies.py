@@ -93,7 +93,7 @@ def test_gaps_are_left_out_and_intervals_hold_those_of_all_seeds(tmp_path):
     assert "| 0 | 2 | 40.0 to 70.0 |" in table and "| 1 | 1 | – |" in table
     heads = ("seed", "sample/depth_mean", "sample/completion_length", "full/layers_per_problem")
     older = study(tmp_path, heads, [("0", "2.5", "12", "96"), ("1", "2", "11", "88")])
-    table = older.table(["layers a problem", "layers a problem at full depth"])
+    table = older.table(["layers per problem", "layers per problem at full depth"])
     assert "| 2 | 26.00 (22.00 to 30.00) | 92.00 (88.00 to 96.00) |" in table
 
 
@@ -105,10 +105,10 @@ def test_what_a_page_shows_is_drawn_and_all_the_same_each_time(directory, capsys
     assert main([str(directory), "--all"]) == 0
     first = {path.name: path.read_bytes() for path in directory.glob("*.svg")}
     assert set(first) == {"pressure-plane.svg", "pressure-curves.svg"}  # nothing was measured
-    assert {"depth_coef 0", "depth_coef 2", "sampled exits", "one exit a completion"} <= set(
+    assert {"depth_coef 0", "depth_coef 2", "sampled exits", "one exit per completion"} <= set(
         text_of(directory / "pressure-plane.svg")
     )
-    assert {"accuracy", "operands a step", "update"} <= set(
+    assert {"accuracy", "operands per step", "update"} <= set(
         text_of(directory / "pressure-curves.svg")
     )
     assert main([str(directory), "--all"]) == 0

@@ -200,7 +200,7 @@ def test_the_table_has_every_number_of_the_finished_runs(tmp_path, capsys):
     assert main(["--config=a.py", f"--into={tmp_path}", "seed=0,1,2", "--table_only"]) == 0
     wrote, heads, means = capsys.readouterr().out.splitlines()
     assert "2 of 3 runs" in wrote
-    assert " ".join(heads.split()).startswith("seeds accuracy after depth after layers a problem")
+    assert " ".join(heads.split()).startswith("seeds accuracy after depth after layers per problem")
     assert " ".join(means.split()).startswith("2 50.0 (25.0 to 75.0) ")
     first, second = table(tmp_path)
     assert first["seed"] == "0" and first["after/accuracy"] == "0.25"

@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from jexit.errors import MissingFile, UserError
+from jexit.errors import MissingFile, UserError, command
 from jexit.tasks.files import read_jsonl
 from jexit.tasks.gsm8k import PUBLISHED_SPLITS, Gsm8k, row_fault
 
@@ -131,7 +131,7 @@ def _left_alone(final: pathlib.Path) -> str:
     try:
         task = Gsm8k(path=final)
         counts = {"train": task.size("train") + task.size("val"), "test": task.size("test")}
-    except (ValueError, FileNotFoundError) as error:
+    except UserError as error:
         raise UserError(
             f"{final} exists, but is not a dataset that can be read ({error}); remove it, or give "
             "another directory with --to"
@@ -143,6 +143,7 @@ def _counted(counts: dict[str, int]) -> str:
     return f"{counts['train']:,} train and {counts['test']:,} test rows"
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m jexit.data.prepare",
@@ -155,11 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--to", dest="target", help="data directory of tensorflow-datasets")
     options = parser.parse_args(argv)
-    try:
-        print(prepare_gsm8k(options.source, options.target))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    print(prepare_gsm8k(options.source, options.target))
     return 0
 
 

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 
 from jexit.doctor import agreement, speed
 from jexit.doctor.agreement import PORTABLE, Check
+from jexit.errors import say
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint")
 
@@ -41,10 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     wrong = [check for check in found if check.failure]
     print()
     for check in wrong:
-        print(
-            f"jexit: the {check.implementation} implementation of {check.operation} fails in "
-            f"{check.dtype}: {check.failure}; {check.remedy}",
-            file=sys.stderr,
+        say(
+            f"the {check.implementation} implementation of {check.operation} fails in "
+            f"{check.dtype}: {check.failure}; {check.remedy}"
         )
     if not wrong:
         print("Every implementation agrees with its definition.")

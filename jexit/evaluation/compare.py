@@ -21,12 +21,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jexit.errors import MissingFile, UserError
+from jexit.errors import UserError, command
 from jexit.evaluation.intervals import bootstrap_ratio, bootstrap_ratio_difference, paired_interval
 from jexit.io.files import write_bytes_atomic
 from jexit.results import Evaluation
 from jexit.tasks import Attempt, Problem
 from jexit.tasks.base import stable_hash
+from jexit.untrusted import read_bytes
 
 PROBLEMS = "problems.csv"
 FIELDS = ("policy", "problem", "correct", "layers", "tokens")
@@ -68,6 +69,16 @@ class Outcomes(NamedTuple):
     tokens_N: np.ndarray
 
 
+def check_same_problems(first: Outcomes, *others: Outcomes) -> None:
+    """Raises UserError if the problems of the evaluations differ."""
+    for other in others:
+        if other.problems != first.problems:
+            raise UserError(
+                f"{first.name} and {other.name} have different problems; evaluate them on the same "
+                "task, split and number of problems"
+            )
+
+
 def differences(ours: Outcomes, theirs: Outcomes) -> dict[str, tuple[float, float, float]]:
     """Returns the gains of `ours` over `theirs`, as {name: (gain, low end, high end)}.
 
@@ -76,11 +87,7 @@ def differences(ours: Outcomes, theirs: Outcomes) -> dict[str, tuple[float, floa
     `saved_per_problem` a fraction of the layers that `theirs` runs. Raises UserError if the
     problems differ.
     """
-    if ours.problems != theirs.problems:
-        raise UserError(
-            f"{ours.name} and {theirs.name} have different problems; evaluate both on the same "
-            "task, split and number of problems"
-        )
+    check_same_problems(ours, theirs)
     high, low = (1 - end for end in bootstrap_ratio(ours.layers_N, theirs.layers_N))
     fraction = [some.layers_N / some.layers for some in (ours, theirs)]
     return {
@@ -146,13 +153,12 @@ def read(evaluation: str) -> Outcomes:
             f"{', '.join(runs) or 'the policies of another evaluation, because it has none'}"
         )
     path, again = Path(directory) / PROBLEMS, "run the evaluation again, which writes it"
+    data = read_bytes(path, again)
     try:
-        with path.open(newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["policy"] == policy]
+        text = io.StringIO(data.decode(), newline="")
+        rows = [row for row in csv.DictReader(text) if row["policy"] == policy]
         names = [row["problem"] for row in rows]
         columns = [np.asarray([int(row[name]) for row in rows]) for name in FIELDS[2:]]
-    except FileNotFoundError:
-        raise MissingFile(f"{path} does not exist; {again}") from None
     except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise UserError(f"{path} is damaged ({error}); {again}") from None
     outcomes, run = Outcomes(evaluation, found.model.layers, names, *columns), runs[policy]
@@ -165,21 +171,18 @@ def read(evaluation: str) -> Outcomes:
     return outcomes
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if {"-h", "--help"} & set(arguments) or not arguments:
         print(__doc__.strip())
         return 0
-    try:
-        if len(arguments) != 2:
-            raise UserError(
-                f"{len(arguments)} evaluations were given, but two are compared; give exactly two, "
-                "each as DIR or DIR@POLICY"
-            )
-        print(comparison(*map(read, arguments)))
-    except (ValueError, OSError) as error:
-        print(f"jexit: {error}", file=sys.stderr)
-        return 1
+    if len(arguments) != 2:
+        raise UserError(
+            f"{len(arguments)} evaluations were given, but two are compared; give exactly two, "
+            "each as DIR or DIR@POLICY"
+        )
+    print(comparison(*map(read, arguments)))
     return 0
 
 

@@ -26,24 +26,21 @@ try:
     from jexit.evaluation.harness_model import BATCH_SIZE, JexitLM
 except ModuleNotFoundError as error:
     if __name__ == "__main__":
-        sys.exit(f"error: {error}")
+        sys.exit(f"jexit: {error}")
     raise
 
 import lm_eval
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, make_table, simple_parse_args_string
 
-from jexit.errors import UserError
-from jexit.io.files import write_json_atomic
+from jexit.errors import UserError, command
+from jexit.io.files import disk_errors, write_json_atomic
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
-    try:
-        results = evaluate(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    results = evaluate(options)
     print(make_table(results))
     if results.get("groups"):
         print(make_table(results, "groups"))
@@ -62,12 +59,13 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     """Runs the tasks that the command line requests and returns lm-eval's results.
 
     `options` is the parsed command line. If `options.output` is set, the results are also written
-    to this JSON file. Raises UserError or OSError if the model or a task does not exist, if a
+    to this JSON file. Raises UserError if the model or a task does not exist, if a
     setting is not valid, or if the file cannot be written.
     """
     target = pathlib.Path(options.output) if options.output else None
     if target:  # hours of work must not end at a path that cannot be written
-        target.parent.mkdir(parents=True, exist_ok=True)
+        with disk_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
         if target.is_dir() or not os.access(target.parent, os.W_OK):
             raise UserError(
                 f"--output={target} cannot be written, because it is a folder or lies in a folder "

@@ -8,19 +8,17 @@ from typing import Any
 
 from tqdm import tqdm
 
+from jexit.errors import UserError, missing_package
+
 try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
     from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        f"{error.name} is not installed; run pip install -e '.[eval]' in the checkout",
-        name=error.name,
-    ) from error
+    raise ModuleNotFoundError(missing_package(error.name, "eval"), name=error.name) from error
 
 from jexit.data.tokenizer import Tokenizer
-from jexit.errors import UserError
 from jexit.evaluation.loglikelihood import Scorer
 from jexit.io.model_dir import load
 from jexit.model.policies import Sample, check_policy, policy_of

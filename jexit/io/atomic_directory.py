@@ -12,8 +12,8 @@ import pathlib
 import shutil
 from collections.abc import Iterator
 
-from jexit.errors import UserError
-from jexit.io.files import DISK_FULL, disk_errors, disk_message, flush
+from jexit.errors import DISK_FULL, UserError, disk_message
+from jexit.io.files import disk_errors, flush
 
 
 @contextlib.contextmanager

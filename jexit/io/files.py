@@ -1,9 +1,8 @@
-"""Helpers for files: atomic writes, standard JSON, locks and messages for disk errors."""
+"""Helpers for files: atomic writes, standard JSON and locks."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import math
@@ -12,9 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from jexit.errors import UserError
-
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+from jexit.errors import UserError, disk_message
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -67,13 +64,6 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(disk_message(path, error)) from error
-
-
-def disk_message(path: Path, error: OSError) -> str:
-    """Returns an error message that says why `path` cannot be written, and what to do."""
-    remedy = "free some space" if error.errno in DISK_FULL else "make it writable"
-    reason = error.strerror or str(error)
-    return f"cannot write {path}: {reason}; {remedy}, or choose another place"
 
 
 def take_lock(file: IO[Any], remedy: str) -> bool:

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from jexit.errors import UserError
+from jexit.errors import UserError, missing_package
 from jexit.io.files import disk_errors, json_line, write_bytes_atomic
 from jexit.presets import LARGEST_COUNT
 from jexit.untrusted import read_json_lines
@@ -189,8 +189,8 @@ def import_wandb() -> Any:
         import wandb
     except ImportError as error:
         raise UserError(
-            "W&B logging is on, but the wandb package is not installed; run pip install wandb, or "
-            "set config.log.wandb_project=''"
+            f"W&B logging is on, but {missing_package('wandb', 'wandb')}, or set "
+            "config.log.wandb_project=''"
         ) from error
     return wandb
 

@@ -15,7 +15,14 @@ from flax import nnx, traverse_util
 
 import jexit
 from jexit.axes import Array
-from jexit.config import TRAINED_UNDER, Execution, ExitSettings, LoRA, check_exits
+from jexit.config import (
+    TRAINED_UNDER,
+    Execution,
+    ExitSettings,
+    LoRA,
+    check_exits,
+    check_rising,
+)
 from jexit.data.tokenizer import Tokenizer, token_ids
 from jexit.dist import is_primary, whole
 from jexit.errors import UserError
@@ -23,7 +30,7 @@ from jexit.io.array_store import ArrayStore
 from jexit.io.atomic_directory import atomic_directory
 from jexit.io.files import write_json
 from jexit.io.finite import all_finite
-from jexit.io.model_source import FORMAT_VERSION, MODEL_FILE, ModelSource, check_rising, open_model
+from jexit.io.model_source import FORMAT_VERSION, MODEL_FILE, ModelSource, open_model
 from jexit.model.exits import ExitParam
 from jexit.model.lora import LoRAParam
 from jexit.model.transformer import Transformer
@@ -241,7 +248,7 @@ def _exits_to_use(
     source: ModelSource, wanted: tuple[int, ...], head: ExitSettings | None
 ) -> tuple[tuple[int, ...], ExitSettings]:
     stored, kept, layers = source.exit_layers, source.exit_head, source.architecture.layers
-    check_rising(wanted, layers, "config.exits.layers is")
+    check_rising(wanted, layers)
     if not stored:
         if not wanted and 1 < layers <= 5:
             wanted = (layers // 2,)

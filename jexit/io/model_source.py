@@ -14,13 +14,11 @@ import dataclasses
 import os
 import pathlib
 import re
-import reprlib
-from typing import Any
 
 import numpy as np
 
 import jexit
-from jexit.config import COMMANDS, TINY_PRESET, ExitSettings, LoRA
+from jexit.config import COMMANDS, TINY_PRESET, ExitSettings, LoRA, check_rising
 from jexit.data.tokenizer import Tokenizer, token_ids
 from jexit.errors import MissingFile, UserError
 from jexit.io.hf_config import (
@@ -161,7 +159,8 @@ def open_model(path: str | os.PathLike[str], above: tuple[pathlib.Path, ...] = (
     if not _is_own(directory) and (directory / EXIT_CONFIG).exists():
         layers, head = read_exit_config(directory)
         source = dataclasses.replace(source, exit_layers=layers, exit_head=head)
-    check_rising(source.exit_layers, source.architecture.layers, f"{directory} has exit heads at")
+    layers = source.architecture.layers
+    check_rising(source.exit_layers, layers, f"{directory} has exit heads at")
     return source
 
 
@@ -240,19 +239,6 @@ def _difference(stored: Architecture, found: Architecture) -> str:
     ours, theirs = stored.to_dict(), found.to_dict()
     key = next(key for key in ours if ours[key] != theirs[key])
     return f"{key} is {theirs[key]} instead of {ours[key]}"
-
-
-def check_rising(exits: tuple[Any, ...], layers: int, what: str) -> None:
-    """Raises UserError unless `exits` are rising layer numbers from 1 to `layers` − 1, or empty.
-
-    The error message begins with `what`.
-    """
-    rising = all(isinstance(e, int) for e in exits) and list(exits) == sorted(set(exits))
-    if not rising or (exits and not 1 <= exits[0] <= exits[-1] < layers):
-        raise UserError(
-            f"{what} {reprlib.repr(exits)}, but exits must be rising layer numbers from 1 to "
-            f"{layers - 1}; choose such layers"
-        )
 
 
 def find_model(path: str | os.PathLike[str]) -> pathlib.Path:

@@ -23,6 +23,18 @@ class Chunks(NamedTuple):
     vocab: int
 
 
+class Requested(NamedTuple):
+    """The sizes of a tile that a caller requests; None leaves a size as the platform has it."""
+
+    tokens: int | None
+    vocab: int | None
+
+    def override(self, chunks: Chunks) -> Chunks:
+        """Returns `chunks` with the requested sizes."""
+        tokens = chunks.tokens if self.tokens is None else self.tokens
+        return Chunks(tokens, self.vocab or chunks.vocab)
+
+
 class TileLimits(NamedTuple):
     """A platform's limits for a tile: the number of float32 logits, and of vocabulary entries."""
 
@@ -54,11 +66,6 @@ def choose_chunks(tokens: int, vocab: int, sets: int) -> Chunks:
 def _with_tokens(chunk_vocab: int, tokens: int, sets: int) -> Chunks:
     fitting = _limits().size // (sets * chunk_vocab)
     return Chunks(max(1, min(fitting, tokens)), chunk_vocab)
-
-
-def override(chunks: Chunks, tokens: int | None, vocab: int | None) -> Chunks:
-    """Returns `chunks` with its sizes set to `tokens` and `vocab`; None leaves a size unchanged."""
-    return Chunks(chunks.tokens if tokens is None else tokens, vocab or chunks.vocab)
 
 
 def slice_head(head_VD: jax.Array, start: jax.Array | int, size: int) -> jax.Array:

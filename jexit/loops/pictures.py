@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import sys
 import traceback
 
 from jexit.errors import UserError
 from jexit.report.page import write_report
-from jexit.report.runs import read_run
+from jexit.report.runs import read_runs
 from jexit.report.training_curves import write_charts
 
 
@@ -17,13 +18,15 @@ def draw(workdir: pathlib.Path) -> str:
 
     An error is reported on stderr and does not end the run, whose results are already on disk.
     """
+    runs = functools.cache(lambda: read_runs([workdir]))
 
     def plots() -> str:
-        written = write_charts(read_run(workdir))
+        (run,) = runs()
+        written = write_charts(run)
         return f"{len(written)} plots in {workdir / 'plots'}" if written else ""
 
     def report() -> str:
-        return str(write_report([workdir]))
+        return str(write_report(runs()))
 
     done = []
     for what, write in (("the plots were", plots), ("the report was", report)):

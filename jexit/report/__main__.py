@@ -12,10 +12,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from jexit.report.page import write_page
+from jexit.errors import command, say
+from jexit.report.page import write_report
 from jexit.report.runs import read_runs
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m jexit.report",
@@ -25,14 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="directory of a run")
     parser.add_argument("--output", help="file of the page; default: report.html in the first run")
     arguments = parser.parse_args(argv)
-    try:
-        runs = read_runs(arguments.workdirs)
-        for note in (note for run in runs for note in run.notes):
-            print(f"jexit: {note}", file=sys.stderr)
-        path = write_page(runs, arguments.output)
-    except ValueError as error:
-        print(f"jexit: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+    runs = read_runs(arguments.workdirs)
+    for note in (note for run in runs for note in run.notes):
+        say(note)
+    path = write_report(runs, arguments.output)
     print(f"Wrote {path}")
     return 0
 

@@ -98,12 +98,17 @@ def _point(chart: Chart, result: PolicyResult, classes: str, run: str) -> None:
     if result.depth_fraction_ci95 is not None:
         chart.across(result.depth_fraction_ci95, y, classes)
     chart.upright(x, result.accuracy_ci95, classes)
-    shape = SHAPES.get(result.kind, "circle")
     told = (
         f"{run}{', ' if run else ''}{result.policy}: {per_cent(y)} correct "
         f"({interval(result.accuracy_ci95)}) at {per_cent(x)} of the layers"
     )
-    chart.point(x, y, f"open-{shape}" if result.is_control else shape, classes, told)
+    chart.point(x, y, policy_marker(result.policy, result.is_control), classes, told)
+
+
+def policy_marker(policy: str, is_control: bool) -> str:
+    """Returns the shape of a policy's marker, which is hollow for a control."""
+    shape = SHAPES.get(policy.partition(":")[0], "circle")
+    return f"open-{shape}" if is_control else shape
 
 
 def histograms(run: ReportedRun) -> list[Chart]:

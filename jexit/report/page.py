@@ -8,6 +8,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from jexit.config import CHAIN_MEASURES
 from jexit.errors import UserError
 from jexit.io.files import write_bytes_atomic
 from jexit.report import evaluation_charts, tables
@@ -15,26 +16,18 @@ from jexit.report.charts import Chart
 from jexit.report.colours import page_colours
 from jexit.report.heat_maps import heat_maps
 from jexit.report.rendering import asset, render
-from jexit.report.runs import ReportedRun, read_runs
+from jexit.report.runs import ReportedRun
 from jexit.report.training_curves import OTHER, training_charts
 
 REPORT_FILE = "report.html"
 
 
-def write_report(
-    workdirs: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str] | None = None
-) -> Path:
+def write_report(runs: Sequence[ReportedRun], output: str | os.PathLike[str] | None = None) -> Path:
     """Writes the report on one run, or on several runs side by side, and returns its path.
 
-    The default `output` is `report.html` in the first of `workdirs`. The same files always give the
-    same page, byte for byte. Raises UserError, without writing anything, if a directory contains
-    nothing to report, if a file in it is invalid, or if the page cannot be written.
+    The default `output` is `report.html` in the directory of the first run. The same runs always
+    give the same page, byte for byte. Raises UserError if the page cannot be written.
     """
-    return write_page(read_runs(workdirs), output)
-
-
-def write_page(runs: Sequence[ReportedRun], output: str | os.PathLike[str] | None = None) -> Path:
-    """Writes the report on runs that have already been read; see `write_report`."""
     path = runs[0].workdir / REPORT_FILE if output is None else Path(output)
     if path.is_dir():
         raise UserError(
@@ -54,6 +47,7 @@ def page(runs: Sequence[ReportedRun]) -> Markup:
         training=training(runs),
         heat_maps=[(run, shown) for run in runs if (shown := heat_maps(run)) is not None],
         has_hazards=any(shown.hazards for run in runs for shown in run.completions),
+        chain_measures=CHAIN_MEASURES,
         charts=evaluation_charts,
         tables=tables,
         drawn=drawn,

@@ -190,7 +190,7 @@ def main_results(runs: Sequence[ReportedRun]) -> Markup | None:
         ("share of layers", lambda r: per_cent(r.depth_fraction)),
         ("mean depth", lambda r: number(r.depth_mean)),
         ("tokens", lambda r: number(r.completion_length, 1)),
-        ("layers a problem", lambda r: number(r.layers_per_problem, 1)),
+        ("layers per problem", lambda r: number(r.layers_per_problem, 1)),
         _problems,
     )
     caption = (
@@ -224,7 +224,7 @@ def policies(run: ReportedRun) -> Markup:
         *_estimate("share of layers", "depth_fraction"),
         ("compute", lambda r: per_cent(r.compute_fraction)),
         ("tokens", lambda r: number(r.completion_length, 1)),
-        *_estimate("layers a problem", "layers_per_problem", number, digits=1),
+        *_estimate("layers per problem", "layers_per_problem", number, digits=1),
         ("cut off", lambda r: per_cent(r.truncated)),
         ("tokens/s", lambda r: number(r.tokens_per_second, 0)),
         ("s/problem", lambda r: number(r.seconds_per_problem, 3)),

@@ -64,7 +64,7 @@ PANELS: Mapping[str, Sequence[Panel]] = {
     "training": (
         Panel("Accuracy", "correct answers", {"accuracy": "accuracy"}, True),
         Panel("Depth", MEAN_DEPTH, {"depth/fraction": "mean depth"}, True),
-        Panel("Layers a problem", "layers run for a completion", {"layers/problem": "layers"}),
+        Panel("Layers per problem", "layers run for a completion", {"layers/problem": "layers"}),
     ),
     "reward": (
         Panel(

@@ -157,7 +157,7 @@ class Ticks:
         # the end of its continuation.
         at, cache = self._fill(at, pool.cache, draws_B)
         token_B, logprob_B, depth_logprob_B = jax.lax.cond(
-            jnp.any(draws_B), self._draw, lambda at: _nothing_drawn(at), at
+            jnp.any(draws_B), self._draw, _nothing_drawn, at
         )
         ends_B, z_BE = self.draws.ends(token_B), None
         if self.hazards:

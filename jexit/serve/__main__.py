@@ -4,8 +4,8 @@
                           [--policy=threshold:0.5] [--max-prompt-tokens=N] [--max-new-tokens=N]
                           [--rows=N] [--max-waiting=N]
 
-Needs the extra `serve` (`pip install 'jexit[serve]'`). `POST /v1/chat/completions` and
-`/v1/completions` accept the requests of OpenAI's clients, streamed or not, with the additional
+Needs the extra `serve` (`pip install -e '.[serve]'` in the checkout). `POST /v1/chat/completions`
+and `/v1/completions` accept the requests of OpenAI's clients, streamed or not, with the additional
 fields `policy`, `top_k`, `min_p` and `hazards`. Each choice of a response has `depths`, the number
 of layers run for each token. `/` is a page to try the model; `/health` and `/metrics` are for
 monitoring. The requests of all clients are decoded together in one pool.
@@ -26,12 +26,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from jexit.errors import UserError
+from jexit.errors import UserError, command, missing_package
 
 SHUTDOWN = 300  # seconds that answers may take to end after a signal
 KEY_VARIABLE = "JEXIT_API_KEY"
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
@@ -39,12 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         import starlette  # noqa: F401
         import uvicorn
     except ModuleNotFoundError as error:
-        print(
-            f"jexit: {error.name} is not installed, but the server needs it; run "
-            "pip install 'jexit[serve]'",
-            file=sys.stderr,
-        )
-        return 1
+        raise UserError(missing_package(error.name, "serve")) from error
     try:
         with contextlib.closing(_listening(arguments.host, arguments.port)) as listening:
             server = _server(arguments)
@@ -67,9 +63,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 signal.signal(number, _ended)  # uvicorn finishes its answers, then raises it again
             uvicorn.Server(config).run(sockets=[listening])
             server.opened.pool.close()
-    except UserError as error:
-        print(f"jexit: {' '.join(str(error).split())}", file=sys.stderr)
-        return error.exit_code
     except KeyboardInterrupt:  # while the programs are compiled
         return 130
     return 0 if server.opened.pool.failure is None else 1

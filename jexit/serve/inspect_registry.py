@@ -4,7 +4,8 @@
 
 `--model jexit/DIR` decodes the model directory DIR in Inspect's own process. `-M` sets `policy`,
 `max_prompt_tokens`, `max_new_tokens` and `rows`, as for `python -m jexit.serve`. The depth of every
-token is in the metadata of each output. Needs `pip install inspect_ai`.
+token is in the metadata of each output. Needs the extra `inspect`
+(`pip install -e '.[inspect]'` in the checkout).
 """
 
 from __future__ import annotations

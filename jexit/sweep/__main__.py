@@ -33,52 +33,45 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from jexit.errors import INTERRUPTED, UserError
+from jexit.errors import INTERRUPTED, UserError, command, say
 from jexit.sweep.plan import Sweep
 from jexit.sweep.runner import Runner
-from jexit.sweep.summary import summary
-from jexit.sweep.tables import write_csv
+from jexit.sweep.summary import summary, write_csv
 
 TABLE = "table.csv"
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if {"-h", "--help"} & set(arguments) or not arguments:
         print(__doc__.strip())
         return 0
-    try:
-        sweep = Sweep.parse(arguments)
-        cells = sweep.cells()
-        runner = None if sweep.table_only else Runner(sweep)
-        sweep.begun(cells)
-        failed = []
-        if runner:
-            for cell in cells:
-                sweep.check_settings(cell)
-            failed = runner.run(cells)
-        begun = sweep.begun(cells)  # also what another command began meanwhile
-        finished = [cell for cell in begun if cell.finished]
-        if sweep.table_only and not finished:
-            raise UserError(
-                f"none of the {len(begun)} runs in {sweep.into} has finished, so a table cannot be "
-                "made; run the command without --table_only"
-            )
-        if finished:
-            rows = [(cell.settings, cell.numbers()) for cell in finished]
-            write_csv(sweep.into / TABLE, rows)
-            print(f"Wrote {sweep.into / TABLE}: {len(finished)} of {len(begun)} runs")
-            print(summary(rows))
-    except (ValueError, OSError) as error:
-        print(f"jexit: {error}", file=sys.stderr)
-        return 1
-    for line in failed:
-        print(f"jexit: {line}", file=sys.stderr)
-    if runner and runner.stopped:
-        print(
-            f"jexit: stopped by {runner.stopped}; run the same command again to continue",
-            file=sys.stderr,
+    sweep = Sweep.parse(arguments)
+    cells = sweep.cells()
+    runner = None if sweep.table_only else Runner(sweep)
+    sweep.begun(cells)
+    failed = []
+    if runner:
+        for cell in cells:
+            sweep.check_settings(cell)
+        failed = runner.run(cells)
+    begun = sweep.begun(cells)  # also what another command began meanwhile
+    finished = [cell for cell in begun if cell.finished]
+    if sweep.table_only and not finished:
+        raise UserError(
+            f"none of the {len(begun)} runs in {sweep.into} has finished, so a table cannot be "
+            "made; run the command without --table_only"
         )
+    if finished:
+        rows = [(cell.settings, cell.numbers()) for cell in finished]
+        write_csv(sweep.into / TABLE, rows)
+        print(f"Wrote {sweep.into / TABLE}: {len(finished)} of {len(begun)} runs")
+        print(summary(rows))
+    for line in failed:
+        say(line)
+    if runner and runner.stopped:
+        say(f"stopped by {runner.stopped}; run the same command again to continue")
         return INTERRUPTED
     return 1 if failed else 0
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import IO
 
 from jexit.errors import UserError
-from jexit.io.files import take_lock
+from jexit.io.files import disk_errors, take_lock
 from jexit.sweep.plan import Cell, Sweep
 
 HANDED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -66,14 +66,15 @@ class Runner:
             process.send_signal(signal.SIGTERM)
 
     def _cell(self, cell: Cell, cores: Sequence[int]) -> str | None:
-        cell.log.parent.mkdir(parents=True, exist_ok=True)
+        with disk_errors(cell.log):
+            cell.log.parent.mkdir(parents=True, exist_ok=True)
         with open(cell.log, "a") as log:
             try:
                 # The runs inherit the lock with the log file, so the lock is held as long as one of
                 # them lives, even if the sweep has ended.
                 if not take_lock(log, "choose an --into on another file system"):
                     return f"{cell.name} is being run by another command; wait for it, or stop it"
-            except ValueError as error:
+            except UserError as error:
                 return str(error)
             commands = self.sweep.commands(cell)
             while not self.stopped and (arguments := next(commands, None)):

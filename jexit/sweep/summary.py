@@ -1,12 +1,19 @@
-"""Formats the table that a sweep prints at its end: means over seeds, with their range."""
+"""Writes the results of a sweep's runs as a CSV file, and formats their means over seeds."""
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 import math
+import pathlib
 from collections.abc import Mapping, Sequence
 
+from jexit.io.files import write_bytes_atomic
+
 SEED = "seed"
+
+Row = tuple[Mapping[str, str], Mapping[str, float]]  # a run's settings and numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,24 +50,40 @@ class Column:
 COLUMNS: Mapping[str, Column] = {
     "accuracy before": Column("before/accuracy"),
     "depth before": Column("before/depth_fraction"),
-    "layers a problem before": Column("before/layers_per_problem", share=False),
+    "layers per problem before": Column("before/layers_per_problem", share=False),
     "accuracy after": Column("after/accuracy"),
     "depth after": Column("after/depth_fraction"),
-    "layers a problem after": Column("after/layers_per_problem", share=False),
+    "layers per problem after": Column("after/layers_per_problem", share=False),
     "accuracy": Column("sample/accuracy"),
     "depth": Column("sample/depth_fraction"),
-    "layers a problem": Column("sample/layers_per_problem", share=False),
+    "layers per problem": Column("sample/layers_per_problem", share=False),
     "accuracy at full depth": Column("full/accuracy"),
     "over one exit": Column("sample less fixed:matched/accuracy_difference"),
     "over shuffled": Column("sample less shuffled/accuracy_difference"),
 }
 
 
-def summary(rows: Sequence[tuple[Mapping[str, str], Mapping[str, float]]]) -> str:
+def write_csv(path: pathlib.Path, rows: Sequence[Row]) -> None:
+    """Writes a header and one row per run: its settings, then the numbers that any run has.
+
+    A number that a run lacks is an empty cell. There must be at least one run, and all runs must
+    have the same settings.
+    """
+    columns = list(dict.fromkeys(column for _, numbers in rows for column in numbers))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*rows[0][0], *columns])
+    for settings, numbers in rows:
+        cells = (f"{numbers[column]:.6g}" if column in numbers else "" for column in columns)
+        writer.writerow([*settings.values(), *cells])
+    write_bytes_atomic(path, text.getvalue().encode())
+
+
+def summary(rows: Sequence[Row]) -> str:
     """Returns a table of the results of a sweep, with means over seeds.
 
-    `rows` contains the settings and the numbers of each run. Runs whose settings differ only in the
-    seed share a line. The columns are the settings and the entries of `COLUMNS` that any run has.
+    Runs whose settings differ only in the seed share a line. The columns are the settings and the
+    entries of `COLUMNS` that any run has.
     """
     settings = [key for key in rows[0][0] if key != SEED]
     groups: dict[tuple[str, ...], list[Mapping[str, float]]] = {}

@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from jexit.errors import MissingFile, UserError
+from jexit.errors import MissingFile, UserError, missing_package
 from jexit.settings import is_unicode, shown
 from jexit.tasks.base import (
     Attempt,
@@ -304,8 +304,7 @@ def _hub_rows(reference: str, source: Source) -> Sequence[Mapping[str, Any]]:
         import datasets
     except ImportError as error:
         raise UserError(
-            f"{reference} needs the datasets library, which is not installed; run pip install "
-            "'jexit[hub]'"
+            f"{reference} cannot be loaded, because {missing_package('datasets', 'hub')}"
         ) from error
     name, _, config = reference.removeprefix("hf:").partition(":")
     split = _HUB_SPLITS.get(source, "train")

@@ -8,7 +8,7 @@ trained model under `--policy`, the initial model at full depth, and the initial
 transformers (exported by convert.to_hf, float32, as many threads as XLA has). Each gets `--batch`
 problems at once: transformers batch after batch, jexit out of a pool of `--pool` batches. Prefill
 is counted; compilation is not. Prints seconds a problem as ratios to transformers (medians over the
-turns), with accuracy, tokens and layers a problem. Exits 1 if transformers and jexit do not write
+turns), with accuracy, tokens and layers per problem. Exits 1 if transformers and jexit do not write
 the same answers at full depth.
 """
 
@@ -112,7 +112,7 @@ def main() -> None:
     print(
         f"\n{len(problems)} problems of {arguments.task}, {arguments.batch} at once, greedy tokens"
     )
-    print(f"{'':<24}{'time a problem':>16}{'correct':>9}{'tokens':>8}{'layers a problem':>18}")
+    print(f"{'':<24}{'time per problem':>18}{'correct':>9}{'tokens':>8}{'layers per problem':>20}")
     for label in runs:
         ratio = float(np.median(seconds[label][:, 0] / seconds["transformers"][:, 0]))
         answers = [tokenizer.decode(text) for text in texts[label]]
@@ -120,7 +120,7 @@ def main() -> None:
         correct = np.mean([task.verify(problem, answer).correct for problem, answer in pairs])
         tokens = np.mean([len(text) for text in texts[label]])
         depth = "" if layers[label] is None else f"{layers[label]:.1f}"
-        print(f"{label:<24}{ratio:>16.2f}{correct:>9.1%}{tokens:>8.1f}{depth:>18}")
+        print(f"{label:<24}{ratio:>18.2f}{correct:>9.1%}{tokens:>8.1f}{depth:>20}")
     equal = np.mean([a == b for a, b in zip(*list(texts.values())[:2], strict=True)])
     print(f"equal answers of transformers and jexit at full depth: {equal:.1%}", flush=True)
     sys.exit(0 if equal > 0.98 else 1)

@@ -83,7 +83,7 @@ def refuses(capsys, tmp_path):
         assert main([f"--source={source}", f"--target={target}", *options]) != 0
         out, err = capsys.readouterr()
         assert out == ""
-        assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
+        assert err.startswith("jexit: ") and err.count("\n") == 1 and "Traceback" not in err
         assert sorted(tmp_path.rglob("*")) == before
         return err
 

@@ -54,7 +54,7 @@ def refusal(capsys, *argv):
     """What the command says when it fails: one sentence, nothing on stdout."""
     assert prepare.main(["gsm8k", *map(str, argv)]) == 1
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+    assert out == "" and err.startswith("jexit: ") and err.count("\n") == 1
     return err
 
 

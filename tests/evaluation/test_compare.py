@@ -84,7 +84,7 @@ def test_what_cannot_be_compared_is_one_sentence(tmp_path, capsys):
     for places, sentence in [
         ([one], "1 evaluations were given, but two are compared"),
         ([one, f"{one}@sample"], "has no results of the policy 'sample'; use one of full"),
-        ([one, other], "have different problems; evaluate both on the same task, split and number"),
+        ([one, other], "have different problems; evaluate them on the same task, split and number"),
         ([one, fewer], "have different problems"),
         ([one, old], "problems.csv does not exist; run the evaluation again"),
         ([one, torn], "problems.csv is damaged"),
@@ -167,4 +167,4 @@ def test_several_seeds_of_a_setting_have_intervals_over_runs_and_problems(tmp_pa
         json.dumps({"settings": {"rl.depth_coef": "1", "seed": "1"}, "run": None, "eval": []})
     )
     assert collect.main([str(sweep), str(target)]) == 1
-    assert "evaluate all runs of a study on the same task" in capsys.readouterr().err
+    assert "evaluate them on the same task" in capsys.readouterr().err

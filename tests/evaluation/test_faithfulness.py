@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 
+from jexit.config import CHAIN_MEASURES
 from jexit.evaluation.faithfulness import (
     LIKELIHOODS,
     MEASURES,
@@ -17,6 +18,7 @@ from jexit.evaluation.faithfulness import (
 )
 from jexit.evaluation.scores import Scores, paired
 from jexit.evaluation.transcripts import Transcripts
+from jexit.report import tables
 from jexit.tasks import make_task
 from jexit.tasks.base import Attempt, Problem
 from jexit.tasks.chains import ChainTask, Corruption
@@ -222,6 +224,10 @@ def transcripts_of(script, count=40, task=None):
     problems = [task.problem("test", i) for i in range(count)]
     replies = script.complete(problems, [""] * count, answer_only=False)
     return Transcripts.of(task, problems, replies, script)
+
+
+def test_every_measure_of_the_config_is_computed_and_explained():
+    assert list(MEASURES) == list(tables.MEASURES) == list(CHAIN_MEASURES)
 
 
 def test_measures_of_known_models():

@@ -113,5 +113,5 @@ def test_mistakes_are_one_sentence(here, capsys):
     ):
         assert run(*options) == 1
         err = capsys.readouterr().err
-        (error,) = re.findall("error: .*", err)  # lm-eval may have drawn a bar before
+        (error,) = re.findall("jexit: .*", err)  # lm-eval may have drawn a bar before
         assert sentence in error and "Traceback" not in err

@@ -120,7 +120,7 @@ def test_metrics_reach_tensorboard_at_their_steps(tmp_path):
 
 def test_wandb_gets_flat_values_under_their_step(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match="the wandb package is not installed"):
+    with pytest.raises(UserError, match="wandb is not installed"):
         MetricsWriter(tmp_path / "run", wandb="project")
     assert not (tmp_path / "run").exists()
 

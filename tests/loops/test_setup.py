@@ -184,7 +184,7 @@ def test_what_was_measured_before_is_read_as_it_was_written(tmp_path):
         path.write_text(text)
         with pytest.raises(ValueError, match=words):
             Stage.measure_before(stage)
-    # A file of before there were layers a problem has them.
+    # A file of before there were layers per problem has them.
     figures = policy_figures("sample", random.Random(0))
     figures.pop("layers_per_problem", None)
     path.write_text(json.dumps(figures))

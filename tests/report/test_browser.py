@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from jexit.report.page import write_report
-from jexit.report.runs import read_run
+from jexit.report.runs import read_run, read_runs
 from jexit.report.training_curves import write_charts
 from report_files import EXITS, LAYERS, completions, write_evaluated, write_trained
 
@@ -29,8 +29,8 @@ def reports(tmp_path_factory, trained):
     several = [trained, write_trained(root / "b", seed=1), evaluated]
     several.append(write_evaluated(root / "other", 1))
     return {
-        "eval": write_report([evaluated]),
-        "several": write_report(several, root / "several.html"),
+        "eval": write_report(read_runs([evaluated])),
+        "several": write_report(read_runs(several), root / "several.html"),
     }
 
 

@@ -122,7 +122,7 @@ def test_cards_and_tables_say_what_the_evaluation_says(evaluated):
     assert set(column(rows, "strict / lenient / wrong / none")) == {"240 / 3 / 12 / 1"}
     assert set(column(rows, "s/problem")) == {f"{12.5 / 4321:.3f}"}
     layers = [f"{r['layers_per_problem']:.1f}" for r in value["runs"]]
-    assert column(rows, "layers a problem") == layers
+    assert column(rows, "layers per problem") == layers
     rows = rows_of(evaluated, "Policy minus control")
     assert rows[1][:6] == [
         "sample", "shuffled", "+62.0", "+56.0 to +68.0", "+0.1", "−1.0 to +1.2",
@@ -242,7 +242,8 @@ def test_it_is_written_beside_the_first_run_or_elsewhere_and_always_the_same(
     assert capsys.readouterr().out == f"Wrote {path}\n"
     assert not (workdirs["eval"] / "report.html").exists()
     assert not list(workdirs["rl"].glob(".*partial"))
-    again = write_report([workdirs["rl"], workdirs["eval"]], tmp_path / "new" / "page.html")
+    runs = read_runs([workdirs["rl"], workdirs["eval"]])
+    again = write_report(runs, tmp_path / "new" / "page.html")
     assert again.read_bytes() == path.read_bytes()
     (tmp_path / "file").write_text("")
     for output, why in (

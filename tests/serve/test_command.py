@@ -224,4 +224,4 @@ def test_a_signal_lets_answers_end_and_refuses_new_ones():
 def test_without_the_extra_it_names_it(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert serve.main([f"--model={MODEL}"]) == 1
-    assert "pip install 'jexit[serve]'" in capsys.readouterr().err
+    assert "pip install -e '.[serve]' in the checkout" in capsys.readouterr().err

@@ -26,19 +26,18 @@ def exit_kl(
     """
     if h_final_ND.shape[0] == 0:
         return reference.exit_kl(h_final_ND, h_exits_END, head_VD)
-    of_all = partial(_of_all, chunk_tokens, chunk_vocab)
+    of_all = partial(_of_all, tiles.Requested(chunk_tokens, chunk_vocab))
     return tiled.exit_kl(of_all, h_final_ND, h_exits_END, head_VD)
 
 
 def _of_all(
-    chunk_tokens: int | None,
-    chunk_vocab: int | None,
+    requested: tiles.Requested,
     h_final_ND: jax.Array,
     h_exits_END: jax.Array,
     head_VD: jax.Array,
 ) -> ExitKLStatistics:
     (tokens, _), vocab, sets = h_final_ND.shape, head_VD.shape[0], 1 + h_exits_END.shape[0]
-    chunks = tiles.override(tiles.choose_chunks(tokens, vocab, sets), chunk_tokens, chunk_vocab)
+    chunks = requested.override(tiles.choose_chunks(tokens, vocab, sets))
 
     def of_chunk(h_NSD: jax.Array) -> ExitKLStatistics:
         h_SND = jnp.moveaxis(h_NSD, 1, 0)

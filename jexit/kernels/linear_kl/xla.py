@@ -24,15 +24,6 @@ from jexit.kernels.linear_kl.statistics import FinishedKL, KLStatistics
 from jexit.kernels.shards import Shards
 
 
-class _ChunkedKLStatic(NamedTuple):
-    direction: str
-    chunk_tokens: int | None
-    chunk_vocab: int | None
-
-    def override(self, chunks: tiles.Chunks) -> tiles.Chunks:
-        return tiles.override(chunks, self.chunk_tokens, self.chunk_vocab)
-
-
 class _RowSums(NamedTuple):
     """Weighted sums [N, D] of the rows of the head; those that are not needed are None.
 
@@ -68,25 +59,24 @@ def linear_kl(
     arguments = (h_student_ND, h_teacher_ND, head_VD, head_teacher_VD)
     if h_student_ND.shape[0] == 0:
         return reference.linear_kl(*arguments, direction=direction)
-    static = _ChunkedKLStatic(direction, chunk_tokens, chunk_vocab)
+    requested = tiles.Requested(chunk_tokens, chunk_vocab)
     if Shards.current(head_VD.shape[0]).divides:
-        return tiled.linear_kl(_tiled(static), *arguments, direction)
-    return _linear_kl(static, *arguments)
+        functions = tiled.TiledKL(partial(_of_all, requested), partial(_gradients, requested))
+        return tiled.linear_kl(functions, *arguments, direction)
+    return _linear_kl(requested, direction, *arguments)
 
 
-def _tiled(static: _ChunkedKLStatic) -> tiled.TiledKL:
-    return tiled.TiledKL(partial(_of_all, static), partial(_gradients, static))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _linear_kl(requested: tiles.Requested, direction: str, *arguments: Any) -> jax.Array:
+    return statistics.finish(_of_all(requested, direction, *arguments)).kl
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _linear_kl(static: _ChunkedKLStatic, *arguments: Any) -> jax.Array:
-    return statistics.finish(_of_all(static, static.direction, *arguments)).kl
-
-
-def _forward(static: _ChunkedKLStatic, *arguments: Any) -> tuple[jax.Array, tuple[Any, ...]]:
+def _forward(
+    requested: tiles.Requested, direction: str, *arguments: Any
+) -> tuple[jax.Array, tuple[Any, ...]]:
     """Returns the KL [N] of N tokens in nats, and the residuals for `_backward`.
 
-    This is the forward rule of the custom VJP `_linear_kl`, with the KL in `static.direction`.
+    This is the forward rule of the custom VJP `_linear_kl`, with the KL in `direction`.
     Because of `symbolic_zeros`, each argument is a pair: `value` is the array, and `perturbed` is
     True if it is differentiated. The residuals are (derivative of each KL with respect to the
     student's hidden state, None, None) or, if the head is differentiated, (None, arrays,
@@ -96,14 +86,14 @@ def _forward(static: _ChunkedKLStatic, *arguments: Any) -> tuple[jax.Array, tupl
     values = tuple(None if pair is None else pair.value for pair in arguments)
     h_student_ND, h_teacher_ND, *heads = values
     if head_trains:
-        finished = statistics.finish(_of_all(static, static.direction, *values))
+        finished = statistics.finish(_of_all(requested, direction, *values))
         return finished.kl, (None, values, finished)
 
     # The weights of the head's rows are a third tile, as large as each of the two tiles of logits.
-    chunks = static.override(tiles.choose_chunks(h_student_ND.shape[0], heads[0].shape[0], 3))
+    chunks = requested.override(tiles.choose_chunks(h_student_ND.shape[0], heads[0].shape[0], 3))
 
     def of_chunk(*hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
-        total = _of_chunk(static.direction, *hidden, tuple(heads), chunks.vocab, with_gradient=True)
+        total = _of_chunk(direction, *hidden, tuple(heads), chunks.vocab, with_gradient=True)
         unit_ND = _unit(total).astype(h_student_ND.dtype)
         return statistics.finish(total.statistics).kl[:, 0], unit_ND
 
@@ -112,7 +102,7 @@ def _forward(static: _ChunkedKLStatic, *arguments: Any) -> tuple[jax.Array, tupl
 
 
 def _backward(
-    static: _ChunkedKLStatic, residuals: tuple[Any, ...], g_N: jax.Array
+    requested: tiles.Requested, direction: str, residuals: tuple[Any, ...], g_N: jax.Array
 ) -> tuple[Any, ...]:
     unit_ND, arguments, finished = residuals
     live_N1 = (g_N != 0)[:, None]  # a row that the loss masks out must not bring in its NaN
@@ -121,8 +111,8 @@ def _backward(
         return dh_ND, None, None, None
     h_student_ND, h_teacher_ND, head_VD, head_teacher_VD = arguments
     dh_ND, dhead_VD = _gradients(
-        static,
-        static.direction,
+        requested,
+        direction,
         jnp.where(live_N1, h_student_ND, 0),
         h_teacher_ND,
         head_VD,
@@ -138,14 +128,14 @@ _linear_kl.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _of_all(
-    static: _ChunkedKLStatic,
+    requested: tiles.Requested,
     direction: str,
     h_student_ND: jax.Array,
     h_teacher_ND: jax.Array,
     *heads: jax.Array | None,
 ) -> KLStatistics:
     """Returns the statistics [N] of all tokens over the whole vocabulary of the heads."""
-    chunks = static.override(tiles.choose_chunks(h_student_ND.shape[0], heads[0].shape[0], 2))
+    chunks = requested.override(tiles.choose_chunks(h_student_ND.shape[0], heads[0].shape[0], 2))
 
     def of_chunk(*hidden: jax.Array) -> KLStatistics:
         total = _of_chunk(direction, *hidden, heads, chunks.vocab)
@@ -155,7 +145,7 @@ def _of_all(
 
 
 def _gradients(
-    static: _ChunkedKLStatic,
+    requested: tiles.Requested,
     direction: str,
     h_student_ND: jax.Array,
     h_teacher_ND: jax.Array,
@@ -187,7 +177,7 @@ def _gradients(
 
     arguments = (h_student_ND, h_teacher_ND, finished, g_N)
     chunks = tiles.choose_chunks(h_student_ND.shape[0], head_VD.shape[0], 2)
-    return tiles.gradients(dlogits, arguments, head_VD, static.override(chunks), head_dtype)
+    return tiles.gradients(dlogits, arguments, head_VD, requested.override(chunks), head_dtype)
 
 
 def _logits(

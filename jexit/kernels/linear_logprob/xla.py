@@ -24,14 +24,6 @@ from jexit.kernels.linear_logprob.statistics import (
 from jexit.kernels.shards import Shards
 
 
-class _ChunkedLogprobStatic(NamedTuple):
-    chunk_tokens: int | None
-    chunk_vocab: int | None
-
-    def override(self, chunks: tiles.Chunks) -> tiles.Chunks:
-        return tiles.override(chunks, self.chunk_tokens, self.chunk_vocab)
-
-
 class _LogprobTotal(NamedTuple):
     statistics: LogprobStatistics  # [N, 1] each
     rows: LogprobWeights | None  # Σ weight · row of the head [N, D]; None without gradients
@@ -63,26 +55,21 @@ def linear_logprob(
     """
     if h_ND.shape[0] == 0:
         return reference.linear_logprob(h_ND, head_VD, targets_N)
-    static = _ChunkedLogprobStatic(chunk_tokens, chunk_vocab)
+    requested = tiles.Requested(chunk_tokens, chunk_vocab)
     if Shards.current(head_VD.shape[0]).divides:
-        return tiled.linear_logprob(_tiled(static), h_ND, head_VD, targets_N)
-    return _linear_logprob(static, h_ND, head_VD, targets_N)
-
-
-def _tiled(static: _ChunkedLogprobStatic) -> tiled.TiledLogprob:
-    return tiled.TiledLogprob(partial(_of_all, static), partial(_gradients, static))
+        functions = tiled.TiledLogprob(partial(_of_all, requested), partial(_gradients, requested))
+        return tiled.linear_logprob(functions, h_ND, head_VD, targets_N)
+    return _linear_logprob(requested, h_ND, head_VD, targets_N)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _linear_logprob(
-    static: _ChunkedLogprobStatic, h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array
+    requested: tiles.Requested, h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array
 ) -> LinearLogprob:
-    return statistics.finish(_of_all(static, h_ND, head_VD, targets_N)).out
+    return statistics.finish(_of_all(requested, h_ND, head_VD, targets_N)).out
 
 
-def _forward(
-    static: _ChunkedLogprobStatic, *arguments: Any
-) -> tuple[LinearLogprob, tuple[Any, ...]]:
+def _forward(requested: tiles.Requested, *arguments: Any) -> tuple[LinearLogprob, tuple[Any, ...]]:
     """Returns the outputs for N tokens, [N] each, and the residuals for `_backward`.
 
     This is the forward rule of the custom VJP `_linear_logprob`. Because of `symbolic_zeros`, each
@@ -92,11 +79,11 @@ def _forward(
     """
     h_ND, head_VD, targets_N = values = tuple(pair.value for pair in arguments)
     if arguments[1].perturbed:
-        finished = statistics.finish(_of_all(static, *values))
+        finished = statistics.finish(_of_all(requested, *values))
         return finished.out, (None, values, finished)
 
     # The sums over rows of the head take memory besides the logits.
-    chunks = static.override(tiles.choose_chunks(h_ND.shape[0], head_VD.shape[0], 2))
+    chunks = requested.override(tiles.choose_chunks(h_ND.shape[0], head_VD.shape[0], 2))
 
     def of_chunk(h_ND: jax.Array, targets_N: jax.Array) -> tuple[LinearLogprob, _Units]:
         total = _of_chunk(h_ND, targets_N, head_VD, chunks.vocab, with_gradient=True)
@@ -108,7 +95,7 @@ def _forward(
 
 
 def _backward(
-    static: _ChunkedLogprobStatic, residuals: tuple[Any, ...], g: LinearLogprob
+    requested: tiles.Requested, residuals: tuple[Any, ...], g: LinearLogprob
 ) -> tuple[jax.Array, jax.Array | None, None]:
     units, (h_ND, head_VD, targets_N), finished = residuals
     g, live_N = tiled.used(g)
@@ -127,7 +114,7 @@ def _backward(
         # A row that the loss masks out must not bring in its NaN.
         return jnp.where(live_N[:, None], dh_ND, 0).astype(dtype), None, None
     h_ND = jnp.where(live_N[:, None], h_ND, 0)
-    dh_ND, dhead_VD = _gradients(static, h_ND, head_VD, targets_N, finished, g, head_VD.dtype)
+    dh_ND, dhead_VD = _gradients(requested, h_ND, head_VD, targets_N, finished, g, head_VD.dtype)
     return dh_ND.astype(h_ND.dtype), dhead_VD, None
 
 
@@ -135,10 +122,10 @@ _linear_logprob.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _of_all(
-    static: _ChunkedLogprobStatic, h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array
+    requested: tiles.Requested, h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array
 ) -> LogprobStatistics:
     """Returns the statistics [N] of all tokens over the whole vocabulary of the head."""
-    chunks = static.override(tiles.choose_chunks(h_ND.shape[0], head_VD.shape[0], 1))
+    chunks = requested.override(tiles.choose_chunks(h_ND.shape[0], head_VD.shape[0], 1))
 
     def of_chunk(h_ND: jax.Array, targets_N: jax.Array) -> LogprobStatistics:
         total = _of_chunk(h_ND, targets_N, head_VD, chunks.vocab)
@@ -148,7 +135,7 @@ def _of_all(
 
 
 def _gradients(
-    static: _ChunkedLogprobStatic,
+    requested: tiles.Requested,
     h_ND: jax.Array,
     head_VD: jax.Array,
     targets_N: jax.Array,
@@ -172,7 +159,7 @@ def _gradients(
         dz_NC = statistics.dlogits(tiles.logits(h_ND, head_CD), hit_NC, g, finished)
         return jnp.where(tiled.live(g), dz_NC, 0), head_CD
 
-    chunks = static.override(tiles.choose_chunks(h_ND.shape[0], head_VD.shape[0], 2))
+    chunks = requested.override(tiles.choose_chunks(h_ND.shape[0], head_VD.shape[0], 2))
     return tiles.gradients(dlogits, (h_ND, targets_N, finished, g), head_VD, chunks, head_dtype)
 
 
