@@ -124,7 +124,7 @@ def _check(case: Case, name: str, dtype: str, inputs: Any, wanted: Outputs) -> C
 def seconds(run: Callable[[], Any], repeats: int = REPEATS) -> float:
     """Returns the median time of a call of `run` in seconds, until its outputs are ready.
 
-    There are `repeats` calls, all of which count: call a function that compiles once before.
+    All of the `repeats` calls count. To leave out compilation, call `run` once beforehand.
     """
     times = []
     for _ in range(repeats):
@@ -137,8 +137,8 @@ def seconds(run: Callable[[], Any], repeats: int = REPEATS) -> float:
 def relative_error(found: Any, wanted: Any) -> float:
     """Returns the largest error relative to the reference, max |found − wanted| / max |wanted|.
 
-    Maxima are over all entries at which `wanted` is finite. Returns ∞ if `found` is finite at other
-    positions.
+    Maxima are over all entries at which `wanted` is finite. Returns ∞ if the positions of the
+    finite entries of `found` and `wanted` differ.
     """
     found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
     if not np.array_equal(np.isfinite(found), np.isfinite(wanted)):

@@ -145,7 +145,7 @@ def drawn_over_runs(values_RN: np.ndarray, *pseudo: float) -> np.ndarray:
 
 
 def _resampled(values: Values, seed: int) -> np.ndarray:
-    """Returns `DRAWS` sums of `values`, each over as many problems, drawn with replacement.
+    """Returns `DRAWS` sums of `values`, each over len(values) problems drawn with replacement.
 
     One seed draws the same problems for all `values` of the same length.
     """
@@ -175,7 +175,7 @@ def _drawn_weights(problems: int, pseudo: int, seed: int) -> np.ndarray:
 
 
 def _around(value: float, low: float, high: float, limits: Interval) -> Interval:
-    """Returns (low, high), clipped to `limits` and then extended to contain `value`, unless NaN."""
+    """Returns (low, high), clipped to `limits` and then extended to contain `value`, if not NaN."""
     ends = np.clip([low, high], *limits)
     return float(np.fmin(ends[0], value)), float(np.fmax(ends[1], value))
 

@@ -135,9 +135,9 @@ class Measurer:
         return self.split.decodable(self.split.trainable)
 
     def _hazard_policy(self, policy: str) -> Sample:
-        """Returns the temperature and lower bound of hazards: under `sample` the decoder's.
+        """Returns the temperature and the lower bound of the hazards for `policy`.
 
-        Under other policies they are 1 and 0.
+        For `sample` they are the decoder's, and for other policies 1 and 0.
         """
         return self.decoder.sample if policy == "sample" else Sample()
 

@@ -41,9 +41,9 @@ def residuals_at(
 ) -> tuple[Float[Array, "B C R D"]]:
     """Returns the residuals that enter the R `layers`, in the passes that produce completions.
 
-    The result is a tuple of one array. Layers count from 0; the number of layers stands for the
-    residual after the last one. Each pass runs `depth_BC` layers. In the layers that it skips, its
-    residual follows the model's continuation.
+    The result is a tuple of one array, [B, C, R, D]. Layers count from 0; for an entry equal to the
+    number of layers, the residual is that after the last layer. Each pass runs `depth_BC` layers.
+    In the layers that it skips, its residual follows the model's continuation.
     """
     model = nnx.merge(graphdef, *states)
     policy = Prescribed(rows.input_depths(depth_BC, model.arch.layers))

@@ -163,7 +163,7 @@ def _depth_of_pass(model: Transformer, layers: int, length: int) -> int:
 def opaque_serial_depth(
     policy: str, model: Transformer, attempts: Sequence[Attempt], length: int
 ) -> SerialDepth:
-    """Returns the mean opaque serial depth of the tokens of `attempts`, at the depths they ran.
+    """Returns the mean opaque serial depth of the tokens of `attempts` at their depths.
 
     `length` is the number of tokens over which a pass attends. `policy` is the name of the policy
     under which the attempts were decoded. The mean is NaN without tokens.

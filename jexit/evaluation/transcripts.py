@@ -100,7 +100,7 @@ class Transcripts:
         return self.task.final_answer(self.task.cue + answer)
 
     def forced(self, rows: Sequence[tuple[Problem, str]]) -> list[Reply | None]:
-        """Returns the model's answer to each (problem, prefix) after the cue, which requests it.
+        """Returns the model's answer to each (problem, prefix) after the cue that requests it.
 
         An entry is None if prompt and prefix are too long to leave room for an answer.
         """

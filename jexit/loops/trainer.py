@@ -135,9 +135,9 @@ class Trainer:
         """Trains from `state` to the last step and returns the last state.
 
         A step is skipped if its loss, gradients or updated parameters are not finite. Raises
-        Diverged after `optim.max_skipped` skipped steps in a row, or if all steps were skipped, and
-        Interrupted after a signal. While steps are skipped, no checkpoint is written, so the newest
-        checkpoint is always good.
+        Diverged after `optim.max_skipped` consecutive skipped steps, or if all steps were skipped,
+        and Interrupted after a signal. While steps are skipped, no checkpoint is written, so the
+        newest checkpoint is always good.
         """
         start, total = int(state.step), self.steps or self.config.steps
         stop = _StopSignals()

@@ -160,8 +160,8 @@ class Prescribed(Policy):
     """Each token runs the number of layers given in `depth_BT`: up to an exit, or all layers.
 
     In `forward`, `depth_BT` has one column per input position. In `generate`, column i is for the
-    pass that produces generated token i; column 0 is ignored, because the last prompt position runs
-    all layers.
+    pass that produces generated token i; column 0 is ignored, because the prefill produces the
+    first token, with all layers.
     """
 
     depth_BT: Int[Array, "B T"]

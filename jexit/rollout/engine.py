@@ -286,7 +286,8 @@ class Decoding:
     def _placed(self, policy: Policy, columns: int) -> Policy:
         """Returns the policy with its per-completion arrays in job order, sharded over the mesh.
 
-        Raises UserError if they lack completions or have fewer than `columns` tokens.
+        Raises UserError unless these arrays have a row per completion and at least `columns`
+        columns (tokens).
         """
         policy.check_rows(self._total * self._layout.samples, columns)
         room = ((0, 0), (0, columns_bucket(columns) - columns))

@@ -173,7 +173,7 @@ def apply_gradients(
 
     A step is skipped if the loss, the gradients, the new parameters or the new optimiser state are
     not finite. A skipped step changes only the counters. The metrics are `grad_norm`, before
-    clipping, and `skipped`, the number of latest steps in a row that were skipped.
+    clipping, and `skipped`, the number of consecutive skipped steps up to this one.
     """
     norm = optax.tree.norm(gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)

@@ -100,7 +100,7 @@ def calibration_loss(
     key: PRNGKey,
     teacher_head_VD: Array | None,
 ) -> tuple[Array, Metrics]:
-    """Returns the loss and the metrics of one student run on `item`, as shares of the whole batch.
+    """Returns what one student run on `item` adds to the loss and metrics of the whole batch.
 
     The loss is the KL between student and teacher in the direction `config.direction` (see
     `linear_kl`) plus `config.exit_coef` times the loss of the exit heads, summed over the action

@@ -21,8 +21,8 @@ Params = Any  # nested nnx.State of arrays
 class TrainState:
     """The trainable parameters, the optimiser state and two counters.
 
-    Batches and PRNG keys derive from the seed and `step`. `skipped` counts how many of the latest
-    steps in a row were skipped because of NaN or infinity.
+    Batches and PRNG keys derive from the seed and `step`. `skipped` is the number of consecutive
+    steps, up to the latest one, that were skipped because of NaN or infinity.
     """
 
     step: Int[Array, ""]

@@ -1,7 +1,7 @@
 """Compares every exit with the last layer, and computes the target hazards that follow.
 
-Calibration and evaluation take both from here, so hazards are measured against the targets from
-which they were learned.
+Calibration and evaluation use the same code, so hazards are measured against the targets from which
+they were learned.
 """
 
 from __future__ import annotations

@@ -165,7 +165,7 @@ class FileTask(Task):
 
 
 def source_of(file: pathlib.Path) -> Source:
-    """Returns "test" if the name of `file` starts with `test`, and else "whole" (no splits)."""
+    """Returns "test" if the name of `file` starts with `test`, otherwise "whole" (no splits)."""
     return "test" if file.name.startswith("test") else "whole"
 
 
