@@ -75,7 +75,7 @@ def cost_of(module: Module, *, branch_share: float = 1.0, loops: Mapping[str, in
 
     `loops` maps the name of a `jax.named_scope` to the largest trip count of the loops inside that
     scope, for loops whose trip count the module does not contain. A conditional costs
-    `branch_share` times its most expensive branch plus 1 − `branch_share` times its cheapest. In
+    `branch_share` times its most expensive branch plus (1 − `branch_share`) times its cheapest. In
     the stack of L layers, only the exit heads are conditional; they run in the E layers that have
     an exit, so `branch_share` is E / L.
     """

@@ -200,7 +200,7 @@ def _prompts(config: Config) -> int:
 def architecture(config: Config) -> Architecture:
     """Returns the architecture of the config's preset or, if it has none, of the config's model.
 
-    Raises UserError if the weights of that model do not fit its architecture.
+    Raises UserError if the model's weights do not fit its architecture.
     """
     if config.preset in PRESETS:
         return PRESETS[config.preset].architecture
@@ -231,7 +231,7 @@ def _abstract_model(config: Config) -> Transformer:
 def _optimized(
     config: Config, mesh: Mesh, model: Transformer, split: SplitModel, *, full: bool
 ) -> tuple[Any, Any]:
-    """Returns the optimiser of a run, and its training state with abstract arrays."""
+    """Returns a run's optimiser and training state; the state has abstract arrays."""
     optimizer = make_optimizer(config.optim, config.steps, parameter_labels(model, full=full))
 
     def begun() -> Any:

@@ -137,7 +137,7 @@ def initialize(
 
 
 def _call_roll(coordinator: str, processes: int, process: int, timeout: float) -> None:
-    """Lets all processes meet at the coordinator's port and compare their values of `processes`.
+    """Makes all processes connect to the coordinator and compare their values of `processes`.
 
     JAX itself does not compare the values, ends a process if the port never opens, and crashes on
     process 0 if the port is in use. Raises UserError if the values differ or the port is in use,

@@ -47,8 +47,8 @@ class JexitLM(TemplateLM):
     `pretrained` is a model directory, or a model object that is passed with its `tokenizer`.
     `policy` applies to the passes that score or generate tokens; prompts and contexts run every
     layer. The policy `sample` draws depths with `seed` from the hazards. By default,
-    `hazard_temperature` and `min_hazard`, the lower bound of hazards, are those under which the
-    model's exits were trained, or else 1 and 0.
+    `hazard_temperature` and `min_hazard`, the lower bound of hazards, have the values under which
+    the model's exits were trained, or 1 and 0 if these are not known.
 
     A context that is too long for `max_length` positions (default: the model's) is cut on the left,
     so that the continuation, or `max_gen_toks` new tokens, fit. A continuation that is too long by

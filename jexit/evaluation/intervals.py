@@ -51,8 +51,8 @@ def lost_interval(kept: Values, before: Values) -> Interval:
 
     `kept` and `before` contain one value for each of the same problems. Half a problem is first
     added for each outcome, as in `paired_interval`. The interval then contains 1 − r for each r
-    such that mean(kept) − r·mean(before) is within z standard errors of 0 (Fieller 1954). It is
-    limited to −1 … 1, because r has no upper end when mean(before) may be 0.
+    such that mean(kept) − r·mean(before) is within z standard errors of 0 (Fieller 1954). The
+    interval is limited to −1 … 1, because r has no upper end when mean(before) may be 0.
     """
     rows_N2, weights_N = _with_corners(kept, before)
     total = weights_N.sum()

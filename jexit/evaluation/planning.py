@@ -104,7 +104,8 @@ def probe(
 
     The probe is the ridge regression of the one-hot tokens `token_N` on the standardised features
     `x_ND` and a bias. It is fitted on the rows in the mask `fits_N`, and never predicts a token
-    that does not occur there. The result [M] has an entry for each of the other rows, in order.
+    that does not occur in these rows. The result [M] has an entry for each of the other rows, in
+    order.
     """
     known_V, class_N = np.unique(token_N[fits_N], return_inverse=True)
     x_ND = x_ND.astype(np.float64)

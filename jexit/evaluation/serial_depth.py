@@ -1,9 +1,9 @@
 """Computes the serial depth of a forward pass: the cost of the longest path in its jaxpr.
 
-The *opaque* serial depth of a language model is the longest computation between two tokens that
-people can read. It bounds what the model can work out without writing it down (Brown-Cohen et al.
+The *opaque* serial depth of a language model is the longest computation between two tokens of
+readable text. It bounds what the model can work out without writing it down (Brown-Cohen et al.
 2026, arXiv:2603.09786). For a token that leaves at an exit, it is the serial depth of the pass up
-to this exit. The costs are those of that paper's program for JAX (google-deepmind/serial_depth).
+to this exit. The costs are those of the paper's program for JAX (google-deepmind/serial_depth).
 Moving data costs 0, an element-wise operation 1, and a reduction or cumulative sum of n numbers
 ⌈log₂ n⌉. A matrix product with a contracted dimension of size n costs ⌈log₂ n⌉ + 1, and a scan its
 length times the depth of its body.

@@ -85,8 +85,8 @@ def penalised_reward(
 ) -> float:
     """Returns the mean reward of `completions`, minus a penalty for accuracy below `floor`.
 
-    The reward is that of `losses.rloo.rewards` without the KL to the teacher and with the
-    configured λ and μ, not the scheduled ones. Each percentage point of accuracy below `floor`
+    The reward is computed as in `losses.rloo.rewards`, but without the KL to the teacher and with
+    the configured λ and μ, not the scheduled ones. Each percentage point of accuracy below `floor`
     subtracts 1. Models above the floor are therefore ranked by reward, and models below it mainly
     by accuracy.
     """

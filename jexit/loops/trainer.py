@@ -111,8 +111,8 @@ class Trainer:
     def chosen(self, state: TrainState) -> TrainState:
         """Returns the state from which the model is written.
 
-        It is that of the best checkpoint if `checkpoint.final` is `best` and a checkpoint has a
-        score, otherwise `state`.
+        If `checkpoint.final` is `best` and a checkpoint has a score, this is the state of the best
+        checkpoint; otherwise it is `state`.
         """
         step = self.checkpoints.best_step() if self.config.checkpoint.final == "best" else None
         if step is None:
@@ -282,7 +282,7 @@ class Trainer:
 def peak_memory() -> dict[str, float]:
     """Returns the peak memory of this process in GiB, as metrics `memory/NAME`.
 
-    They are that of the host and, if JAX knows it, that of the process's first device.
+    The metrics are for the host and, if JAX knows its peak, for the process's first device.
     """
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -81,7 +81,7 @@ class Cache:
     def with_row(self, row: Int[Array, ""], prompts: Cache, source: Int[Array, ""]) -> Cache:
         """Returns the cache after copying a prompt: all slots of row `source` of `prompts`.
 
-        They go to the first slots of the row `row`; its later slots stay as they are.
+        They become the first slots of row `row`; the later slots of this row do not change.
         """
 
         def copied(part_KLPSH: Array, prompts_KLQTH: Array) -> Array:

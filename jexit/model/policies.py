@@ -26,7 +26,7 @@ from jexit.model.exits import depth_log_prob, log_hazards
 
 
 class Policy:
-    """The base class of halting policies; as it stands, no token leaves and no check fails.
+    """The base class of halting policies; by default, no token leaves and every check passes.
 
     Arrays over tokens have shape [B, T] or [B]. `depths` are the depths that a token can have: the
     model's exit layers and, last, the number of layers.
@@ -220,7 +220,7 @@ class Sample(Policy):
     def trained(cls, exits: ExitSettings) -> Sample:
         """Returns the policy with the settings under which a model's exits were trained.
 
-        If they are unknown, they are 1 and 0.
+        An unknown temperature becomes 1, and an unknown `min_hazard` 0.
         """
         # NumPy numbers: to read an array on a device, the host would wait for the running step.
         temperature = 1.0 if exits.hazard_temperature is None else exits.hazard_temperature

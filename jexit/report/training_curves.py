@@ -42,7 +42,7 @@ class Panel:
 
     @property
     def shares(self) -> bool:
-        """Whether the metrics are shares from 0 to 1, which the chart shows in per cent."""
+        """Whether the metrics are fractions from 0 to 1, which the chart shows in per cent."""
         return any(metric in SHARES for metric in self.metrics)
 
     def tells(self, runs: Sequence[ReportedRun]) -> bool:

@@ -101,9 +101,9 @@ class Engine:
     ) -> Status:
         """Runs ticks until the host has to act, or until `steps` of them have drawn tokens.
 
-        The host has to prefill prompts or enlarge the cache (see `ticks.advance`). `ready` is the
-        number of prefilled completions on each data shard, and `more` whether further completions
-        are to come. `steps=None` means no limit.
+        The host acts by prefilling prompts or enlarging the cache (see `ticks.advance`). `ready` is
+        the number of prefilled completions on each data shard, and `more` whether further
+        completions are to come. `steps=None` means no limit.
         """
 
         layers = self.layers  # whose own compilation is not to be counted twice
@@ -275,7 +275,7 @@ class Decoding:
     def _of_all(self, numbers: Iterable[int]) -> np.ndarray:
         """Gathers one number per prompt from all hosts, as int32 [prompts] in batch order.
 
-        `numbers` are those of this host's prompts.
+        `numbers` contains the numbers of this host's prompts.
         """
         mine = [self._here.index_B.tolist(), list(numbers)]
         number_B = np.zeros(self._total, np.int32)

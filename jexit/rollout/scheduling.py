@@ -241,8 +241,8 @@ class Layout:
     def has_room(self, prefilled: int, started_Z: np.ndarray) -> bool:
         """Returns whether the prefix cache has free slots for the prompts of `groups[prefilled]`.
 
-        `prefilled` is the number of prompts that each shard has prefilled, and `started_Z` that of
-        the completions that have begun on each shard. A prompt's slot is free once all its
+        `prefilled` is the number of prompts that each shard has prefilled, and `started_Z` is the
+        number of completions that have begun on each shard. A prompt's slot is free once all its
         completions have begun.
         """
         begun_Z = np.where(started_Z >= self.jobs_Z, self.prompts, started_Z // self.samples)

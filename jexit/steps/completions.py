@@ -79,8 +79,8 @@ class Completions:
     def input_depths(self, depth_BC: Int[Array, "B C"], layers: int) -> DepthBT:
         """Returns the depth of each input position.
 
-        The depth is that in `depth_BC` of the token that the position's pass produces, or `layers`
-        if the pass cannot leave early.
+        If the pass at a position can leave early, this is the depth in `depth_BC` of the token that
+        the pass produces; otherwise it is `layers`.
         """
         length = self.tokens_BT.shape[1]
 

@@ -281,7 +281,7 @@ def fit(
     """Fits the map of every layer to the tokens of `sums` and `held_back` together.
 
     Layers below the first exit get zero maps. For each other layer, the strength is the one of
-    `STRENGTHS` whose map, fitted to `sums` alone, leaves the smallest share of the variance in
+    `STRENGTHS` whose map, fitted to `sums` alone, leaves the smallest fraction of the variance in
     `held_back` unexplained. The lists in the result start at the layer of the first exit. With a
     `rank`, each map is the best product of two factors of this rank, and later maps are fitted to
     the outputs of the factored map. `sums` and `held_back` must contain NumPy arrays and each at

@@ -101,7 +101,7 @@ def parameter_labels(model: Transformer, *, full: bool) -> Params:
 
     The kinds are `lora`, `exit` (output weights of the exit heads), `exit_bias` (output biases),
     `exit_hidden` (norms and hidden layers of the heads), `continuation` and `base` (all others).
-    `full` is that of `split_model`.
+    See `split_model` for `full`.
     """
 
     def label(path: tuple, variable: nnx.Variable) -> str:
