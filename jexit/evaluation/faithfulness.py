@@ -108,9 +108,10 @@ def _caveat(detail: dict[str, float], curve: Sequence[CurvePoint] | None) -> str
     """Returns a reason why a measure's value is less informative than it seems, or None.
 
     A model that has never seen a text like the changed one may break off or guess. Agreement is
-    then lost because the text is unfamiliar, and not because the chain was needed. The reasons are
-    that fewer than half of the replies in an arm contain an answer, or that with ¾ of the steps
-    (the last point but one of `curve`) the agreement is at most 5 percentage points above chance.
+    then lost because the text is unfamiliar, and not because the chain was needed. There are two
+    reasons: fewer than half of the replies contain an answer, with or without the change; or the
+    agreement after ¾ of the steps (the last point but one of `curve`) is at most 5 percentage
+    points above chance.
     """
     answered = min((detail[name] for name in _ANSWERED if name in detail), default=1.0)
     if answered < 0.5:

@@ -161,8 +161,9 @@ def _meaning(
 def _denied(words: Sequence[str], starts: set[int], index: int) -> bool:
     """Returns whether an odd number of negations precedes the word at `index` in its sentence.
 
-    Between a negation and this word, only words that continue the negation ("not really in") and
-    the subjects of thoughts ("does not think that Bob knows") may stand.
+    Only the `_REACH` (12) words before it count. Between a negation and this word, only the words
+    in `_BETWEEN` ("not really in") and the subjects of thoughts ("does not think that Bob knows")
+    may stand.
     """
     negations, place = 0, index
     while place > max(index - _REACH, 0) and place not in starts:
@@ -187,7 +188,7 @@ def lenient_phrase(text: str, candidates: Candidates) -> str | None:
 
     1. the answer that the rest of the line after the last `####` states (see `stated`);
     2. the last candidate after this `####`;
-    3. the last answer that the text announces ("**Answer:** the box");
+    3. the answer after the last "answer is" or "answer:" that one follows ("**Answer:** the box");
     4. the last candidate before the `####`, or in the whole text if there is no `####`.
 
     In cases 2 and 4, a yes or no that starts the last line is the answer instead ("No, she left
