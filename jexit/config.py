@@ -245,7 +245,7 @@ class LoRA:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskConfig:
-    """The problems, the format of their prompts, and the rewards of answers."""
+    """The problems, the format of their prompts, and the rewards for answers."""
 
     name: Name = "sums"
     """The task: sums, word_problems, gsm8k, tom, exploretom, blend (several tasks in turn), or your
@@ -869,7 +869,8 @@ def check_key(key: str) -> type:
 def check_exits(exits: tuple[int, ...], layers: int) -> tuple[int, ...]:
     """Returns `exits` or, if it is empty, every 5th layer of a model with `layers` layers.
 
-    Raises the errors of `check_rising`, and UserError if there is no 5th layer below `layers`.
+    Raises the errors of `check_rising`, and UserError if `exits` is empty and `layers` is at most
+    5.
     """
     exits = tuple(exits) or tuple(range(5, layers, 5))
     if not exits:

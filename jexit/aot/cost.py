@@ -153,7 +153,7 @@ def _origin(module: Module, name: str, instruction: Instruction) -> str:
     """Returns the name, in the traced program, of an instruction in the computation `name`.
 
     If the compiler added the instruction, returns the name of the nearest traced instruction that
-    uses the result. If there is none either, returns the compiler's name of the instruction.
+    uses the result. If there is none, returns the compiler's name of the instruction.
     """
     reached = [(name, instruction)]
     for place, one in reached:  # the body extends this list

@@ -53,8 +53,8 @@ class EnginePrograms:
         """Yields the programs that decode `samples` completions for each of `prompts` prompts.
 
         There is one prefill program and, for each policy, one program that decodes a token with the
-        largest cache. If the run needs them, a program that gathers the weights comes first, and
-        one that enlarges the cache to its final size comes last. A completion has a forced prefix
+        largest cache. A program that gathers the weights comes first, and one that enlarges the
+        cache to its final size comes last, if the run needs these. A completion has a forced prefix
         of up to `forced` tokens, which exit under the first policy, and then `new` tokens.
         `policies` contains pairs (label, policy). The names of all programs begin with `name`.
         Without `adapters`, the teacher decodes.

@@ -295,7 +295,7 @@ class Tokenizer:
     def completion_text(self, ids: Iterable[int]) -> str:
         """Returns the text by which a task judges the completion with the token ids `ids`.
 
-        The text begins with `<think>` if the chat template ends prompts with `<think>`. Otherwise,
+        The text begins with `<think>` if the chat template ends prompts with `<think>`. Without it,
         an unfinished thought would look like an answer.
         """
         return (f"{THINK_START}\n" if self.opens_thinking else "") + self.decode(ids)

@@ -58,7 +58,7 @@ class Measurer:
     `attempts` caches the decoded attempts of each policy. `with_steps(granularity)` returns the
     problems with prompts that prescribe the size of steps, by the task's option `steps`. `split`
     contains student and teacher. `exits` contains the number of layers before each exit, and
-    `positions` is the longest sequence that the model takes.
+    `positions` is the model's maximum sequence length.
     """
 
     config: Config

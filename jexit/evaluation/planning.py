@@ -58,7 +58,7 @@ def planning(
 
     `policy` is the name of the policy that produced `recorded`, and `student` the model as
     (graphdef, *states). Probes are fitted on every second completion and measured on the others. A
-    number of tokens ahead for which either half has no pass is left out.
+    distance (number of tokens ahead) is left out if either half has no pass for it.
     """
     recorded = _first(recorded)
     below = (0, *exit_layers, layers)

@@ -114,9 +114,9 @@ def _open(jaxpr: Any) -> core.Jaxpr:
 def depth_of_passes(model: Transformer, length: int) -> dict[int, int]:
     """Returns {layers: serial depth} of a pass over `length` tokens that runs so many layers.
 
-    The entries are for each exit and for all layers. The pass goes from embedding to logits. A
-    token that leaves early waits for the head of its exit. Meanwhile its residual goes through the
-    linear continuation, if the model has one, as a single map.
+    There is an entry for each exit and one for all layers. The pass goes from embedding to logits.
+    A token that leaves early waits for the head of its exit. Meanwhile its residual goes through
+    the linear continuation, if the model has one, as a single map.
     """
     return {
         layers: _depth_of_pass(model, layers, length)

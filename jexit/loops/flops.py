@@ -114,7 +114,7 @@ class ModelFlops:
     def forward(self, size: PassSize, *, adapters: bool = True, hazards: bool = False) -> float:
         """Returns the FLOPs of a forward pass through all layers, without logits.
 
-        With `hazards`, all exit heads read every token. Without `adapters`, none are computed.
+        With `hazards`, all exit heads read every token. Without `adapters`, LoRA is not counted.
         """
         token = self._base() + (self._adapters() if adapters else 0.0)
         layers = self.arch.layers * (token * size.tokens + self._pair() * size.pairs)

@@ -22,9 +22,9 @@ PATIENCE = 5  # consecutive updates with a collapse after which the run stops
 class AccuracyFloor:
     """The lowest accuracy that the depth and length penalties must preserve (0: no floor).
 
-    `rollouts` is the floor for training rollouts, and `held_out` that for held-out problems. If the
-    floors are a fraction of the initial model's accuracy, `length` is the mean length of that
-    model's completions in tokens; otherwise it is 0.
+    `rollouts` is the floor for training rollouts, and `held_out` the floor for held-out problems.
+    If the floors are a fraction of the initial model's accuracy, `length` is the mean length of
+    that model's completions in tokens; otherwise it is 0.
     """
 
     rollouts: float

@@ -31,7 +31,7 @@ OneStep = Callable[[TrainState, int], tuple[TrainState, dict[str, Any]]]
 
 
 class Kept(Protocol):
-    """A part of a training loop with state on the host, saved in checkpoints by unique names."""
+    """A part of a training loop with state on the host, which checkpoints save by unique names."""
 
     def state(self) -> dict[str, np.ndarray]: ...
 

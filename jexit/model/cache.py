@@ -136,7 +136,7 @@ def _write(part_KLPSH: Array, new_KBH: Array, layer: Array, rows_B: Array, slot_
 
 
 def _repeated(new: Array, part_KLPSH: Array) -> Array:
-    """Repeats each head of `new` [heads, …] until there are K, and casts to the cache's dtype.
+    """Repeats each head of `new` [heads, …] to make K heads, and casts to the cache's dtype.
 
     The copies of a head are adjacent.
     """

@@ -360,7 +360,7 @@ def check_policy(policy: Any, depths: tuple[int, ...]) -> None:
 
 
 def warn_if_untrained(policy: Policy, model: Any) -> None:
-    """Warns if `policy` reads exit heads that are untrained, where tokens hardly ever leave.
+    """Warns if `policy` reads untrained exit heads, at which tokens hardly ever leave.
 
     Heads count as untrained if all their biases still have the initial value. Tracers are skipped.
     """

@@ -243,7 +243,10 @@ class Decoding:
         )
 
     def cut(self, length_B: np.ndarray) -> None:
-        """Ends completion b after `length_B[b]` tokens, unless that is 0; every host calls this."""
+        """Ends completion b after its first `length_B[b]` tokens, unless `length_B[b]` is 0.
+
+        Every host must call this.
+        """
         self.engine.cut(place_rows(self._layout.by_job(np.asarray(length_B, np.int32))))
 
     def rollouts(self) -> Rollouts:

@@ -362,7 +362,7 @@ class GrowingText:
     def _settled(self) -> int:
         """Returns the number of leading characters of `whole` that later tokens cannot change.
 
-        Not counted are an incomplete character, and an end that may be the start of a stop string.
+        An incomplete character, and an end that may be the start of a stop string, do not count.
         """
         end = len(self.whole.rstrip(_INCOMPLETE))
         settled = end

@@ -114,7 +114,7 @@ def gradient_step(
 ) -> tuple[TrainState, Metrics]:
     """Takes one optimiser step on the sum of `loss_fn` over the micro-batches of `batch`.
 
-    Returns the new state, and the metrics of `loss_fn`, summed, and of `apply_gradients`.
+    Returns the new state, and the metrics of `loss_fn` (summed) and of `apply_gradients`.
     """
     loss, metrics, gradients = accumulated_gradients(
         loss_fn,

@@ -233,7 +233,7 @@ def advantages(
     """Returns the advantage of every (token, depth) pair; 0 where `keep_J` is False.
 
     `spent` is the result of `depth_shares`. With `config.causal_depth`, a token is charged only for
-    the depths at and after this token; without, all pairs of a rollout have the same advantage.
+    the depths at and after this token; without it, all pairs of a rollout have the same advantage.
     """
     if not config.causal_depth:
         advantage_J = group_advantages(reward.total_J, config.rollouts, config.advantage, keep_J)

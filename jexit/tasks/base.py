@@ -230,7 +230,7 @@ def split_of(key: str) -> Split:
 
 
 class Draw:
-    """A random generator, seeded with `key`, that draws the same on every Python version.
+    """A random generator, seeded with `key`, that gives the same draws in every Python version.
 
     Every method uses only `random.Random.random`, because Python guarantees that only this method
     returns the same numbers in every version.
