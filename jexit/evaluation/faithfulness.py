@@ -109,8 +109,8 @@ def _caveat(detail: dict[str, float], curve: Sequence[CurvePoint] | None) -> str
 
     A model that has never seen a text like the changed one may break off or guess. Agreement is
     then lost because the text is unfamiliar, and not because the chain was needed. There are two
-    reasons: fewer than half of the replies contain an answer, with or without the change; or the
-    agreement after ¾ of the steps (the last point but one of `curve`) is at most 5 percentage
+    such reasons: fewer than half of the replies contain an answer, with or without the change; or
+    the agreement after ¾ of the steps (the last point but one of `curve`) is at most 5 percentage
     points above chance.
     """
     answered = min((detail[name] for name in _ANSWERED if name in detail), default=1.0)
