@@ -1,9 +1,9 @@
 """All settings of jexit: defaults, allowed values, meanings, and checks of their combinations.
 
-A file in `configs/` starts from `config_dict(command, preset)` and sets only what differs from that
-preset. `main` passes the parsed `ConfigDict` to `Config.from_dict`, which checks the values and
-returns the frozen `Config` of the run. `docs/configuration.py` makes the list of settings in
-docs/configuration.md from this file.
+A file in `configs/` starts from the defaults that `config_dict(command, preset)` returns, and sets
+only what differs. `main` passes the parsed `ConfigDict` to `Config.from_dict`, which checks the
+values and returns the frozen `Config` of the run. `docs/configuration.py` makes the list of
+settings in docs/configuration.md from this file.
 """
 
 from __future__ import annotations
@@ -156,7 +156,10 @@ class ContinuationSettings:
     """The rank of factored linear maps; 0 means full matrices."""
 
     def check_rank(self, where: str = "") -> None:
-        """Raises UserError for a rank without matrices; `where` precedes the settings' names."""
+        """Raises UserError if a frozen continuation, which has no matrices, is given a rank.
+
+        `where` precedes the names of the settings in the message.
+        """
         if self.continuation_rank and self.continuation == "frozen":
             raise UserError(
                 f"{where}continuation_rank is {self.continuation_rank}, but a frozen continuation "
@@ -195,8 +198,8 @@ class ExitHead:
 class ExitSettings(ExitHead, ContinuationSettings):
     """The settings of a model's exit heads and of the continuation that replaces skipped layers.
 
-    The last four are those of `RLConfig` and `SFTConfig` under which the heads were trained; None
-    means that they are not known.
+    The last four fields are the settings of `RLConfig` and `SFTConfig` under which the heads were
+    trained; None means that they are not known.
     """
 
     hazard_temperature: Temperature | None = None
@@ -242,7 +245,7 @@ class LoRA:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskConfig:
-    """The problems, the format of their prompts, and the rewards of answers."""
+    """The problems, the format of their prompts, and the rewards for answers."""
 
     name: Name = "sums"
     """The task: sums, word_problems, gsm8k, tom, exploretom, blend (several tasks in turn), or your
@@ -334,7 +337,7 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """Training of the shipped model's trunk, from random weights, on the tasks' own text."""
+    """Training of a model without exits and adapters (a trunk) on the tasks' own text."""
 
     start: Name = ""
     """A model directory whose trunk is trained further. If empty, training starts from random
@@ -369,8 +372,8 @@ class FinetuneConfig:
     """Training by cross-entropy on reference completions, in the model's chat format."""
 
     max_new_tokens: Count = 256
-    """The largest number of tokens in a reference, including its end token. A longer reference
-    stops the run."""
+    """The largest number of tokens in a reference, including its end-of-sequence token. A longer
+    reference stops the run."""
     policy: Literal["full", "sample"] = "full"
     """full: the references run all layers, and the result is a plain trunk without exits. sample:
     their tokens exit at depths drawn from the model's trained exits, which stay as they are."""
@@ -674,7 +677,7 @@ class Config:
         return config
 
     def validate(self) -> None:
-        """Raises UserError if settings contradict each other, by the rules that need no model."""
+        """Raises UserError if settings contradict each other; checks only what needs no model."""
         _check_preset(self.preset)
         check_rising(self.exits.layers)
         self.exits.check_rank("config.exits.")
@@ -866,7 +869,8 @@ def check_key(key: str) -> type:
 def check_exits(exits: tuple[int, ...], layers: int) -> tuple[int, ...]:
     """Returns `exits` or, if it is empty, every 5th layer of a model with `layers` layers.
 
-    Raises the errors of `check_rising`, and UserError if there is no 5th layer below `layers`.
+    Raises the errors of `check_rising`, and UserError if `exits` is empty and `layers` is at most
+    5.
     """
     exits = tuple(exits) or tuple(range(5, layers, 5))
     if not exits:
@@ -881,7 +885,7 @@ def check_exits(exits: tuple[int, ...], layers: int) -> tuple[int, ...]:
 def check_rising(
     exits: tuple[Any, ...], layers: int | None = None, what: str = "config.exits.layers is"
 ) -> None:
-    """Raises UserError unless `exits` are rising layer numbers from 1 to `layers` − 1, or empty.
+    """Raises UserError unless `exits` increase strictly in 1 … `layers` − 1, or are empty.
 
     If `layers` is None, the numbers have no upper bound. The error message begins with `what`.
     """
@@ -961,9 +965,9 @@ def config_dict(command: str, preset: str = TINY_PRESET) -> ConfigDict:
 
 
 def _locked(config: ConfigDict) -> ConfigDict:
-    """Returns `config`, to which no keys can be added, and in which no value can change its type.
+    """Locks `config` and returns it: no keys can be added, and no value can change its type.
 
-    The options of the task are excepted.
+    The options of the task are exempt.
     """
     config.task.options = ConfigDict(config.task.options.to_dict(), type_safe=False)
     config.lock()

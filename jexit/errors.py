@@ -58,11 +58,11 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
 
 
 def report(error: Exception, path: str | os.PathLike[str] = "a file") -> int | None:
-    """Prints an error that is not a bug on stderr, and returns its exit code; else returns None.
+    """Prints an error that is not a bug on stderr; returns its exit code, or None for a bug.
 
     Errors that are not bugs are UserError, RunEnded, and the system's errors for a full or
-    read-only disk and for missing permissions. `path` stands for a file that the system does not
-    name.
+    read-only disk and for missing permissions. `path` is the file to name in the message if the
+    system's error names none.
     """
     if isinstance(error, (UserError, RunEnded)):
         say(error)

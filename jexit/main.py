@@ -241,8 +241,8 @@ def dispatch(config: Config, workdir: pathlib.Path, topology: str | None = None)
 def main(argv: Sequence[str]) -> int:
     """Parses and runs a command line, and returns the exit code.
 
-    An error of the user is reported in one sentence on stderr. An unexpected exception propagates
-    on a single host; with several hosts, its traceback is printed and the process exits.
+    An expected error is reported in one sentence on stderr. An unexpected exception propagates on a
+    single host; with several hosts, its traceback is printed and the process exits.
     """
     flags.FLAGS.mark_as_parsed()  # for absl's log handler; all flags keep their defaults
     logging.set_verbosity(logging.WARNING)

@@ -113,7 +113,7 @@ class PolicyResult(Record):
     accuracy: Share  # fraction of correct answers
     accuracy_ci95: Interval  # Wilson's interval of the accuracy
     depth_mean: Finite  # mean layers run per token
-    depth_fraction: Share  # mean share of all layers run per token
+    depth_fraction: Share  # mean fraction of all layers run per token
     depth_fraction_ci95: Interval | None = None
     layers_per_problem: Number = math.nan  # sum of a completion's depths: the cost of an answer
     layers_per_problem_ci95: Interval | None = None
@@ -189,10 +189,10 @@ class EarlyLeaving(Record):
     """
 
     threshold_nats: Number
-    depth_fraction: Number  # mean share of all layers run per token
+    depth_fraction: Number  # mean fraction of all layers run per token
     kl_nats: Number  # mean KL from full depth in nats
     same_token: Number  # fraction of tokens with the same most likely token
-    # the same share among the tokens that run all layers; NaN if there are none
+    # the same fraction among the tokens that run all layers; NaN if there are none
     same_token_full_depth: Number = math.nan
 
 
@@ -283,7 +283,7 @@ class Measure(Record):
     value: Number
     ci95: Interval | None = None  # the interval of the value, over problems
     problems: Count
-    depth_fraction: Number = math.nan  # mean share of all layers run for the replies' tokens
+    depth_fraction: Number = math.nan  # mean fraction of all layers run for the replies' tokens
     completion_length: Number = math.nan  # mean tokens per reply
     detail: dict[str, Number] = {}  # the numbers behind the value
     curve: tuple[CurvePoint, ...] | None = None
@@ -329,7 +329,7 @@ class Capacity(Record):
     problems: Count
     accuracy: Share  # fraction of correct answers, or of correct steps
     accuracy_ci95: Interval | None = None
-    depth_fraction: Share  # mean share of all layers run per token
+    depth_fraction: Share  # mean fraction of all layers run per token
     completion_length: Number = math.nan  # mean tokens per completion
     step_size: Number | None = None  # mean operands per step that was written
     obeyed: Number | None = None  # fraction of completions with the prescribed steps

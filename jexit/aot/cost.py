@@ -34,9 +34,9 @@ class Cost:
     """The FLOPs and collectives of one run of a computation on one device.
 
     `collectives` maps each kind, such as `all-gather`, to the number of operations started and the
-    bytes that these produce. `at_most` names loops that may end before the assumed trip count, and
-    `unknown` loops that count once because their trip count is not known. `kernels` names kernels
-    that do not declare their FLOPs; `flops` does not include these.
+    bytes that these produce. `at_most` names loops that may end before the assumed trip count.
+    `unknown` names loops whose trip count is not known; they are counted once. `kernels` names
+    kernels that do not declare their FLOPs; `flops` does not include these.
     """
 
     flops: float = 0.0
@@ -75,7 +75,7 @@ def cost_of(module: Module, *, branch_share: float = 1.0, loops: Mapping[str, in
 
     `loops` maps the name of a `jax.named_scope` to the largest trip count of the loops inside that
     scope, for loops whose trip count the module does not contain. A conditional costs
-    `branch_share` times its most expensive branch plus 1 − `branch_share` times its cheapest. In
+    `branch_share` times its most expensive branch plus (1 − `branch_share`) times its cheapest. In
     the stack of L layers, only the exit heads are conditional; they run in the E layers that have
     an exit, so `branch_share` is E / L.
     """
@@ -142,7 +142,10 @@ def largest_arrays(module: Module, count: int) -> list[tuple[Array, str]]:
 
 
 def _traced(instruction: Instruction) -> bool:
-    """Returns whether the instruction is from the traced program, with a slash in its `op_name`."""
+    """Returns whether the instruction comes from the traced program.
+
+    Only the `op_name` of such an instruction contains a slash.
+    """
     return "/" in instruction.op_name
 
 
@@ -150,7 +153,7 @@ def _origin(module: Module, name: str, instruction: Instruction) -> str:
     """Returns the name, in the traced program, of an instruction in the computation `name`.
 
     If the compiler added the instruction, returns the name of the nearest traced instruction that
-    uses the result. If there is none either, returns the compiler's name of the instruction.
+    uses the result. If there is none, returns the compiler's name of the instruction.
     """
     reached = [(name, instruction)]
     for place, one in reached:  # the body extends this list
@@ -182,7 +185,7 @@ _MAKES_NOTHING = (
 
 
 def _scheduled(module: Module) -> list[str]:
-    """Returns the names of the computations outside fusions, whose results occupy memory."""
+    """Returns the names of the computations outside fusions; their results occupy memory."""
     found, waiting = [], [module.entry]
     while waiting:
         name = waiting.pop()
@@ -252,10 +255,11 @@ def _custom_call_cost(instruction: Instruction, computation: Computation) -> Cos
 
 
 def _convolution_flops(instruction: Instruction, computation: Computation) -> float:
-    """Returns twice the number of products of a kernel element with an input element.
+    """Returns the FLOPs of a convolution: twice the number of products of kernel and input entries.
 
-    TPUs compute matrix products as convolutions whose batch axes are windows over padding. Products
-    with padding do not count, because they are not part of the matrix product.
+    TPUs compute a batched matrix product as a convolution in which each batch axis is a padded
+    spatial axis. Products with padding do not count, because they are not part of the matrix
+    product.
     """
     left, right = (computation[name].arrays[0].dims for name in instruction.operands[:2])
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes).groups()

@@ -1,4 +1,7 @@
-"""The jitted programs of the decoding engine, with abstract arguments of the largest shapes."""
+"""The jitted programs of the decoding engine, each with abstract arguments of the largest shapes.
+
+Abstract arguments have shapes, dtypes and shardings, but no values.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ from jexit.steps.state import SplitModel
 class EnginePrograms:
     """The jitted programs of decoding: gathering weights, prefill, decoding and cache growth.
 
-    `state` is the training state that stays on the devices meanwhile, or None.
+    `state` is the training state that stays on the devices during decoding, or None.
     """
 
     def __init__(self, config: Config, mesh: Mesh, split: SplitModel, state: Any) -> None:
@@ -50,11 +53,11 @@ class EnginePrograms:
         """Yields the programs that decode `samples` completions for each of `prompts` prompts.
 
         There is one prefill program and, for each policy, one program that decodes a token with the
-        largest cache. If a run needs them, the gathering of the weights comes first, and the last
-        enlargement of the cache comes last. A completion has up to `forced` given tokens, which
-        leave under the first policy, and then `new` tokens. `policies` contains pairs (label,
-        policy). The names of all programs begin with `name`. Without `adapters`, the teacher
-        decodes.
+        largest cache. A program that gathers the weights comes first, and one that enlarges the
+        cache to its final size comes last, if the run needs these. A completion has a forced prefix
+        of up to `forced` tokens, which exit under the first policy, and then `new` tokens.
+        `policies` contains pairs (label, policy). The names of all programs begin with `name`.
+        Without `adapters`, the teacher decodes.
         """
         split, mesh = self._split, self._mesh
         model = split.student(split.trainable)
@@ -145,7 +148,7 @@ class EnginePrograms:
     def _growth(
         self, name: str, layout: Layout, most: int, cache: Cache, resident: Any
     ) -> Iterator[Program]:
-        """Yields the program that grows the cache to its final size, unless it starts with that.
+        """Yields the program that grows the cache to its final size, unless this is its first size.
 
         `most` is the number of slots that a row needs at the end.
         """

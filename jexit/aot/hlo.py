@@ -129,10 +129,10 @@ class Module:
         return Trips(min(counts), "at most" if joined or len(comparisons) > 1 else "exact")
 
     def _seen(self, computation: Computation) -> Iterator[tuple[Instruction, list[Source]]]:
-        """Yields (instruction, instructions that make its operands), also inside fusions.
+        """Yields (instruction, instructions that make its operands), including those in fusions.
 
-        If an operand is a parameter of a fusion, its instruction is the one that makes the value
-        which the computation passes to the fusion.
+        For an operand that is a parameter of a fusion, the instruction is the one that makes the
+        value passed to the fusion.
         """
         for outer in computation.values():
             yield outer, [_source(name, computation) for name in outer.operands]
@@ -240,7 +240,8 @@ _FORWARDING = ("copy", "bitcast", "convert", "copy-done", "reshape")
 def _source(name: str | None, computation: Computation) -> Instruction | None:
     """Returns the instruction that makes the value `name`, or None if it is not in `computation`.
 
-    Copies, conversions and reshapes of the value are skipped.
+    If the value is a copy, a conversion or a reshape, returns the instruction that makes the
+    original value.
     """
     instruction = computation.get(name or "")
     while instruction is not None and instruction.opcode in _FORWARDING and instruction.operands:

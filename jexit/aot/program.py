@@ -58,7 +58,7 @@ def device_bytes(tree: Any) -> int:
 
 
 def placed_parameters(tree: Any, mesh: Mesh, *, whole_width: bool = False) -> Any:
-    """Returns parameters, moments or counters as abstract arrays, sharded as in a run.
+    """Returns parameters or optimiser state as abstract arrays, sharded as in a run.
 
     With `whole_width`, the model width is not sharded.
     """
@@ -74,7 +74,7 @@ def placed(leaf: Any, mesh: Mesh, axes: str) -> jax.ShapeDtypeStruct:
 
 
 def rows(mesh: Mesh, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-    """Returns an abstract array of shape `shape`; the data axes shard the first axis."""
+    """Returns an abstract array of shape `shape`; its first axis is sharded over the data axes."""
     return placed(jax.ShapeDtypeStruct(shape, dtype), mesh, "B" + "." * (len(shape) - 1))
 
 

@@ -172,8 +172,8 @@ def _labelled(config: Config, name: str, rows: int, columns: int) -> tuple[str, 
     """Returns (label, policy) for the policy called `name`; step names contain the label.
 
     The policy has abstract arrays. A control, which prescribes the depth of every token, gets
-    abstract depths [rows, columns]. Raises UserError for `confidence:X`, whose exits are not those
-    of the config's model, and for `speculate:N`, which has a decoder of its own.
+    abstract depths [rows, columns]. Raises UserError for `confidence:X`, which replaces the exit
+    heads of the config's model, and for `speculate:N`, which has a decoder of its own.
     """
     if control_of(name) is not None:
         return " (prescribed)", Prescribed(jax.ShapeDtypeStruct((rows, columns), jnp.int32))
@@ -200,7 +200,7 @@ def _prompts(config: Config) -> int:
 def architecture(config: Config) -> Architecture:
     """Returns the architecture of the config's preset or, if it has none, of the config's model.
 
-    Raises UserError if the weights of that model do not fit its architecture.
+    Raises UserError if the model's weights do not fit its architecture.
     """
     if config.preset in PRESETS:
         return PRESETS[config.preset].architecture
@@ -231,7 +231,7 @@ def _abstract_model(config: Config) -> Transformer:
 def _optimized(
     config: Config, mesh: Mesh, model: Transformer, split: SplitModel, *, full: bool
 ) -> tuple[Any, Any]:
-    """Returns the optimiser of a run, and its training state with abstract arrays."""
+    """Returns a run's optimiser and training state; the state has abstract arrays."""
     optimizer = make_optimizer(config.optim, config.steps, parameter_labels(model, full=full))
 
     def begun() -> Any:
@@ -263,10 +263,10 @@ def _pretraining(config: Config, mesh: Mesh) -> Program:
 def _completions(
     config: Config, mesh: Mesh, count: int, new: int, *, shared: bool = False
 ) -> Completions:
-    """Returns `count` abstract rows, each for a prompt at the length limit and `new` more tokens.
+    """Returns abstract `Completions` (shapes without values) of `count` rows.
 
-    If `shared`, several completions in a row share one copy of their prompt, unless the attention
-    is `splash`.
+    Each row has room for a prompt of the maximum length and `new` tokens. If `shared`, the
+    completions of a row share one copy of their prompt, unless the attention is `splash`.
     """
     length = bucket_length(config.task.max_prompt_tokens + new)
     branches = shared and choose_attention(config.model.attention, length) != "splash"
@@ -301,7 +301,7 @@ def _fit(config: Config, mesh: Mesh, split: SplitModel, state: Any) -> Program:
 def _heads(
     config: Config, mesh: Mesh, split: SplitModel, state: Any, optimizer: Any
 ) -> Iterator[Program]:
-    """Yields the steps that compute the states at the exits and train only the exit heads."""
+    """Yields the steps that compute hidden states at the exits and train only the exit heads."""
     with jax.set_mesh(mesh):
         size = rows_at_a_time(config, config.sft.pool // config.sft.completions)
     batch = _trajectories(config, mesh, size)
@@ -340,7 +340,12 @@ def _calibration(
 
 
 def _packed(config: Config, mesh: Mesh, count: int, new: int, *, shared: bool) -> Completions:
-    """Returns abstract rows that can hold `count` completions of `new` tokens in any packing."""
+    """Returns abstract `Completions` with enough rows for `count` completions in any packing.
+
+    Each row has room for a prompt of the maximum length and `new` tokens. The number of rows is
+    `count`, rounded up to a multiple of the data shards × `config.optim.accumulate`. See
+    `_completions` for `shared`.
+    """
     with jax.set_mesh(mesh):
         unit = data_shards() * config.optim.accumulate
     return _completions(config, mesh, -(-count // unit) * unit, new, shared=shared)

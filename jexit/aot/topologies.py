@@ -69,7 +69,7 @@ class Topology:
 
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:
-        """Makes code traced in this context select implementations and tile sizes for the devices.
+        """Makes code traced in this context use implementations and tile sizes for this topology.
 
         To lower Pallas kernels, JAX reads the chip from the abstract mesh. This context sets such a
         mesh, for code that sets none itself.

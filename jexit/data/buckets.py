@@ -56,10 +56,10 @@ def _rounded(lengths: np.ndarray) -> np.ndarray:
 
 
 def _best_borders(lengths_N: np.ndarray, count: int) -> np.ndarray:
-    """Returns at most `count` padded lengths, in rising order, that minimise the total padding.
+    """Returns at most `count` padded lengths, in increasing order, that minimise the total padding.
 
-    `lengths_N` contains the lengths of the rows. A row is padded to the next of the returned
-    lengths.
+    `lengths_N` contains the lengths of the rows. A row is padded to the smallest returned length
+    that holds it.
     """
     lengths_X, rows_X = np.unique(lengths_N, return_counts=True)
     below_X = np.concatenate([[0], np.cumsum(rows_X)])

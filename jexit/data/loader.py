@@ -33,10 +33,10 @@ class TextBatch:
     """A packed batch: rows of several prompts with reference completions, padded at the end.
 
     `loss_mask_BT` float32 is the weight of each token *as a target*: 1 on the completion and its
-    end token, 0 on the prompt and on padding. `segment_BT` int32 numbers the texts of a row from 1
-    (0: padding), and `position_BT` int32 the tokens of each text from 0. `task_BT` int32 is the
-    index of the text's task in the mixture (-1: padding). `lengths_N` int32 contains the number of
-    tokens of each text, in the order in which the texts were drawn.
+    end-of-sequence token, 0 on the prompt and on padding. `segment_BT` int32 numbers the texts of a
+    row from 1 (0: padding), and `position_BT` int32 the tokens of each text from 0. `task_BT` int32
+    is the index of the text's task in the mixture (-1: padding). `lengths_N` int32 contains the
+    number of tokens of each text, in the order in which the texts were drawn.
     """
 
     tokens_BT: np.ndarray
@@ -84,9 +84,9 @@ def text_batch(
 
     `mixture` contains pairs of a task and its weight. The batch contains the first n texts of a
     random stream that depends on `seed` and `step`, with the largest n that `pack` fits into
-    `batch_size` rows of `length` tokens. Raises UserError if a text with its end token is longer
-    than `length`, if a task has no reference completions, or if the weights are negative or all
-    zero.
+    `batch_size` rows of `length` tokens. Raises UserError if a text with its end-of-sequence token
+    is longer than `length`, if a task has no reference completions, or if the weights are negative
+    or all zero.
     """
     weights = {str(i): weight for i, (_, weight) in enumerate(mixture)}
     if not weights or min(weights.values()) < 0 or sum(weights.values()) <= 0:
@@ -141,7 +141,7 @@ def encode_references(
     *,
     remedy: str = "use a task that has them (rows_task takes their column as completion=)",
 ) -> list[list[int]]:
-    """Returns the token ids of each problem's reference completion, followed by the end token.
+    """Returns the token ids of each problem's reference completion, with an end-of-sequence token.
 
     Raises UserError, with a message that ends in `remedy`, for a problem without a reference
     completion.
@@ -160,8 +160,8 @@ def _encoded(
 ) -> list[tuple[list[int], int]]:
     """Returns (token ids, prompt length) for each problem.
 
-    The ids are those of the prompt, the reference completion and the end token. Raises UserError if
-    a problem has more than `length` of them, or no reference completion.
+    The ids are those of the prompt, the reference completion and the end-of-sequence token. Raises
+    UserError if a problem has more than `length` of them, or no reference completion.
     """
     prompts = encode_problems(tokenizer, problems)
     completions = encode_references(tokenizer, problems)

@@ -14,7 +14,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Trajectory:
-    """The token ids of a prompt and of its completion, including the end token if it has one."""
+    """The token ids of a prompt and of its completion, with the end-of-sequence token, if any."""
 
     prompt: list[int]
     completion: list[int]

@@ -39,10 +39,11 @@ TOKENIZER_FILES = (
 class Tokenizer:
     """Converts between text and token ids, and applies the chat template of a model.
 
-    `backend` is a tokenizer of transformers. The attribute `eos_ids` combines the backend's end
-    token with the argument `eos_ids`, because a model may end with one of several tokens (Qwen3:
-    151645 or 151643). The padding token `pad_id` may be one of them, so the end of a sequence must
-    be determined from its length, never from `pad_id`. Raises UserError if there is no end token.
+    `backend` is a tokenizer of transformers. The attribute `eos_ids` combines the backend's
+    end-of-sequence token with the argument `eos_ids`, because a model may have several such tokens
+    (Qwen3: 151645 and 151643). The padding token `pad_id` may be one of them, so the end of a
+    sequence must be determined from its length, never from `pad_id`. Raises UserError if there is
+    no end-of-sequence token.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class Tokenizer:
         """Returns `directory` as a path, after checking that it contains the files of a tokenizer.
 
         Raises MissingFile if the directory or its tokenizer files are missing, and UserError for a
-        special file or a link out of the directory.
+        special file or a link that leads out of the directory.
         """
         path = pathlib.Path(directory)
         if not path.is_dir():
@@ -248,7 +249,7 @@ class Tokenizer:
         return text.removesuffix("\n")
 
     def encode_prompt(self, prompt: str | Messages) -> list[int]:
-        """Returns the token ids of `chat_text(prompt)`, with a begin token if the model has one."""
+        """Returns the token ids of `chat_text(prompt)`, with a BOS token if the model has one."""
         return self.encode_prompts([prompt])[0]
 
     def encode_prompts(self, prompts: Sequence[str | Messages]) -> list[list[int]]:
@@ -258,14 +259,14 @@ class Tokenizer:
 
     @functools.cached_property
     def begin_id(self) -> int | None:
-        """The id of the begin token that the tokenizer puts before texts, or None without one."""
+        """The id of the BOS token that the tokenizer puts before texts, or None if it adds none."""
         begin = self.backend.bos_token_id
         return begin if begin is not None and self.backend.encode("")[:1] == [begin] else None
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Returns the token ids of each text, with `begin_id` in front if the tokenizer has one.
+        """Returns the token ids of each text, after BOS if the tokenizer adds one (`begin_id`).
 
-        A text that already starts with the begin token does not get a second one.
+        A text that already starts with BOS does not get a second one.
         """
         made = self.encode_batch(texts)
         if self.begin_id is None:
@@ -273,7 +274,7 @@ class Tokenizer:
         return [ids if ids[:1] == [self.begin_id] else [self.begin_id, *ids] for ids in made]
 
     def encode(self, text: str) -> list[int]:
-        """Returns the token ids of `text`, without a begin or end token.
+        """Returns the token ids of `text`, without adding BOS or end-of-sequence tokens.
 
         Special tokens that are written out in `text`, such as `<|im_end|>`, become their ids.
         """
@@ -294,7 +295,7 @@ class Tokenizer:
     def completion_text(self, ids: Iterable[int]) -> str:
         """Returns the text by which a task judges the completion with the token ids `ids`.
 
-        The text begins with `<think>` if the chat template ends prompts with `<think>`. Otherwise,
+        The text begins with `<think>` if the chat template ends prompts with `<think>`. Without it,
         an unfinished thought would look like an answer.
         """
         return (f"{THINK_START}\n" if self.opens_thinking else "") + self.decode(ids)
@@ -317,7 +318,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _byte_of_character(self) -> dict[str, int]:
-        """The bytes for which the characters of a byte-level vocabulary stand."""
+        """The byte that each character of a byte-level vocabulary stands for."""
         from transformers.convert_slow_tokenizer import bytes_to_unicode
 
         return {character: byte for byte, character in bytes_to_unicode().items()}

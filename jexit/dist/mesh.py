@@ -30,7 +30,7 @@ def make_mesh(
 
     The mesh uses the first data × fsdp × tensor of `devices` (None: all devices of the run), with
     neighbouring devices along `tensor`. Raises UserError if there are too few devices, or if a run
-    on several hosts would leave some unused.
+    on several hosts would leave some devices unused.
     """
     devices = jax.devices() if devices is None else devices
     sizes = (data, fsdp, tensor)

@@ -137,7 +137,7 @@ def initialize(
 
 
 def _call_roll(coordinator: str, processes: int, process: int, timeout: float) -> None:
-    """Lets all processes meet at the coordinator's port and compare their values of `processes`.
+    """Makes all processes connect to the coordinator and compare their values of `processes`.
 
     JAX itself does not compare the values, ends a process if the port never opens, and crashes on
     process 0 if the port is in use. Raises UserError if the values differ or the port is in use,
@@ -188,7 +188,7 @@ def _hear_all(coordinator: str, processes: int, timeout: float) -> dict[int, int
 
 
 def _report(coordinator: str, processes: int, process: int, timeout: float) -> dict[int, int]:
-    """Sends this process's `--processes` to process 0; returns every process's {process: value}.
+    """Sends this process's `--processes` to process 0; returns {process: value} of all.
 
     Raises HostLost if process 0 does not answer within `timeout` seconds.
     """
@@ -277,7 +277,7 @@ def is_primary() -> bool:
 def gather(place: str, value: Any) -> list[Any]:
     """Returns the `value` of every host, a JSON value, as a list ordered by process index.
 
-    `place` names this wait in error messages. The values go through JAX's coordinator and not
+    `place` names this call in error messages. The values go through JAX's coordinator and not
     through the devices, so the call does not wait for computations. Raises HostLost if a host does
     not arrive within the timeout.
     """
@@ -302,14 +302,18 @@ def gather(place: str, value: Any) -> list[Any]:
 
 
 def from_primary(place: str, value: Any) -> Any:
-    """Returns the primary host's `value`, a JSON value, on every host; `place` names the wait."""
+    """Returns the primary host's `value`, a JSON value, on every host.
+
+    `place` names this call in error messages.
+    """
     return gather(place, value if is_primary() else None)[0]
 
 
 def barrier(place: str) -> None:
-    """Waits until every host has reached this call, which error messages name `place`.
+    """Waits until every host has reached this call.
 
-    Raises HostLost if a host does not arrive within the timeout.
+    `place` names this call in error messages. Raises HostLost if a host does not arrive within the
+    timeout.
     """
     gather(place, None)
 
@@ -318,10 +322,11 @@ def barrier(place: str) -> None:
 def waiting(place: str) -> Iterator[None]:
     """Ends the process if the code in this context takes longer than the timeout.
 
-    A message on stderr names the wait, `place`. This limits waits that have no limit of their own:
-    a collective with a host that hangs never returns, and neither does a jitted call that the
-    runtime delays until earlier collectives are done. If JAX is compiling at the end of the
-    timeout, the timeout starts anew, because compiling may take long and involves no other host.
+    `place` names the wait in the message on stderr. The timeout is for waits that have none of
+    their own: a collective with a host that hangs never returns, and neither does a jitted call
+    that the runtime delays until earlier collectives are done. If JAX is compiling at the end of
+    the timeout, the timeout starts anew, because compiling may take long and involves no other
+    host.
     """
     if not several_hosts():
         yield
@@ -351,7 +356,7 @@ def _main_stack() -> traceback.StackSummary:
 def whole(tree: Any, place: str) -> Any:
     """Returns each array of `tree` in full, as a NumPy array on every host.
 
-    The arrays must be small. `place` names this wait in error messages.
+    The arrays must be small. `place` names this call in error messages.
     """
     with waiting(place):
         return jax.tree.map(_whole, tree)
@@ -392,7 +397,10 @@ def leave(code: int) -> None:
 
 
 def _say_goodbye() -> None:
-    """Tells the primary host that this host leaves; the primary waits up to CLIENT_SECONDS."""
+    """Tells the primary host that this host leaves; the primary host waits for all the others.
+
+    It waits for at most CLIENT_SECONDS.
+    """
     client = ocp.multihost.get_jax_distributed_client()
     if not is_primary():
         client.key_value_set(f"jexit/left/{jax.process_index()}", "")

@@ -77,7 +77,7 @@ def divides() -> bool:
 def per_device(function: Callable, *, in_specs: Any, out_specs: Any) -> Callable:
     """Returns a function that applies `function` on each device to the shards of that device.
 
-    `in_specs` and `out_specs` are the partition specs of its arguments and results.
+    `in_specs` and `out_specs` are the partition specs of the arguments and results.
     """
     mesh = jax.sharding.get_abstract_mesh()
     return jax.shard_map(

@@ -80,7 +80,7 @@ class Case:
 
 
 def checks() -> Iterator[Check]:
-    """Yields a `Check` for each implementation that the first device may choose, in each dtype.
+    """Yields a `Check` of each implementation that jexit may choose on this device, per dtype.
 
     Matrix products in float32 use full precision, because an accelerator's faster default has
     larger rounding errors than the tolerance allows.
@@ -124,7 +124,7 @@ def _check(case: Case, name: str, dtype: str, inputs: Any, wanted: Outputs) -> C
 def seconds(run: Callable[[], Any], repeats: int = REPEATS) -> float:
     """Returns the median time of a call of `run` in seconds, until its outputs are ready.
 
-    There are `repeats` calls, all of which count: call a function that compiles once before.
+    All of the `repeats` calls count. To leave out compilation, call `run` once beforehand.
     """
     times = []
     for _ in range(repeats):
@@ -137,8 +137,8 @@ def seconds(run: Callable[[], Any], repeats: int = REPEATS) -> float:
 def relative_error(found: Any, wanted: Any) -> float:
     """Returns the largest error relative to the reference, max |found − wanted| / max |wanted|.
 
-    Maxima are over all entries at which `wanted` is finite. Returns ∞ if `found` is finite at other
-    positions.
+    Maxima are over all entries at which `wanted` is finite. Returns ∞ if the positions of the
+    finite entries of `found` and `wanted` differ.
     """
     found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
     if not np.array_equal(np.isfinite(found), np.isfinite(wanted)):
@@ -148,7 +148,7 @@ def relative_error(found: Any, wanted: Any) -> float:
 
 
 def cases() -> list[Case]:
-    """Returns the operations to check, with the implementations that this platform may choose."""
+    """Returns the operations to check, with the implementations that jexit may choose here."""
     platform = target().platform
     sizes = SIZES.get(platform, ACCELERATOR)
     states, kernels = functools.partial(_states, sizes), "config.model.kernels=xla"
@@ -170,7 +170,7 @@ def cases() -> list[Case]:
 
 
 def _states(sizes: Sizes, dtype: str) -> Outputs:
-    """Returns random states [N, D] and [E, N, D], an output head [V, D], and target tokens [N].
+    """Returns random hidden states [N, D] and [E, N, D], a head [V, D], and target tokens [N].
 
     N is the number of tokens, D the width, E the number of exits and V the size of the vocabulary.
     """

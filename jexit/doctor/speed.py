@@ -93,7 +93,7 @@ def timings(arch: Architecture, *, kernels: bool) -> Iterator[Timing]:
 def random_model(arch: Architecture, dtype: Any, execution: Execution = Execution()) -> Transformer:
     """Returns a model with random weights, a linear continuation and adapters of rank 8.
 
-    Its exits are at the layers 5, 10, 15, …
+    It has an exit after every 5th layer.
     """
     layers = tuple(range(5, arch.layers, 5))
     return nnx.jit(

@@ -156,8 +156,9 @@ def held_out(
     """Returns the first `count` problems of the evaluation split, and their prompts as token ids.
 
     With `config.task.skip_long`, problems with more than `config.task.max_prompt_tokens` tokens in
-    the prompt are skipped; without it, they raise UserError. If fewer than `count` problems are
-    left, all of them are returned and a warning is logged. Raises UserError if none is left.
+    the prompt are skipped; otherwise such a problem raises UserError. If fewer than `count`
+    problems are left, all of them are returned and a warning is logged. Raises UserError if none is
+    left.
     """
     split, limit = config.eval.split, config.task.max_prompt_tokens
     size = task.size(split)

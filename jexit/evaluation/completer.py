@@ -25,7 +25,7 @@ class ModelCompleter:
 
     A prefix counts as part of the completion, so the policy decides after how many layers its
     tokens leave. `positions` is the maximum length of a prompt and its completion together. Tests
-    may replace this class with a script that plays the model.
+    may use a scripted model instead of this class.
     """
 
     decoder: Decoder

@@ -53,10 +53,10 @@ def is_confidence(policy: str) -> bool:
 
 
 def logits_at_exits(result: PolicyResult, exit_layers: Sequence[int]) -> float:
-    """Returns the mean number of exits per token at which the full logits were computed.
+    """Returns the mean number of exits per token at which a confidence policy computed full logits.
 
-    A token computes logits at every exit up to its depth. The first token of a completion computes
-    none, because it comes from the prompt's last pass, which always runs every layer.
+    These are all exits up to the token's depth. The first token of a completion computes none,
+    because the prefill produces it, with all layers.
     """
     asked = sum(
         count * sum(layer <= int(depth) for layer in exit_layers)

@@ -1,10 +1,10 @@
 """Evaluates controls: runs at a policy's mean depth that do not choose which tokens stop early.
 
 Controls separate the gain from choosing tokens from the effect of running fewer layers. The control
-`fixed:matched` stops all tokens of a completion at one exit. Its mean depth is that of the policy
-even if its completions differ in length (see `mixed`). The control `shuffled` assigns the policy's
-own depths to tokens at random. Its mean depth is that of the policy only if its completions are as
-long as the policy's.
+`fixed:matched` stops all tokens of a completion at one exit. It has the policy's mean depth even if
+its completions are longer or shorter than the policy's (see `mixed`). The control `shuffled`
+assigns the policy's own depths to tokens at random. It has the policy's mean depth only if its
+completions are as long as the policy's.
 """
 
 from __future__ import annotations

@@ -59,12 +59,13 @@ class Decoder:
         judge: Callable[[Sequence[int], Sequence[Attempt]], Sequence[Verdict]] | None = None,
         what: str,
     ) -> tuple[list[Attempt], float]:
-        """Returns an attempt at each prompt, and all hosts' tokens per second without compilation.
+        """Returns an attempt at each prompt, and the tokens per second of all hosts together.
 
-        Every host passes all prompts and receives all attempts, but decodes and judges only its own
-        share. `judge(numbers, attempts)` returns a verdict on each attempt, where `numbers` are
-        indices of `prompts`; without `judge`, verdicts are None. `what` describes the work in error
-        messages. See `jexit.rollout.rollout` for the other arguments.
+        The time for compilation does not count. Every host passes all prompts and receives all
+        attempts, but decodes and judges only its own share. `judge(numbers, attempts)` returns a
+        verdict on each attempt, where `numbers` are indices of `prompts`; without `judge`, verdicts
+        are None. `what` describes the work in error messages. See `jexit.rollout.rollout` for the
+        other arguments.
         """
         here = host_rows(len(prompts))
         made = rollout(

@@ -57,8 +57,8 @@ def depth_by_class(
     """Returns the number of tokens and the mean number of layers run for each class of token.
 
     `tokens(ids)` returns the text of each token id; see `token_classes` for `mark` and `end_ids`.
-    The first token of each completion is left out, because it comes from the prompt's last pass,
-    which always runs every layer. A class without tokens is left out too.
+    The first token of each completion is left out, because the prefill produces it, with all
+    layers. A class without tokens is left out too.
     """
     depths: dict[str, list[int]] = {name: [] for name in CLASSES}
     for made in attempts:

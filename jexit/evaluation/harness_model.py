@@ -47,8 +47,8 @@ class JexitLM(TemplateLM):
     `pretrained` is a model directory, or a model object that is passed with its `tokenizer`.
     `policy` applies to the passes that score or generate tokens; prompts and contexts run every
     layer. The policy `sample` draws depths with `seed` from the hazards. By default,
-    `hazard_temperature` and `min_hazard`, the lower bound of hazards, are those under which the
-    model's exits were trained, or else 1 and 0.
+    `hazard_temperature` and `min_hazard`, the lower bound of hazards, have the values under which
+    the model's exits were trained, or 1 and 0 if these are not known.
 
     A context that is too long for `max_length` positions (default: the model's) is cut on the left,
     so that the continuation, or `max_gen_toks` new tokens, fit. A continuation that is too long by
@@ -118,7 +118,7 @@ class JexitLM(TemplateLM):
     def get_model_info(self) -> dict[str, Any]:
         """Returns the settings, mean depth and token count that lm-eval adds to its results.
 
-        The depths are None if no token has been scored or generated yet.
+        The mean depth is None if no token has been scored or generated yet.
         """
         layers = self._model.arch.layers
         depth = self.depth_total / self.tokens if self.tokens else None
@@ -140,7 +140,7 @@ class JexitLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The id of the token before a text without context: begin-of-text, or else end-of-text."""
+        """The token id before a text without context: BOS, or else the end-of-sequence token."""
         begin = self.texts.backend.bos_token_id
         return self.eot_token_id if begin is None else begin
 
@@ -153,7 +153,7 @@ class JexitLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Encodes a text; `add_special_tokens=False` omits the begin-of-text token."""
+        """Encodes a text; `add_special_tokens=False` omits the BOS token."""
         if add_special_tokens is False:
             return self.texts.encode(string)
         return self.texts.encode_texts([string])[0]
@@ -199,8 +199,8 @@ class JexitLM(TemplateLM):
     ) -> list[float]:
         """Returns the log-likelihood of each request's whole text in nats, computed in windows.
 
-        A token is scored once, as part of the continuation of a window, so the policy decides where
-        its pass leaves. Earlier tokens that a window repeats as context run every layer.
+        A token is scored once, as part of the continuation of one window, where the policy decides
+        its depth. Earlier tokens that a window repeats as context run every layer.
         """
         windows, owners = [], []
         for owner, request in enumerate(requests):
@@ -282,8 +282,8 @@ class JexitLM(TemplateLM):
 def _after_thought(text: str, end: str, *, opened: bool) -> str:
     """Returns the answer: the part of `text` after the last `end`, the text that ends thinking.
 
-    If the text thinks but does not contain `end`, the answer is empty. If it does not think, the
-    answer is the whole text. `opened` is true if the context has already opened a think block.
+    If the thinking does not end, the answer is empty. If there is no thinking, the answer is the
+    whole text. `opened` is true if the context has already opened a think block.
     """
     if end not in text:
         return "" if opened or text.lstrip().startswith(THINK_START) else text

@@ -51,8 +51,8 @@ def lost_interval(kept: Values, before: Values) -> Interval:
 
     `kept` and `before` contain one value for each of the same problems. Half a problem is first
     added for each outcome, as in `paired_interval`. The interval then contains 1 − r for each r
-    such that mean(kept) − r·mean(before) is within z standard errors of 0 (Fieller 1954). It is
-    limited to −1 … 1, because r has no upper end when mean(before) may be 0.
+    such that mean(kept) − r·mean(before) is within z standard errors of 0 (Fieller 1954). The
+    interval is limited to −1 … 1, because r has no upper end when mean(before) may be 0.
     """
     rows_N2, weights_N = _with_corners(kept, before)
     total = weights_N.sum()
@@ -145,7 +145,7 @@ def drawn_over_runs(values_RN: np.ndarray, *pseudo: float) -> np.ndarray:
 
 
 def _resampled(values: Values, seed: int) -> np.ndarray:
-    """Returns `DRAWS` sums of `values`, each over as many problems, drawn with replacement.
+    """Returns `DRAWS` sums of `values`, each over len(values) problems drawn with replacement.
 
     One seed draws the same problems for all `values` of the same length.
     """
@@ -175,7 +175,7 @@ def _drawn_weights(problems: int, pseudo: int, seed: int) -> np.ndarray:
 
 
 def _around(value: float, low: float, high: float, limits: Interval) -> Interval:
-    """Returns (low, high), clipped to `limits` and then extended to contain `value`, unless NaN."""
+    """Returns (low, high), clipped to `limits` and then extended to contain `value`, if not NaN."""
     ends = np.clip([low, high], *limits)
     return float(np.fmin(ends[0], value)), float(np.fmax(ends[1], value))
 

@@ -58,7 +58,7 @@ class Measurer:
     `attempts` caches the decoded attempts of each policy. `with_steps(granularity)` returns the
     problems with prompts that prescribe the size of steps, by the task's option `steps`. `split`
     contains student and teacher. `exits` contains the number of layers before each exit, and
-    `positions` is the longest sequence that the model takes.
+    `positions` is the model's maximum sequence length.
     """
 
     config: Config
@@ -135,9 +135,9 @@ class Measurer:
         return self.split.decodable(self.split.trainable)
 
     def _hazard_policy(self, policy: str) -> Sample:
-        """Returns the temperature and lower bound of hazards: under `sample` the decoder's.
+        """Returns the temperature and the lower bound of the hazards for `policy`.
 
-        Under other policies they are 1 and 0.
+        For `sample` they are the decoder's, and for other policies 1 and 0.
         """
         return self.decoder.sample if policy == "sample" else Sample()
 

@@ -41,9 +41,9 @@ def residuals_at(
 ) -> tuple[Float[Array, "B C R D"]]:
     """Returns the residuals that enter the R `layers`, in the passes that produce completions.
 
-    The result is a tuple of one array. Layers count from 0; the number of layers stands for the
-    residual after the last one. Each pass runs `depth_BC` layers. In the layers that it skips, its
-    residual follows the model's continuation.
+    The result is a tuple of one array, [B, C, R, D]. Layers count from 0; for an entry equal to the
+    number of layers, the residual is that after the last layer. Each pass runs `depth_BC` layers.
+    In the layers that it skips, its residual follows the model's continuation.
     """
     model = nnx.merge(graphdef, *states)
     policy = Prescribed(rows.input_depths(depth_BC, model.arch.layers))
@@ -58,7 +58,7 @@ def planning(
 
     `policy` is the name of the policy that produced `recorded`, and `student` the model as
     (graphdef, *states). Probes are fitted on every second completion and measured on the others. A
-    number of tokens ahead for which either half has no pass is left out.
+    distance (number of tokens ahead) is left out if either half has no pass for it.
     """
     recorded = _first(recorded)
     below = (0, *exit_layers, layers)
@@ -104,7 +104,8 @@ def probe(
 
     The probe is the ridge regression of the one-hot tokens `token_N` on the standardised features
     `x_ND` and a bias. It is fitted on the rows in the mask `fits_N`, and never predicts a token
-    that does not occur there. The result [M] has an entry for each of the other rows, in order.
+    that does not occur in these rows. The result [M] has an entry for each of the other rows, in
+    order.
     """
     known_V, class_N = np.unique(token_N[fits_N], return_inverse=True)
     x_ND = x_ND.astype(np.float64)

@@ -26,7 +26,7 @@ class Scores:
     """Two numbers from 0 to 1 per problem, and the statistic computed from these numbers.
 
     The statistic `share` is the mean of `first`, whose entries are 0 or 1. `difference` is the mean
-    of `first` less the mean of `second`. `lost` is 1 − Σ first / Σ second, or NaN if `second` is 0
+    of `first` minus the mean of `second`. `lost` is 1 − Σ first / Σ second, or NaN if `second` is 0
     for all problems. `numbers` contains the index of each problem in the evaluation.
     """
 

@@ -1,9 +1,9 @@
 """Computes the serial depth of a forward pass: the cost of the longest path in its jaxpr.
 
-The *opaque* serial depth of a language model is the longest computation between two tokens that
-people can read. It bounds what the model can work out without writing it down (Brown-Cohen et al.
+The *opaque* serial depth of a language model is the longest computation between two tokens of
+readable text. It bounds what the model can work out without writing it down (Brown-Cohen et al.
 2026, arXiv:2603.09786). For a token that leaves at an exit, it is the serial depth of the pass up
-to this exit. The costs are those of that paper's program for JAX (google-deepmind/serial_depth).
+to this exit. The costs are those of the paper's program for JAX (google-deepmind/serial_depth).
 Moving data costs 0, an element-wise operation 1, and a reduction or cumulative sum of n numbers
 ⌈log₂ n⌉. A matrix product with a contracted dimension of size n costs ⌈log₂ n⌉ + 1, and a scan its
 length times the depth of its body.
@@ -114,9 +114,9 @@ def _open(jaxpr: Any) -> core.Jaxpr:
 def depth_of_passes(model: Transformer, length: int) -> dict[int, int]:
     """Returns {layers: serial depth} of a pass over `length` tokens that runs so many layers.
 
-    The entries are for each exit and for all layers. The pass goes from embedding to logits. A
-    token that leaves early waits for the head of its exit. Meanwhile its residual goes through the
-    linear continuation, if the model has one, as a single map.
+    There is an entry for each exit and one for all layers. The pass goes from embedding to logits.
+    A token that leaves early waits for the head of its exit. Meanwhile its residual goes through
+    the linear continuation, if the model has one, as a single map.
     """
     return {
         layers: _depth_of_pass(model, layers, length)
@@ -163,7 +163,7 @@ def _depth_of_pass(model: Transformer, layers: int, length: int) -> int:
 def opaque_serial_depth(
     policy: str, model: Transformer, attempts: Sequence[Attempt], length: int
 ) -> SerialDepth:
-    """Returns the mean opaque serial depth of the tokens of `attempts`, at the depths they ran.
+    """Returns the mean opaque serial depth of the tokens of `attempts` at their depths.
 
     `length` is the number of tokens over which a pass attends. `policy` is the name of the policy
     under which the attempts were decoded. The mean is NaN without tokens.

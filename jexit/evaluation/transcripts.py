@@ -81,7 +81,7 @@ class Transcripts:
         """Returns the text before a completion's first step: the tag that opens the think block.
 
         The tag comes from the completion `index` or from its prompt; without a tag, the result is
-        empty. An answer that is forced directly after the tag first closes the block.
+        empty. If an answer is forced directly after the tag, the block is closed first.
         """
         opened = _OPENED.match("".join(self.chains[index]))
         return opened.group() if opened else self.completer.opening
@@ -100,7 +100,7 @@ class Transcripts:
         return self.task.final_answer(self.task.cue + answer)
 
     def forced(self, rows: Sequence[tuple[Problem, str]]) -> list[Reply | None]:
-        """Returns the model's answer to each (problem, prefix) after the cue, which requests it.
+        """Returns the model's answer to each (problem, prefix) after the cue that requests it.
 
         An entry is None if prompt and prefix are too long to leave room for an answer.
         """

@@ -67,7 +67,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def take_lock(file: IO[Any], remedy: str) -> bool:
-    """Tries to lock an open file; returns False if another process has locked it, and else True.
+    """Tries to lock an open file; returns False if another process holds the lock, otherwise True.
 
     The lock ends when this process, and every child process that inherited the open file, has
     closed the file or ended. Raises UserError, with a message that ends in `remedy`, if the file

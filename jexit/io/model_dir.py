@@ -206,10 +206,10 @@ def write_model(
 
 
 def write_eos_ids(directory: pathlib.Path, tokenizer: Tokenizer) -> None:
-    """Writes the tokenizer's end tokens to the file generation_config.json in `directory`.
+    """Writes the tokenizer's end-of-sequence tokens to generation_config.json in `directory`.
 
-    In an existing file, only `eos_token_id` can change. If this entry lacks an end token other than
-    `tokenizer.eos_id`, it is replaced by the list of all end tokens.
+    In an existing file, only `eos_token_id` can change. If this entry lacks an end-of-sequence
+    token other than `tokenizer.eos_id`, it is replaced by the list of all end-of-sequence tokens.
     """
     file = directory / "generation_config.json"
     values = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
@@ -221,7 +221,7 @@ def write_eos_ids(directory: pathlib.Path, tokenizer: Tokenizer) -> None:
 
 
 def _reference(base: pathlib.Path) -> str:
-    """Returns the path that refers to `base`: jexit/assets/... for a shipped model, or absolute."""
+    """Returns the path to store for `base`: jexit/assets/... for a shipped model, else absolute."""
     shipped = pathlib.Path(jexit.__file__).parent.parent.resolve()
     base = base.resolve()
     if base.is_relative_to(shipped / "jexit" / "assets"):

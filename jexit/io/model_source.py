@@ -86,7 +86,7 @@ class ModelSource:
         return {path: array.astype(np.float32) for path, array in parameters}
 
     def tokenizer(self) -> Tokenizer:
-        """Returns the tokenizer, with the end tokens in `self.eos_ids` added to its own.
+        """Returns the tokenizer, with `self.eos_ids` added to its end-of-sequence tokens.
 
         Raises UserError if the tokenizer has more tokens than the model has embeddings.
         """

@@ -144,9 +144,9 @@ def closing_table(
 def format_value(name: str, value: Any) -> str:
     """Formats the value of the metric `name` for display.
 
-    A share (see `is_share`) is formatted in per cent, an integer below a million in full, a number
-    below 0.001 or from a million on in scientific notation, and any other number with one to three
-    decimals. A string is returned unchanged. NaN, None and other objects become "-".
+    A fraction (see `is_share`) is formatted in per cent, an integer below a million in full, a
+    number below 0.001 or from a million on in scientific notation, and any other number with one to
+    three decimals. A string is returned unchanged. NaN, None and other objects become "-".
     """
     number = _number(value)
     if number is None:

@@ -8,11 +8,11 @@ from jexit.kernels.dispatch import target
 
 
 class Chip(NamedTuple):
-    """Public figures of one accelerator: memory, peak speed, and the inputs to TPU tile sizes.
+    """Published numbers of one accelerator: memory, peak speed, and the inputs to TPU tile sizes.
 
     Attributes:
       memory_gib: the device memory in GiB.
-      peak_flops: the dense bfloat16 FLOP/s, or None if this figure is not known.
+      peak_flops: the dense bfloat16 FLOP/s, or None if it is not known.
       vmem_mib: the VMEM of one TPU core in MiB; not used for GPUs.
       rows: the number of hidden states per tile at which the matrix products take as long as
         reading the output head. This is the peak FLOP/s divided by the memory bandwidth in

@@ -363,7 +363,7 @@ def _store(
 def _mask(
     shape: tuple[int, ...], starts: tuple[jax.Array, ...], sizes: tuple[int, ...]
 ) -> jax.Array | None:
-    """Returns a mask of the tile's entries inside an array, or None if tiles divide the array.
+    """Returns a mask of the tile's entries inside an array; None if whole tiles fill the array.
 
     The array has the shape `shape`; the tile, and so the mask, has the shape `sizes`.
     """

@@ -103,13 +103,17 @@ class Shards(NamedTuple):
         return mapped(*arguments)
 
     def vocab_start(self, rows: int) -> jax.Array | int:
-        """Returns the vocabulary index of this device's first head row; each device has `rows`."""
+        """Returns the vocabulary index of the first row of this device's shard of the output head.
+
+        Every shard has `rows` rows.
+        """
         return 0 if self.vocab_axis is None else jax.lax.axis_index(self.vocab_axis) * rows
 
     def merged(self, part: Partial, merge: Callable[[Partial, Partial], Partial]) -> Partial:
         """Gathers the statistics of all vocabulary shards and merges them in order.
 
-        `part` are those of this device's shard; `merge` takes two, the earlier shard first.
+        `part` contains the statistics of this device's shard. `merge` combines those of two shards,
+        the earlier one first.
         """
         if self.vocab_axis is None:
             return part

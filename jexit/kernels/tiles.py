@@ -24,7 +24,7 @@ class Chunks(NamedTuple):
 
 
 class Requested(NamedTuple):
-    """The sizes of a tile that a caller requests; None leaves a size as the platform has it."""
+    """The sizes of a tile that a caller requests; None means the platform's size."""
 
     tokens: int | None
     vocab: int | None

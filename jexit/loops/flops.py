@@ -54,7 +54,7 @@ from jexit.rollout import Rollouts
 def mfu(flops: float, seconds: float, devices: int) -> dict[str, float]:
     """Returns {"mfu": utilisation} of a step, or {} if the peak speed of the chip is not known.
 
-    `flops` are those of the step on all `devices` together, and `seconds` is its duration.
+    `flops` counts the FLOPs of the step on all `devices` together, and `seconds` is its duration.
     """
     peak = chip().peak_flops
     return {} if peak is None else {"mfu": flops / (seconds * peak * devices)}
@@ -114,7 +114,7 @@ class ModelFlops:
     def forward(self, size: PassSize, *, adapters: bool = True, hazards: bool = False) -> float:
         """Returns the FLOPs of a forward pass through all layers, without logits.
 
-        With `hazards`, all exit heads read every token. Without `adapters`, none are computed.
+        With `hazards`, all exit heads read every token. Without `adapters`, LoRA is not counted.
         """
         token = self._base() + (self._adapters() if adapters else 0.0)
         layers = self.arch.layers * (token * size.tokens + self._pair() * size.pairs)
@@ -139,7 +139,7 @@ class ModelFlops:
         return products * 2.0 * self.arch.width * self.arch.vocab_size * tokens
 
     def pretrain_step(self, size: PassSize, *, exit_loss: bool) -> float:
-        """Returns the FLOPs of a pretraining step; `size` is that of a pass over all texts.
+        """Returns the FLOPs of a pretraining step; `size` is the size of a pass over all texts.
 
         `exit_loss` is whether the exits have a loss, which needs their logits.
         """
@@ -152,8 +152,8 @@ class ModelFlops:
     ) -> float:
         """Returns the FLOPs of a calibration step with `samples` student passes.
 
-        `size` is that of one pass over the batch, whose completions have `completion_tokens` tokens
-        in all, and `target` is the setting `sft.target`.
+        `size` is the size of one pass over the batch, whose completions have `completion_tokens`
+        tokens in all, and `target` is the setting `sft.target`.
         """
         measured = self.forward(size, adapters=False)
         if target == "student":
@@ -168,7 +168,8 @@ class ModelFlops:
     def finetune_step(self, size: PassSize, completion_tokens: int) -> float:
         """Returns the FLOPs of a fine-tuning step on prompts and references.
 
-        `size` is that of one pass over both, and `completion_tokens` counts the references' tokens.
+        `size` is the size of one pass over both, and `completion_tokens` counts the references'
+        tokens.
         """
         passes = self.forward(size) + self.backward(size)
         return passes + self.logits(completion_tokens, trained=True)
@@ -176,7 +177,8 @@ class ModelFlops:
     def rl_step(self, size: PassSize, completion_tokens: int, *, updates: int) -> float:
         """Returns the FLOPs of an RL step without its rollouts: a teacher pass and the updates.
 
-        `size` is that of one pass over all rollouts, which have `completion_tokens` tokens in all.
+        `size` is the size of one pass over all rollouts, which have `completion_tokens` tokens in
+        all.
         """
         scored = self.forward(size, adapters=False) + self.logits(completion_tokens)
         return scored + updates * self._student(size, completion_tokens)
@@ -212,8 +214,8 @@ class ModelFlops:
         """Returns the FLOPs of the layers at a mean depth, as a fraction of those at full depth.
 
         `depth_fraction` is the mean depth divided by the number of layers. Attention scores are not
-        counted. `logits` is the mean number of times that a token computes all logits at an exit,
-        in order to decide whether to leave.
+        counted. `logits` is the mean number of exits per token at which all logits are computed (0
+        except for a confidence policy).
         """
         layer = self._base() + self._adapters()
         skipped = self.skipped_layer() / layer

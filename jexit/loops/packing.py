@@ -102,8 +102,8 @@ class PackedShapes:
     `shards` is the number of parts into which the mesh divides rows. If the completions divide
     equally among the parts, each completion stays in its part; otherwise every device has all
     completions. The number of rows is a multiple of `shards` · `micro_batches`. A prompt with its
-    completion has at most `longest` tokens. Rows are at most that long, rounded up, which bounds
-    the memory of attention scores. `model_width` serves to compare the costs of shapes.
+    completion has at most `longest` tokens. Rows have at most this length, rounded up, which limits
+    the memory for attention scores. `model_width` serves to compare the costs of shapes.
     `shares(length)` returns whether completions in rows of `length` tokens can share a copy of
     their prompt. The chosen shapes depend on earlier batches, so checkpoints save the shapes
     (`state`, `load`).

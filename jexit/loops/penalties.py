@@ -22,9 +22,9 @@ PATIENCE = 5  # consecutive updates with a collapse after which the run stops
 class AccuracyFloor:
     """The lowest accuracy that the depth and length penalties must preserve (0: no floor).
 
-    `rollouts` is the floor for training rollouts, and `held_out` that for held-out problems. If the
-    floors are a fraction of the initial model's accuracy, `length` is the mean length of that
-    model's completions in tokens; otherwise it is 0.
+    `rollouts` is the floor for training rollouts, and `held_out` the floor for held-out problems.
+    If the floors are a fraction of the initial model's accuracy, `length` is the mean length of
+    that model's completions in tokens; otherwise it is 0.
     """
 
     rollouts: float
@@ -85,8 +85,8 @@ def penalised_reward(
 ) -> float:
     """Returns the mean reward of `completions`, minus a penalty for accuracy below `floor`.
 
-    The reward is that of `losses.rloo.rewards` without the KL to the teacher and with the
-    configured λ and μ, not the scheduled ones. Each percentage point of accuracy below `floor`
+    The reward is computed as in `losses.rloo.rewards`, but without the KL to the teacher and with
+    the configured λ and μ, not the scheduled ones. Each percentage point of accuracy below `floor`
     subtracts 1. Models above the floor are therefore ranked by reward, and models below it mainly
     by accuracy.
     """

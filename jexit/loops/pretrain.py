@@ -97,7 +97,7 @@ def first_model(config: Config, tokenizer: Tokenizer) -> Transformer:
 
 
 def mixture(config: Config) -> list[tuple[Task, float]]:
-    """Returns the tasks that provide the training text, each with its share of the texts.
+    """Returns (task, fraction of the training texts that the task provides) for each task.
 
     `sums` and `tom` use prompts of every kind (`steps="mixed"`).
     """

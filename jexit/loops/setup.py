@@ -71,10 +71,7 @@ def with_trained_exits(config: Config) -> Config:
 
 
 def sample_policy(config: Config) -> Sample:
-    """Returns the policy `sample` with the settings of `config.rl` for hazards.
-
-    These are `hazard_temperature` and `min_hazard`.
-    """
+    """Returns the policy `sample` with `hazard_temperature` and `min_hazard` from `config.rl`."""
     rl = config.rl
     # NumPy numbers: to read an array on a device, the host would have to wait for the running step.
     return Sample(np.float32(rl.hazard_temperature), np.float32(rl.min_hazard))

@@ -106,8 +106,8 @@ class Stage:
     def packed_shapes(self, *, shared: bool) -> PackedShapes:
         """Returns the `PackedShapes` of this run.
 
-        With `shared`, completions in a row share copies of their prompts, except where attention is
-        computed by `splash`, which does not support that.
+        With `shared`, the completions of a prompt that are in the same row share one copy of it,
+        except where attention is computed by `splash`, which does not support this.
         """
         config, new = self.config, getattr(self.config, self.config.command).max_new_tokens
         return PackedShapes(

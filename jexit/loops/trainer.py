@@ -31,7 +31,7 @@ OneStep = Callable[[TrainState, int], tuple[TrainState, dict[str, Any]]]
 
 
 class Kept(Protocol):
-    """A part of a training loop with state on the host, saved in checkpoints by unique names."""
+    """A part of a training loop with state on the host, which checkpoints save by unique names."""
 
     def state(self) -> dict[str, np.ndarray]: ...
 
@@ -111,8 +111,8 @@ class Trainer:
     def chosen(self, state: TrainState) -> TrainState:
         """Returns the state from which the model is written.
 
-        It is that of the best checkpoint if `checkpoint.final` is `best` and a checkpoint has a
-        score, otherwise `state`.
+        If `checkpoint.final` is `best` and a checkpoint has a score, this is the state of the best
+        checkpoint; otherwise it is `state`.
         """
         step = self.checkpoints.best_step() if self.config.checkpoint.final == "best" else None
         if step is None:
@@ -135,9 +135,9 @@ class Trainer:
         """Trains from `state` to the last step and returns the last state.
 
         A step is skipped if its loss, gradients or updated parameters are not finite. Raises
-        Diverged after `optim.max_skipped` skipped steps in a row, or if all steps were skipped, and
-        Interrupted after a signal. While steps are skipped, no checkpoint is written, so the newest
-        checkpoint is always good.
+        Diverged after `optim.max_skipped` consecutive skipped steps, or if all steps were skipped,
+        and Interrupted after a signal. While steps are skipped, no checkpoint is written, so the
+        newest checkpoint is always good.
         """
         start, total = int(state.step), self.steps or self.config.steps
         stop = _StopSignals()
@@ -282,7 +282,7 @@ class Trainer:
 def peak_memory() -> dict[str, float]:
     """Returns the peak memory of this process in GiB, as metrics `memory/NAME`.
 
-    They are that of the host and, if JAX knows it, that of the process's first device.
+    The metrics are for the host and, if JAX knows its peak, for the process's first device.
     """
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -58,9 +58,10 @@ class Trajectories:
         return cls(rows, buckets, config.seed, pad_id, shared)
 
     def batch(self, step: int, here: HostRows) -> tuple[Completions, list[list[Trajectory]]]:
-        """Returns the rows `here` of the batch of step `step`, packed, and the trajectories of all.
+        """Returns the packed rows `here` of step `step`'s batch, and the trajectories of the batch.
 
-        `here` are the rows that this host prepares. The second result is a list per row.
+        `here` are the rows that this host prepares. The trajectories are a list per row of the
+        whole batch.
         """
         index_B, shape = self.buckets.batch(seed=self.seed, step=step, batch_size=here.total)
         mine = [self.rows[index] for index in index_B[here.index_B]]

@@ -126,7 +126,7 @@ def causal_depth_cost(
     norm: str,
     length_ref: float,
 ) -> Float[Array, "J W"]:
-    """Returns the depth cost charged to each token: the rollout's less that of earlier tokens.
+    """Returns the depth cost charged to each token: the rollout's cost minus earlier tokens' cost.
 
     The cost of token t is Σ_s d_s / n − Σ_{s<t} d_s / n̄, where d_s = depth/L of the pass that
     produced token s. If n = n̄, this is Σ_{s≥t} d_s / n: token t is charged for d_t and later

@@ -37,8 +37,8 @@ class KeysValues(NamedTuple):
 class Attention(nnx.Module):
     """The q, k, v and o projections of all layers, with the architecture's biases and norms.
 
-    In the methods, `cos` and `sin` are those of `rope_table`, `adapters=False` omits LoRA, and
-    `key` draws the dropout of LoRA (None: no dropout).
+    In the methods, `cos` and `sin` come from `rope_table`, `adapters=False` omits LoRA, and `key`
+    draws the dropout of LoRA (None: no dropout).
     """
 
     def __init__(self, arch: Architecture, lora: LoRA | None, *, dtype: jnp.dtype, rngs: nnx.Rngs):
@@ -93,7 +93,7 @@ def choose_attention(name: str, length: int) -> str:
     `auto` means `splash` on TPUs from 2,048 positions on, and `xla` otherwise. At that length `xla`
     would need over 4·N·T² bytes per sequence for the attention scores of N query heads and T
     positions (0.8 GB for Qwen3-4B, and 3.2 GB at 4,096 positions). The limit of 2,048 is based on
-    the compiler's memory figures, not on measured times.
+    the compiler's memory estimates, not on measured times.
     """
     if name != "auto":
         return name

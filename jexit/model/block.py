@@ -58,8 +58,8 @@ class Block(nnx.Module):
 
         The residual is [B, T, D], and keys and values are [B, T, K, H] each. `attend` maps queries
         [B, T, N, H] and `KeysValues` to the attention output [B, T, N, H], such as
-        `jexit.model.attention.attend` with the remaining arguments bound. `cos` and `sin` are those
-        of `rope_table`. `adapters=False` omits LoRA; without a `dropout_key`, there is no dropout.
+        `jexit.model.attention.attend` with the remaining arguments bound. `cos` and `sin` come from
+        `rope_table`. `adapters=False` omits LoRA; without a `dropout_key`, there is no dropout.
         """
         keys = [None] * 4 if dropout_key is None else list(jax.random.split(dropout_key, 4))
         x_BTD = self.attn_norm(h_BTD)

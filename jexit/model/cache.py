@@ -81,7 +81,7 @@ class Cache:
     def with_row(self, row: Int[Array, ""], prompts: Cache, source: Int[Array, ""]) -> Cache:
         """Returns the cache after copying a prompt: all slots of row `source` of `prompts`.
 
-        They go to the first slots of the row `row`; its later slots stay as they are.
+        They become the first slots of row `row`; the later slots of this row do not change.
         """
 
         def copied(part_KLPSH: Array, prompts_KLQTH: Array) -> Array:
@@ -136,7 +136,7 @@ def _write(part_KLPSH: Array, new_KBH: Array, layer: Array, rows_B: Array, slot_
 
 
 def _repeated(new: Array, part_KLPSH: Array) -> Array:
-    """Repeats each head of `new` [heads, …] until there are K, and casts to the cache's dtype.
+    """Repeats each head of `new` [heads, …] to make K heads, and casts to the cache's dtype.
 
     The copies of a head are adjacent.
     """

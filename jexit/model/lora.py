@@ -42,7 +42,7 @@ def projection(
 ) -> StackedLinear:
     """Returns a `StackedLinear`, with a LoRA adapter if `name` is among the targets of `lora`.
 
-    `name` is that of the projection, such as `q` or `down`. `settings` are further arguments of
+    `name` is the projection's name, such as `q` or `down`. `settings` are further arguments of
     `StackedLinear`.
     """
     adapter = lora if lora and name in lora.targets else None

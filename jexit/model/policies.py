@@ -26,7 +26,7 @@ from jexit.model.exits import depth_log_prob, log_hazards
 
 
 class Policy:
-    """The base class of halting policies; as it stands, no token leaves and no check fails.
+    """The base class of halting policies; by default, no token leaves and every check passes.
 
     Arrays over tokens have shape [B, T] or [B]. `depths` are the depths that a token can have: the
     model's exit layers and, last, the number of layers.
@@ -160,8 +160,8 @@ class Prescribed(Policy):
     """Each token runs the number of layers given in `depth_BT`: up to an exit, or all layers.
 
     In `forward`, `depth_BT` has one column per input position. In `generate`, column i is for the
-    pass that produces generated token i; column 0 is ignored, because the last prompt position runs
-    all layers.
+    pass that produces generated token i; column 0 is ignored, because the prefill produces the
+    first token, with all layers.
     """
 
     depth_BT: Int[Array, "B T"]
@@ -220,7 +220,7 @@ class Sample(Policy):
     def trained(cls, exits: ExitSettings) -> Sample:
         """Returns the policy with the settings under which a model's exits were trained.
 
-        If they are unknown, they are 1 and 0.
+        An unknown temperature becomes 1, and an unknown `min_hazard` 0.
         """
         # NumPy numbers: to read an array on a device, the host would wait for the running step.
         temperature = 1.0 if exits.hazard_temperature is None else exits.hazard_temperature
@@ -360,7 +360,7 @@ def check_policy(policy: Any, depths: tuple[int, ...]) -> None:
 
 
 def warn_if_untrained(policy: Policy, model: Any) -> None:
-    """Warns if `policy` reads exit heads that are untrained, where tokens hardly ever leave.
+    """Warns if `policy` reads untrained exit heads, at which tokens hardly ever leave.
 
     Heads count as untrained if all their biases still have the initial value. Tracers are skipped.
     """

@@ -90,8 +90,8 @@ def decode_over_mesh(
 ) -> Float[Array, "B N H"]:
     """Runs `attend` over a KV cache on each device, with that device's query and cache heads.
 
-    `attend` has the arguments of `jexit.kernels.decode_attention`. Those in `rest` (layer, rows and
-    lengths) are not sharded.
+    `attend` has the arguments of `jexit.kernels.decode_attention`. The arguments in `rest` (layer,
+    rows and lengths) are not sharded.
     """
     if not divides():
         return attend(q_BNH, keys_KLPSH, values_KLPSH, *rest)

@@ -75,7 +75,7 @@ class Axis:
 
     @classmethod
     def of_shares(cls, label: str, low: float = 0.0, high: float = 1.0) -> Axis:
-        """Returns an axis in per cent that contains the shares `low` and `high`.
+        """Returns an axis in per cent that contains the fractions `low` and `high`.
 
         By default, it goes from 0 to 100 % in quarters.
         """
@@ -86,7 +86,7 @@ class Axis:
 
     @classmethod
     def around_shares(cls, label: str, values: Sequence[float]) -> Axis:
-        """Returns an axis of the finite shares in `values` with a margin, within 0 to 100 %."""
+        """Returns an axis in per cent around the finite fractions in `values`, within 0–100 %."""
         known = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
         low, high = min(known), max(known)
         reach = max(0.05 * (high - low), (0.2 - (high - low)) / 2, 0.0)

@@ -182,8 +182,8 @@ def early_answering(entries: Sequence[Faithfulness]) -> Chart | None:
 def _agreement(curve: Sequence[CurvePoint]) -> list[float]:
     """Returns at each point the fraction of answers that equal the whole completion's answer.
 
-    The share is divided by that after the whole chain, if this is known at all points, and is at
-    most 1.
+    It is divided by the fraction after the whole chain, if this quotient is known at all points,
+    and is at most 1.
     """
     if all(math.isfinite(point.of_whole) for point in curve):
         return [min(point.of_whole, 1.0) for point in curve]

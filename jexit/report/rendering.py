@@ -69,13 +69,13 @@ def short_number(value: float, digits: int = 3) -> str:
 
 
 def per_cent(value: float | None, digits: int = 1) -> str:
-    """Formats a fraction from 0 to 1 in per cent, or as a dash if the share is unknown."""
+    """Formats a fraction from 0 to 1 in per cent, or as a dash if it is unknown."""
     known = value is not None and math.isfinite(value)
     return f"{number(100 * value, digits)}{NO_BREAK}%" if known else "–"
 
 
 def interval(bounds: tuple[float, float] | None) -> str:
-    """Formats an interval of shares, such as "1.0 to 2.0 %", or as "" if it is unknown."""
+    """Formats an interval of fractions, such as "1.0 to 2.0 %", or as "" if it is unknown."""
     if bounds is None or not all(map(math.isfinite, bounds)):
         return ""
     low, high = (number(100 * bound, 1) for bound in bounds)
@@ -83,7 +83,7 @@ def interval(bounds: tuple[float, float] | None) -> str:
 
 
 def points(value: float | None) -> str:
-    """Formats a difference of two shares in signed percentage points, or as a dash if unknown."""
+    """Formats a difference of fractions in signed percentage points, or as a dash if unknown."""
     if value is None or not math.isfinite(value):
         return "–"
     return f"{'+' if value > 0 else ''}{number(100 * value, 1)}"

@@ -175,7 +175,7 @@ def duration(seconds: float | None) -> str:
 
 
 def main_results(runs: Sequence[ReportedRun]) -> Markup | None:
-    """Renders a table of key figures for the results of every run that `headline` selects.
+    """Renders a table of the main results of every run, which `headline` selects.
 
     Returns None if there are no results.
     """

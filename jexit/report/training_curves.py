@@ -42,14 +42,14 @@ class Panel:
 
     @property
     def shares(self) -> bool:
-        """Whether the metrics are shares from 0 to 1, which the chart shows in per cent."""
+        """Whether the metrics are fractions from 0 to 1, which the chart shows in per cent."""
         return any(metric in SHARES for metric in self.metrics)
 
     def tells(self, runs: Sequence[ReportedRun]) -> bool:
         """Returns whether any run has informative values of a metric of the panel.
 
-        Not informative are the loss of reinforcement, and fractions of truncated completions that
-        are all 0.
+        The loss of reinforcement is not informative, and neither are fractions of truncated
+        completions that are all 0.
         """
         curves = [run.curves for run in runs if any(name in run.curves for name in self.metrics)]
         if "loss" in self.metrics:  # the height of a policy gradient's loss means nothing

@@ -219,7 +219,7 @@ class Arrivals:
 
     @property
     def _free_slots(self) -> set[int]:
-        """The slots of the prefix cache that no completion waits for."""
+        """The slots of the prefix cache that no completion waiting for a row needs."""
         return set(range(PREFIXES)) - {int(self._slot_J[job]) for job in self._ready}
 
     def _admit(self) -> None:

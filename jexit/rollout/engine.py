@@ -101,9 +101,9 @@ class Engine:
     ) -> Status:
         """Runs ticks until the host has to act, or until `steps` of them have drawn tokens.
 
-        The host has to prefill prompts or enlarge the cache (see `ticks.advance`). `ready` is the
-        number of prefilled completions on each data shard, and `more` whether further completions
-        are to come. `steps=None` means no limit.
+        The host acts by prefilling prompts or enlarging the cache (see `ticks.advance`). `ready` is
+        the number of prefilled completions on each data shard, and `more` whether further
+        completions are to come. `steps=None` means no limit.
         """
 
         layers = self.layers  # whose own compilation is not to be counted twice
@@ -243,7 +243,10 @@ class Decoding:
         )
 
     def cut(self, length_B: np.ndarray) -> None:
-        """Ends completion b after `length_B[b]` tokens, unless that is 0; every host calls this."""
+        """Ends completion b after its first `length_B[b]` tokens, unless `length_B[b]` is 0.
+
+        Every host must call this.
+        """
         self.engine.cut(place_rows(self._layout.by_job(np.asarray(length_B, np.int32))))
 
     def rollouts(self) -> Rollouts:
@@ -275,7 +278,7 @@ class Decoding:
     def _of_all(self, numbers: Iterable[int]) -> np.ndarray:
         """Gathers one number per prompt from all hosts, as int32 [prompts] in batch order.
 
-        `numbers` are those of this host's prompts.
+        `numbers` contains the numbers of this host's prompts.
         """
         mine = [self._here.index_B.tolist(), list(numbers)]
         number_B = np.zeros(self._total, np.int32)
@@ -286,7 +289,8 @@ class Decoding:
     def _placed(self, policy: Policy, columns: int) -> Policy:
         """Returns the policy with its per-completion arrays in job order, sharded over the mesh.
 
-        Raises UserError if they lack completions or have fewer than `columns` tokens.
+        Raises UserError unless these arrays have a row per completion and at least `columns`
+        columns (tokens).
         """
         policy.check_rows(self._total * self._layout.samples, columns)
         room = ((0, 0), (0, columns_bucket(columns) - columns))

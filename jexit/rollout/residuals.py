@@ -28,9 +28,10 @@ def residuals_of(
 ) -> list[np.ndarray]:
     """Returns, for each completion, the residuals [tokens, R, D] that enter the R layers `layers`.
 
-    The number of layers stands for the residual after the last one. Entry i along the first axis is
-    for the pass that produced token i of the completion; the arrays are float32. Prompts run all
-    layers, and completions run at `depths`, which has one entry per token (the first is ignored).
+    In `layers`, the number of layers means the residual after the last layer. Entry i along the
+    first axis is for the pass that produced token i of the completion; the arrays are float32.
+    Prompts run all layers, and completions run at `depths`, which has one entry per token (the
+    first is ignored).
     """
     whole = model.arch.layers
     found: list[np.ndarray] = []
@@ -72,7 +73,7 @@ def _residuals(
 
 
 def checked_layers(layers: Any, most: int) -> tuple[int, ...]:
-    """Returns `layers` as a tuple; raises UserError unless they rise strictly within 0 … `most`.
+    """Returns `layers` as a tuple; raises UserError unless they increase strictly in 0 … `most`.
 
     `most` is the number of layers.
     """

@@ -31,20 +31,20 @@ class Rollouts:
 
     T is `max_new_tokens`. Beyond the length of a row, tokens are `pad_id`, hazard logits are NaN
     and all other numbers are 0. The depth of a token is the number of layers that ran in the pass
-    that produced it; in column 0 it is L (all layers), except after a forced prefix, whose tokens
-    may exit early. With several hosts, the arrays contain only this host's rows.
+    that produced it; in column 0 it is L (all layers), except after a forced prefix, whose last
+    token may exit early. With several hosts, the arrays contain only this host's rows.
     """
 
     prompts: list[list[int]]
     prompt_B: np.ndarray  # int, the index of a row's prompt in `prompts`
     host_rows: HostRows  # this host's rows of the whole batch
-    tokens_BT: np.ndarray  # int32, with the end token as a row's last token
+    tokens_BT: np.ndarray  # int32; a row may end with an end-of-sequence token
     lengths_B: np.ndarray  # int32, at least 1
     depths_BT: np.ndarray  # int32
     logprobs_BT: np.ndarray  # float32, under the tempered, truncated distribution (greedy: plain)
     depth_logprobs_BT: np.ndarray  # float32, under the policy; 0 where nothing was drawn
     hazard_logits_BTE: np.ndarray | None  # float32, NaN at exits that were not reached
-    truncated_B: np.ndarray  # bool: reached `max_new_tokens` without an end token
+    truncated_B: np.ndarray  # bool: reached `max_new_tokens` without an end-of-sequence token
     shape: tuple[int, int]  # compiled sizes: padded prompt length and final cache slots
     seconds: float  # without compilation
     prompt_padding: float  # fraction of the prefilled positions that are padding, over all devices
@@ -60,5 +60,5 @@ class Rollouts:
         return lengths[self.prompt_B]
 
     def completion(self, row: int) -> list[int]:
-        """Returns the generated token IDs of a row, including the end token if the row has one."""
+        """Returns the generated token IDs of a row, with the end-of-sequence token, if any."""
         return self.tokens_BT[row, : self.lengths_B[row]].tolist()

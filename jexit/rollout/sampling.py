@@ -79,7 +79,7 @@ class Sampling:
         return self
 
     def distribution(self, logits: Float[Array, "*A V"]) -> Float[Array, "*A V"]:
-        """Returns float32 logits whose softmax is the sampling distribution; truncated: −inf.
+        """Returns float32 logits whose softmax is the sampling distribution; −inf if truncated.
 
         Greedy settings leave the logits unchanged.
         """
@@ -96,7 +96,8 @@ class Sampling:
         """Draws one token per row and returns (tokens, log-probabilities), each [B].
 
         The log-probabilities are those of the drawn tokens under `distribution`. Greedy decoding
-        takes the first of the largest logits, and computes the log-probability at temperature 1.
+        takes the token with the largest logit (the lowest id, if several are equal), and computes
+        the log-probability at temperature 1.
         """
         return _drawn(self.distribution(logits_BV), keys_B, self.greedy)
 
@@ -140,7 +141,8 @@ class MixedSampling:
 def _drawn(logits_BV: Array, keys_B: Array, greedy: bool) -> tuple[Array, Array]:
     """Returns (tokens, log-probabilities) [B], drawn from softmax(logits), in nats.
 
-    If `greedy`, takes the likeliest token, the first of equals, with its log-probability.
+    If `greedy`, takes the most likely token; if several are equally likely, the one with the lowest
+    id.
     """
     top_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
     if greedy:
@@ -158,7 +160,7 @@ class Draws:
     """The settings that decide how completions draw their tokens and when they end.
 
     `key` and `limit` are either shared by all completions or have one entry per completion. `eos_N`
-    contains the end tokens.
+    contains the ids of the end-of-sequence tokens.
     """
 
     key: PRNGKey | Key[Array, "J"]
@@ -211,7 +213,7 @@ def draw_by_weight(weights_BV: Float[Array, "B V"], keys_B: Key[Array, "B"]) -> 
 def _invert(weights_BC: Array, uniform_B: Array) -> Array:
     """Returns, per row, the first index whose cumulative weight exceeds uniform · total weight.
 
-    Its own weight is positive, if any weight of the row is.
+    The weight at this index is positive if any weight of the row is.
     """
     entries = weights_BC.shape[-1]
     # A product with a triangular matrix is one operation; a scan is a dozen.

@@ -52,9 +52,9 @@ AUTOMATIC = EngineSize()
 def fitted(size: EngineSize, jobs: int, row_bytes: int = 0) -> tuple[int, int]:
     """Returns (rows of the pool, rows of a tick) of one data shard for `jobs` completions.
 
-    `row_bytes` is the size of the KV cache of one row. A tick with few rows takes as long as one
-    with the lower number of `TICK_ROWS`, so a few completions are best run all at once. On CPUs,
-    only `size.rows` limits the memory of the pool.
+    `row_bytes` is the size of the KV cache of one row. A tick with fewer rows than the lower number
+    in `TICK_ROWS` takes no less time, so a few completions are best run all at once. On CPUs, only
+    `size.rows` limits the memory of the pool.
     """
     platform = target().platform
     least, most = TICK_ROWS[platform]
@@ -175,7 +175,7 @@ class Layout:
     def by_job(self, values_BX: np.ndarray) -> np.ndarray:
         """Reorders the caller's values [B, ...] into job order [J, ...]; padding jobs get 0.
 
-        Both have one entry per completion.
+        There is one entry per completion.
         """
         values_JX = np.zeros((self.shards * self.jobs, *values_BX.shape[1:]), values_BX.dtype)
         values_JX[self.job_B] = values_BX
@@ -241,8 +241,8 @@ class Layout:
     def has_room(self, prefilled: int, started_Z: np.ndarray) -> bool:
         """Returns whether the prefix cache has free slots for the prompts of `groups[prefilled]`.
 
-        `prefilled` is the number of prompts that each shard has prefilled, and `started_Z` that of
-        the completions that have begun on each shard. A prompt's slot is free once all its
+        `prefilled` is the number of prompts that each shard has prefilled, and `started_Z` is the
+        number of completions that have begun on each shard. A prompt's slot is free once all its
         completions have begun.
         """
         begun_Z = np.where(started_Z >= self.jobs_Z, self.prompts, started_Z // self.samples)

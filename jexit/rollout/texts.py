@@ -31,7 +31,7 @@ _INCOMPLETE = "\ufffd"  # the first bytes of a character are decoded to this
 class Generation:
     """The completions of text prompts, as lists with one entry per prompt.
 
-    The tokens include the end token if the completion drew one.
+    The tokens include the end-of-sequence token if the completion drew one.
     """
 
     texts: list[str]
@@ -84,19 +84,19 @@ def generate(
     """Completes text prompts under a halting policy, which decides at which layer each token exits.
 
     `policy` is a policy or its name, such as "threshold:0.5". Under "speculate:LAYER" an exit
-    drafts tokens and all layers verify them, so the text is that of all layers. `tokenizer` is a
-    `jexit.data.tokenizer.Tokenizer`. With `chat`, each prompt is put into the tokenizer's chat
-    format: a string is the user's message, and a list of messages (dicts with `role` and `content`)
-    is a conversation that ends with the user's message. Without `chat`, a prompt is plain text, and
-    the tokenizer may put a begin token before it. Temperature 0 means greedy decoding. A completion
-    ends with an end token, or with the token that completes one of the `stop` strings; the returned
-    text ends before the stop string. With `hazards`, the hazard logits at the exits are returned
-    too. `adapters=False` omits LoRA.
+    drafts tokens and all layers verify them, so the text is what the full model would generate.
+    `tokenizer` is a `jexit.data.tokenizer.Tokenizer`. With `chat`, each prompt is put into the
+    tokenizer's chat format: a string is the user's message, and a list of messages (dicts with
+    `role` and `content`) is a conversation that ends with the user's message. Without `chat`, a
+    prompt is plain text, and the tokenizer may put a BOS token before it. Temperature 0 means
+    greedy decoding. A completion ends with an end-of-sequence token, or with the token that
+    completes one of the `stop` strings; the returned text ends before the stop string. With
+    `hazards`, the hazard logits at the exits are returned too. `adapters=False` omits LoRA.
 
-    `residuals` are layer numbers in rising order: number ℓ stands for the residual that enters
-    layer ℓ, and the number of layers for the one that leaves the last layer. They are computed by
-    one more pass over each text, at the depths that decoding recorded. From the exit on, the
-    residual of a token that has left follows the model's continuation.
+    `residuals` are increasing layer indices: ℓ means the residual that enters layer ℓ (from 0), and
+    the number of layers means the residual after the last layer. The residuals are computed by one
+    more pass over each text, at the depths that decoding recorded. In the layers that a token
+    skips, its residual stays as it was at the exit or follows the model's linear continuation.
 
     Raises UserError for an invalid argument and for a request that `jexit.rollout.rollout` rejects.
     """
@@ -332,7 +332,7 @@ class GrowingText:
         return len(self._ids)
 
     def grow(self, ids: Sequence[int], over: bool) -> bool:
-        """Appends tokens (`over`: the last ones); returns whether a stop string ended the text.
+        """Appends tokens, the last ones if `over`; returns whether a stop string ended the text.
 
         Tokens after the one that completed the stop string are dropped.
         """
@@ -362,7 +362,7 @@ class GrowingText:
     def _settled(self) -> int:
         """Returns the number of leading characters of `whole` that later tokens cannot change.
 
-        Not counted are an incomplete character, and an end that may be the start of a stop string.
+        An incomplete character, and an end that may be the start of a stop string, do not count.
         """
         end = len(self.whole.rstrip(_INCOMPLETE))
         settled = end

@@ -208,7 +208,8 @@ class Ticks:
     def _fill(self, at: TickRows, cache: Cache, fills_B: Array) -> tuple[TickRows, Cache]:
         """Runs the continuation in the skipped layers of rows `fills_B`; caches keys and values.
 
-        Returns the rows, those in `fills_B` with the residual after the last layer, and the cache.
+        Returns the rows and the cache. The rows in `fills_B` now have the residual after the last
+        layer.
         """
         layers = self.model.arch.layers
         slot_B = self._slot(at)

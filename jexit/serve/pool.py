@@ -48,7 +48,7 @@ class _Worker(threading.Thread):
         self.join()
 
     def _read(self) -> bool:
-        """Handles all messages; if there is nothing to decode, waits for one.
+        """Handles all messages; if there is nothing to decode, waits for the next.
 
         Returns False if a message asks the thread to end (see `close`), and True otherwise.
         """
@@ -82,10 +82,10 @@ class _Worker(threading.Thread):
 
 
 class PoolThread(_Worker):
-    """The thread that owns a running decoding pool; `drafting` decodes what the pool cannot.
+    """The thread that owns a running decoding pool, which serves all policies but `Speculate`.
 
-    If the pool fails, `failure` is the exception, and every stream raises RunEnded. `close` ends
-    both threads.
+    The thread `drafting` decodes completions under `Speculate`. If the pool fails, `failure` is the
+    exception, and every stream raises RunEnded. `close` ends both threads.
     """
 
     def __init__(self, arrivals: Arrivals) -> None:
@@ -97,7 +97,7 @@ class PoolThread(_Worker):
         self._closed = False
 
     def join_pool(self, stream: Stream) -> None:
-        """Queues the stream's request for decoding; raises RunEnded if the thread was closed."""
+        """Queues the stream's request for decoding; raises RunEnded after `close`."""
         if self._closed:
             raise RunEnded("the decoding pool has been closed; open the model again")
         self._worker_of(stream).put(stream)

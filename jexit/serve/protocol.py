@@ -358,7 +358,7 @@ class Choice:
     def grow(self, grown: Grown) -> dict[str, Any]:
         """Adds tokens; returns the response fields for them, such as new `text` and `depths`.
 
-        Tokens after a stop string are dropped. Text that may belong to one is held back.
+        Tokens after a stop string are dropped. Text that may belong to a stop string is held back.
         """
         self.parts += 1
         before = self.text.tokens

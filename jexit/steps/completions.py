@@ -20,8 +20,8 @@ class Completions:
     """Rows of token ids; each row contains one or more completions with their prompts.
 
     Each completion follows its prompt and does not attend to other completions. With `branches`,
-    all completions of one prompt in a row share a single copy of the prompt and attend to it. This
-    sharing changes no result, because prompt tokens run all layers.
+    all completions of one prompt that are in the same row share a single copy of the prompt and
+    attend to it. This sharing changes no result, because prompt tokens run all layers.
 
     Arrays with axis T describe input positions; `segment_BT` (0: padding) and `positions_BT` are
     arguments of `run`. Arrays with axis C describe the tokens of the completions. `source_BC` is
@@ -79,8 +79,8 @@ class Completions:
     def input_depths(self, depth_BC: Int[Array, "B C"], layers: int) -> DepthBT:
         """Returns the depth of each input position.
 
-        The depth is that in `depth_BC` of the token that the position's pass produces, or `layers`
-        if the pass cannot leave early.
+        If the pass at a position can leave early, this is the depth in `depth_BC` of the token that
+        the pass produces; otherwise it is `layers`.
         """
         length = self.tokens_BT.shape[1]
 
@@ -137,10 +137,10 @@ def pack_completions(
 ) -> Completions:
     """Packs prompts and completions into NumPy arrays of `shape` (B, T, C).
 
-    `prompts[j]` is the prompt of completion j, which goes into row `row_of[j]`. Completions in a
-    row that have the same number in `prompt_of` share one copy of their prompt (None: no sharing).
-    If a call packs only part of a batch, `numbers[j]` is the index of completion j in the whole
-    batch (None: j itself).
+    `prompts[j]` is the prompt of completion j, which goes into row `row_of[j]`. Completions that
+    are in the same row and have the same number in `prompt_of` share one copy of their prompt
+    (None: no sharing). If a call packs only part of a batch, `numbers[j]` is the index of
+    completion j in the whole batch (None: j itself).
     """
     count, length, width = shape
     tokens_BT = np.full((count, length), pad_id, np.int32)

@@ -26,10 +26,10 @@ def make_finetune_step(
 ) -> Callable[[TrainState, FixedParams, Completions, PRNGKey], tuple[TrainState, Metrics]]:
     """Returns the jitted fine-tuning step (state, fixed, batch, key) → (state, metrics).
 
-    The loss is the mean of −log p(y_t) over the tokens y_t of all completions, including their end
-    tokens. Completion tokens leave under `policy`, but the depths are not part of the loss, so the
-    exit heads get no gradient. `key` seeds the dropout of the adapters and the random depths.
-    Gradients are accumulated over `micro_batches` parts of the batch.
+    The loss is the mean of −log p(y_t) over the tokens y_t of all completions, including their
+    end-of-sequence tokens. Completion tokens leave under `policy`, but the depths are not part of
+    the loss, so the exit heads get no gradient. `key` seeds the dropout of the adapters and the
+    random depths. Gradients are accumulated over `micro_batches` parts of the batch.
     """
 
     def step(

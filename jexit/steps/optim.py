@@ -114,7 +114,7 @@ def gradient_step(
 ) -> tuple[TrainState, Metrics]:
     """Takes one optimiser step on the sum of `loss_fn` over the micro-batches of `batch`.
 
-    Returns the new state, and the metrics of `loss_fn`, summed, and of `apply_gradients`.
+    Returns the new state, and the metrics of `loss_fn` (summed) and of `apply_gradients`.
     """
     loss, metrics, gradients = accumulated_gradients(
         loss_fn,
@@ -173,7 +173,7 @@ def apply_gradients(
 
     A step is skipped if the loss, the gradients, the new parameters or the new optimiser state are
     not finite. A skipped step changes only the counters. The metrics are `grad_norm`, before
-    clipping, and `skipped`, the number of latest steps in a row that were skipped.
+    clipping, and `skipped`, the number of consecutive skipped steps up to this one.
     """
     norm = optax.tree.norm(gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)

@@ -41,11 +41,11 @@ ORIGINS = ("x_origin_ED", "v_origin_PD")  # fields of RidgeSums
 class RidgeSums:
     """Sums over tokens for the ridge fit: of residuals x at the exits and of displacements v.
 
-    For each pair P of an exit and a layer m that tokens leaving there skip (see `pairs`), the
-    displacement v = h_{m+1} − x is the change of the residual from the exit to the output of layer
-    m. An origin near the mean is subtracted from all values, because float32 sums would otherwise
-    lose the differences between tokens. The origin is the mean of the first batch, or a copy of the
-    origin of other sums (`cleared`).
+    A pair P (see `pairs`) is an exit and a layer m that a token skips after it has left there. The
+    displacement v = h_{m+1} − x of a pair is the change of the residual from the exit to the output
+    of layer m at full depth. An origin near the mean is subtracted from all values, because float32
+    sums would otherwise lose the differences between tokens. The origin is the mean of the first
+    batch, or a copy of the origin of other sums (`cleared`).
     """
 
     count: Float[Array, ""]
@@ -281,7 +281,7 @@ def fit(
     """Fits the map of every layer to the tokens of `sums` and `held_back` together.
 
     Layers below the first exit get zero maps. For each other layer, the strength is the one of
-    `STRENGTHS` whose map, fitted to `sums` alone, leaves the smallest share of the variance in
+    `STRENGTHS` whose map, fitted to `sums` alone, leaves the smallest fraction of the variance in
     `held_back` unexplained. The lists in the result start at the layer of the first exit. With a
     `rank`, each map is the best product of two factors of this rank, and later maps are fitted to
     the outputs of the factored map. `sums` and `held_back` must contain NumPy arrays and each at

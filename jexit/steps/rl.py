@@ -146,7 +146,7 @@ def score(
     config: RLConfig,
     micro_batches: int,
 ) -> tuple[Scored, Metrics]:
-    """Returns the batch with teacher scores, advantages and loss weights; and reward metrics."""
+    """Returns the batch with teacher scores, advantages and loss weights, and reward metrics."""
     rows, token_JW = batch.rows, batch.token_JW.astype(jnp.float32)
     teacher_BC, teacher_hidden_BCD = teacher_scores(teacher, rows, config, micro_batches)
     log_ratio_JW = batch.logprobs_JW - rows.by_completion(teacher_BC, batch.depth_JW.shape)
@@ -233,7 +233,7 @@ def advantages(
     """Returns the advantage of every (token, depth) pair; 0 where `keep_J` is False.
 
     `spent` is the result of `depth_shares`. With `config.causal_depth`, a token is charged only for
-    the depths at and after this token; without, all pairs of a rollout have the same advantage.
+    the depths at and after this token; without it, all pairs of a rollout have the same advantage.
     """
     if not config.causal_depth:
         advantage_J = group_advantages(reward.total_J, config.rollouts, config.advantage, keep_J)
@@ -248,7 +248,7 @@ def advantages(
 def policy_loss(
     student: Transformer, item: Scored, config: RLConfig, teacher_head_VD: Array | None
 ) -> tuple[Array, Metrics]:
-    """Returns the loss and the metrics of the micro-batch `item`, as shares of the whole batch.
+    """Returns what the micro-batch `item` adds to the loss and metrics of the whole batch.
 
     The loss is −Σ w·A·[log π(y | d) + log P(d)] over tokens y and depths d (REINFORCE), with
     weights w and advantages A; with several updates per batch, PPO's clipped objective replaces

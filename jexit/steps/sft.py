@@ -100,14 +100,14 @@ def calibration_loss(
     key: PRNGKey,
     teacher_head_VD: Array | None,
 ) -> tuple[Array, Metrics]:
-    """Returns the loss and the metrics of one student run on `item`, as shares of the whole batch.
+    """Returns what one student run on `item` adds to the loss and metrics of the whole batch.
 
     The loss is the KL between student and teacher in the direction `config.direction` (see
-    `linear_kl`) plus `config.exit_coef` times the loss of the exit heads, summed over the action
-    positions (tokens whose pass could leave early) and divided by `actions`: S times the number of
-    these positions in the whole batch. `teacher_head_VD` is None if teacher and student share the
-    output head. Depths drawn with exploration need `config.exit_loss="expected"`, because −log P(d)
-    would teach the exploration to the heads.
+    `linear_kl`) plus `config.exit_coef` times the loss of the exit heads. Both are summed over the
+    action positions (tokens whose pass could leave early) and divided by `actions`, which is S
+    times the number of these positions in the whole batch. `teacher_head_VD` is None if teacher and
+    student share the output head. Depths drawn with exploration need `config.exit_loss="expected"`,
+    because −log P(d) would teach the exploration to the heads.
     """
     rows, exits_BC = item.rows, item.exits_BC
     exit_layers, layers = student.exit_layers, student.arch.layers

@@ -21,8 +21,8 @@ Params = Any  # nested nnx.State of arrays
 class TrainState:
     """The trainable parameters, the optimiser state and two counters.
 
-    Batches and PRNG keys derive from the seed and `step`. `skipped` counts how many of the latest
-    steps in a row were skipped because of NaN or infinity.
+    Batches and PRNG keys derive from the seed and `step`. `skipped` is the number of consecutive
+    steps, up to the latest one, that were skipped because of NaN or infinity.
     """
 
     step: Int[Array, ""]
@@ -101,7 +101,7 @@ def parameter_labels(model: Transformer, *, full: bool) -> Params:
 
     The kinds are `lora`, `exit` (output weights of the exit heads), `exit_bias` (output biases),
     `exit_hidden` (norms and hidden layers of the heads), `continuation` and `base` (all others).
-    `full` is that of `split_model`.
+    See `split_model` for `full`.
     """
 
     def label(path: tuple, variable: nnx.Variable) -> str:

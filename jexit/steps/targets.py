@@ -1,7 +1,7 @@
 """Compares every exit with the last layer, and computes the target hazards that follow.
 
-Calibration and evaluation take both from here, so hazards are measured against the targets from
-which they were learned.
+Calibration and evaluation use the same code, so hazards are measured against the targets from which
+they were learned.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ def exits_against_last_layer(
 ) -> ExitComparison:
     """Runs `rows` at full depth, and compares every exit of `model` with the last layer.
 
-    The distribution at an exit is that after `continuation` (see `exit_hidden_states`). The last
-    layer's hidden states are `final_BCD`, if another model's are given, or else those of `model`.
+    The distribution at an exit is computed after `continuation` (see `exit_hidden_states`). If
+    `final_BCD` is given, these hidden states of another model replace those after the last layer of
+    `model`.
     """
     full = run(
         model,

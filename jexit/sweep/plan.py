@@ -76,7 +76,8 @@ class Cell:
     def evaluation(self) -> pathlib.Path | None:
         """The path of the `eval.json` with all measures, or None if there is none.
 
-        It is that of the run's later evaluation, or else that of a run that is an evaluation.
+        This is the file of the run's evaluation or, if the run itself is an evaluation, its own
+        file.
         """
         paths = (self.workdir / "eval" / EVALUATED, self.workdir / EVALUATED)
         return next(filter(_whole, paths), None)

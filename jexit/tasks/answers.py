@@ -146,7 +146,7 @@ def last_number(text: str) -> Fraction | None:
 
 
 def strict_number(text: str) -> Fraction | None:
-    """Returns the number n if the last line of `text` is `#### n` or `#### n.`, and else None."""
+    """Returns the number n if the last line of `text` is `#### n` or `#### n.`, otherwise None."""
     line = text.rstrip().rpartition("\n")[2]
     if not line.startswith(_MARKER + " "):
         return None

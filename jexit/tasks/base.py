@@ -30,9 +30,9 @@ class Problem:
     """One question with its correct answer.
 
     `prompt` is the user's message, before a chat template is applied. `answer` is the correct
-    answer. `completion` is a reference completion without its end token, or None if there is none.
-    `earlier` contains the chat messages before the prompt, such as worked examples. `fields`
-    contains further data about the problem, such as its operands.
+    answer. `completion` is a reference completion without end-of-sequence token, or None if there
+    is none. `earlier` contains the chat messages before the prompt, such as worked examples.
+    `fields` contains further data about the problem, such as its operands.
     """
 
     prompt: str
@@ -146,8 +146,7 @@ class Task(abc.ABC):
     def answer_mark(self, text: str) -> tuple[int, int] | None:
         """Returns the offsets (start, end) of the mark that introduces the answer, or None.
 
-        The result is None if `text` contains no mark. By default, the mark is the last `####`. Must
-        not raise for any text.
+        By default, the mark is the last `####`. Must not raise for any text.
         """
         start = text.rfind("####")
         return None if start < 0 else (start, start + len("####"))
@@ -231,7 +230,7 @@ def split_of(key: str) -> Split:
 
 
 class Draw:
-    """A random generator, seeded with `key`, that draws the same on every Python version.
+    """A random generator, seeded with `key`, that gives the same draws in every Python version.
 
     Every method uses only `random.Random.random`, because Python guarantees that only this method
     returns the same numbers in every version.

@@ -84,7 +84,7 @@ class ChainTask(Task):
         """
 
     def begun_step(self, problem: Problem, size: int) -> str | None:
-        """Returns the text of a first step with `size` operands that precedes the step's result.
+        """Returns the beginning of a first step with `size` operands, up to the step's result.
 
         Returns None if the task cannot begin such a step; by default, always returns None.
         """
@@ -99,7 +99,7 @@ class ChainTask(Task):
 
     @abc.abstractmethod
     def corrupted(self, problem: Problem, completion: str, draw: Draw) -> Corruption | None:
-        """Returns `completion` up to a random step, which is changed, or None if impossible.
+        """Returns `completion` up to a random step, with this step changed; None if impossible.
 
         If the task can compute the answer that follows from the changed step, this answer differs
         from the answer in `completion`.

@@ -64,7 +64,8 @@ class ExploreToM(FileTask):
     case, articles and punctuation. Other answers are found by candidate phrases: the places of the
     story, yes and no, or phrases about knowing (see `phrases.lenient_phrase`). If the question asks
     for a container, rooms count only if the completion names no container, so that "the bag in the
-    hall" gives the bag. Questions that ask for a room are treated likewise.
+    hall" gives the bag. Likewise, if the question asks for a room, containers count only if the
+    completion names no room.
     """
 
     name = "exploretom"

@@ -34,11 +34,11 @@ class FileTask(Task):
     `instruction` is the text at the end of every prompt.
 
     A split is held out by groups: problems of one group, by default those with the same prompt, go
-    to the same split. Of rows that are not divided into splits, every `test_every`-th group is held
-    out for the test split (0: none). Training rows whose group also occurs in the data's own
+    to the same split. If rows are not divided into splits, every `test_every`-th group of them is
+    held out for the test split (0: none). Training rows whose group also occurs in the data's own
     validation or test split are left out. If the data contains no validation split, every sixteenth
-    group of the training rows is held out for validation. Of two to fifteen groups, the last one is
-    held out, and a single group stays in training.
+    group of the training rows is held out for validation. If there are only two to fifteen groups,
+    the last one is held out; a single group stays in training.
 
     Rows that cannot be used are left out, with one warning for each split. Raises MissingFile if
     `path` does not exist.
@@ -165,7 +165,7 @@ class FileTask(Task):
 
 
 def source_of(file: pathlib.Path) -> Source:
-    """Returns "test" if the name of `file` starts with `test`, and else "whole" (no splits)."""
+    """Returns "test" if the name of `file` starts with `test`, otherwise "whole" (no splits)."""
     return "test" if file.name.startswith("test") else "whole"
 
 

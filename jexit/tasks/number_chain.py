@@ -83,7 +83,7 @@ class NumberChain(ChainTask):
     def follow(
         self, problem: Problem, steps: Sequence[str], number: str
     ) -> tuple[bool, str | None]:
-        """Returns (can the chain continue, answer) for a chain in which one result is changed.
+        """Returns (whether the chain can continue, answer) for a chain with one changed result.
 
         `number` replaces the result of the last of `steps`. The answer is that of a correct
         continuation, or None if the task cannot compute it. By default, returns (True, None).

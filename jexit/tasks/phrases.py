@@ -97,11 +97,11 @@ def strict_phrase(text: str) -> str | None:
 def mentions(text: str, candidates: Candidates) -> list[str]:
     """Returns the answers that the candidate phrases in `text` stand for, in order of occurrence.
 
-    Phrases match whole words, whatever their case and articles. Where several phrases match, the
-    longest counts, so "does not know" does not count as "know", and "metal box" does not count as
-    "box". A phrase that is negated from further away ("does not really know") stands for the answer
-    of the candidate "not know", or is ignored without such a candidate ("not in the box"). Two
-    negations cancel each other.
+    Phrases match whole words, whatever their case and articles. Matches do not overlap, and of
+    those that start at the same word, the longest counts: "does not know" does not count as "know",
+    nor "metal box" as "box". A negation need not touch the phrase: "does not really know" stands
+    for the answer of the candidate "not know". If there is no such candidate, the negated phrase is
+    ignored, as in "not in the box". Two negations cancel each other.
     """
     words, starts = _words_and_starts(text)
     spelled = _spelled(candidates)
@@ -148,8 +148,8 @@ def _meaning(
 ) -> str | None:
     """Returns the answer of the candidate at `place` or, if it is negated, of its opposite.
 
-    The opposite of "know" is the candidate "not know", and vice versa. Without such a candidate,
-    and for a candidate without an answer, the result is None.
+    The opposite is the candidate with "not" added in front or, if the phrase starts with "not",
+    without this word. The result is None if there is no opposite or no answer.
     """
     phrase = words[place]
     answer = spelled[phrase]
@@ -161,8 +161,9 @@ def _meaning(
 def _denied(words: Sequence[str], starts: set[int], index: int) -> bool:
     """Returns whether an odd number of negations precedes the word at `index` in its sentence.
 
-    Between a negation and this word, only words that continue the negation ("not really in") and
-    the subjects of thoughts ("does not think that Bob knows") may stand.
+    Only the `_REACH` (12) words before it count. Between a negation and this word, only the words
+    in `_BETWEEN` ("not really in") and the subjects of thoughts ("does not think that Bob knows")
+    may stand.
     """
     negations, place = 0, index
     while place > max(index - _REACH, 0) and place not in starts:
@@ -187,7 +188,7 @@ def lenient_phrase(text: str, candidates: Candidates) -> str | None:
 
     1. the answer that the rest of the line after the last `####` states (see `stated`);
     2. the last candidate after this `####`;
-    3. the last answer that the text announces ("**Answer:** the box");
+    3. the answer after the last "answer is" or "answer:" that one follows ("**Answer:** the box");
     4. the last candidate before the `####`, or in the whole text if there is no `####`.
 
     In cases 2 and 4, a yes or no that starts the last line is the answer instead ("No, she left

@@ -37,7 +37,7 @@ class RewardFunction:
 
     @property
     def columns(self) -> list[str]:
-        """The names of the columns of the rows that the function requires."""
+        """The names of the data columns that the function requires."""
         return [
             parameter.name
             for parameter in self._parameters

@@ -171,7 +171,7 @@ def rows_task(
       correct: The function that decides accuracy: a completion is correct if the function returns
         at least 0.5 for it. The default is the first function of `rewards`.
       test_every: If `test` is None, one of every `test_every` distinct prompts is held out for
-        testing. 0 holds out none.
+        testing; 0 holds out no prompts.
 
     Returns:
       The task. It reports a metric `reward/NAME` for each reward function.

@@ -9,7 +9,7 @@ from jexit.tasks.base import Draw, Split, check_split, split_of
 
 T = TypeVar("T")
 
-ATTEMPTS = 1_000  # unsuitable draws in a row after which a split counts as exhausted
+ATTEMPTS = 1_000  # consecutive unsuitable draws after which a split counts as exhausted
 
 
 class NoMoreProblems(ValueError):

@@ -98,7 +98,7 @@ def _is_verdict(verdict: Any) -> bool:
 
 
 class _TimeUp(BaseException):
-    """Raised in user code at its time limit; no subclass of Exception, which the code may catch."""
+    """Raised in user code at its time limit; not an Exception, because the code may catch those."""
 
 
 @contextlib.contextmanager

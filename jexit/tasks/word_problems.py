@@ -131,7 +131,7 @@ class WordProblems(NumberChain):
     def follow(
         self, problem: Problem, steps: Sequence[str], number: str
     ) -> tuple[bool, str | None]:
-        """Returns (can the solution continue, answer) for a solution with one changed result.
+        """Returns (whether the solution can continue, answer) after a change of one result.
 
         `number` replaces the result of the last of `steps`. The solution cannot continue if a
         result would then be negative. The answer is None if `steps` are not the first steps of the

@@ -44,8 +44,8 @@ def linear_kl(
 ) -> jax.Array:
     """Implements `jexit.kernels.linear_kl` on one device or a mesh.
 
-    `tiled` contains the functions that run on each device: the forward pass over its part of the
-    vocabulary, which computes softmax statistics, and the one that computes gradients.
+    `tiled` contains the two functions that run on each device: one computes softmax statistics over
+    the device's part of the vocabulary, and the other computes gradients.
     """
     shards, tokens = Shards.current(head_VD.shape[0]), h_student_ND.shape[0]
     hidden = (shards.pad_tokens(h_student_ND), shards.pad_tokens(h_teacher_ND))

@@ -189,8 +189,8 @@ def _logits(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns a tile's logits [N, C] of student and teacher, and its rows of the student's head.
 
-    The tile consists of the vocabulary entries `start` … `start + size − 1`. `heads` are those of
-    student and teacher; None means that the teacher uses the student's head.
+    The tile consists of the vocabulary entries `start` … `start + size − 1`. `heads` are the heads
+    of student and teacher; None as the second means the student's head.
     """
     head_CD = tiles.slice_head(heads[0], start, size)
     if heads[1] is None:  # one product for both: the tile is read once

@@ -43,7 +43,8 @@ class Cast:
 class How:
     """The kinds of event that may name a place.
 
-    `whispered` is True if speech must be whispered, False if it must not be, and None if it may be.
+    `whispered` is True if speech must be whispered, False if it must not be, and None if both are
+    allowed.
     """
 
     kinds: Kinds = (*PLACINGS, "claims")

@@ -2,8 +2,8 @@
 
 Every story has three versions with different answers, one of which is drawn. The versions differ
 only in the room in which one of the people asked about starts, and in the times at which this
-person comes and goes. A rule that does not work out who was in which room therefore cannot be right
-in more than one of three stories.
+person comes and goes. A rule that does not work out who was in which room therefore cannot give the
+correct answer in more than one of three stories.
 
 If the question is what A thinks that B thinks, either A or B comes and goes, while the other one
 knows where the thing is. The answer is therefore not always what A thinks, and not always what B

@@ -11,10 +11,11 @@ when this person learns of a place. Some features of such a story could help a r
 track knowledge (see `Surface`): whether the thing is later moved, told about or whispered about,
 and the last place that an event names together with the person. These features are drawn before the
 story and independently of the answer, and stories are drawn until one has them. Therefore no rule
-about places, verbs or the position of the thing is right in more than one of three stories. A rule
-that uses the rooms in which the person is named does better on this fourth kind of story, and is
-right in about 40 % of all stories. If the question then asks what one person thinks that another
-thinks, the other knows where the thing is, as in the classic test (Perner and Wimmer 1985).
+about places, verbs or the position of the thing gives the correct answer in more than one of three
+stories. A rule that uses the rooms in which the person is named does better on this fourth kind of
+story, and gives the correct answer in about 40 % of all stories. If the question then asks what one
+person thinks that another thinks, the other knows where the thing is, as in the classic test
+(Perner and Wimmer 1985).
 
 For questions of the kind `reality` (where the thing is now), things are moved and talked about
 equally often for every answer. For `memory` (where the thing was at first), the thing and another

@@ -110,7 +110,7 @@ class Tom(ChainTask):
         return make_problem(story, question, mode=mode, fine=fine)
 
     def _draw_mode(self, split: Split, index: int) -> tuple[bool, str]:
-        """Returns (is the reference chain fine, mode), where the mode is a key of CLOSINGS.
+        """Returns (whether the reference chain is fine, mode); the mode is a key of CLOSINGS.
 
         The mode is the kind of chain that the prompt prescribes. Both values are drawn
         independently of the story, which does not depend on the option `steps`.
