@@ -96,8 +96,8 @@ def test_kl_is_never_negative_and_none_where_the_exit_is_the_final_state(impleme
 def test_rows_of_nan_stay_alone_and_of_equal_maxima_the_first_counts(implementation):
     """Tokens 3 and 90 tie in the final state; each exit prefers one of them."""
     head_VD = jnp.zeros((97, 2)).at[3].set(jnp.array([1.0, 0.0])).at[90].set(jnp.array([1.0, 1.0]))
-    final_ND = jnp.array([[1.0, 0.0], [jnp.nan, jnp.nan], [1.0, 0.0]])
-    exits_END = jnp.array([[[1.0, -1.0]] * 3, [[1.0, 1.0]] * 3, [[2.0, 0.0]] * 3])
+    final_ND = jnp.array([[4.0, 0.0], [jnp.nan, jnp.nan], [4.0, 0.0]])
+    exits_END = jnp.array([[[4.0, -4.0]] * 3, [[4.0, 4.0]] * 3, [[8.0, 0.0]] * 3])
     out = compiled(implementation)(final_ND, exits_END, head_VD)
     assert jnp.isnan(out.kl_EN[:, 1]).all()
     wanted = expected(final_ND[::2], exits_END[:, ::2], head_VD)
