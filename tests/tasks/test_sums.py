@@ -123,7 +123,8 @@ def test_wrong_options_name_value_and_remedy():
         said = rf"sums: {name}.* is .* must .*; change config\.task\.options\.{name}"
         with pytest.raises(ValueError, match=said):
             make_task("sums", **options)
-    with pytest.raises(ValueError, match=r"options\.operands_max is 'x'; it must be of type int"):
+    said = r"options\.operands_max is 'x', but it must be of type int"
+    with pytest.raises(ValueError, match=said):
         make_task("sums", operands_max="x")
 
 
