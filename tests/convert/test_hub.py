@@ -105,10 +105,10 @@ def test_a_model_that_nobody_trained_here_has_a_card_too(trained, tmp_path, caps
             ["--push=nobody"],
             "--push is 'nobody', but it must be OWNER/NAME of a repository",
         ),
-        ([f"--eval={trained}"], "use it with --card or --push"),
+        ([f"--eval={trained}"], "only a model card uses it; add --card or --push"),
         (
             ["--card", f"--eval={other}"],
-            "has the results of another model, runs/a/model, which has other layers or exits",
+            "has the results of runs/a/model (9 layers, exits ",
         ),
         (
             ["--card", f"--eval={tmp_path}"],

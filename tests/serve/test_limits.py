@@ -69,8 +69,8 @@ def test_two_hundred_malformed_requests(http):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"max_tokens": 65}, "which allows at most 64 prompt tokens and 64 new tokens; shorten"),
-        ({"messages": [{"role": "user", "content": "1" * 100}]}, "does not fit this pool"),
+        ({"max_tokens": 65}, "max_new_tokens is 65, but this pool allows at most 64; lower it"),
+        ({"messages": [{"role": "user", "content": "1" * 100}]}, "this pool allows at most 64; shorten"),
         ({"policy": "fixed:5"}, "Fixed has depth 5"),
         ({"policy": "threshold:2"}, "policy 'threshold:2' "),
         ({"policy": 3}, "policy is 3, but the input should be a valid string; change it"),
