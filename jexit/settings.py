@@ -61,8 +61,9 @@ class Keywords:
         for name, value in values.items():
             if not (isinstance(name, str) and name.isidentifier()):
                 raise UserError(
-                    f"{where}.{shown(name)} does not exist; use a name that is a Python identifier "
-                    "(letters, digits and underscores, not beginning with a digit)"
+                    f"{where} contains the name {shown(name)}, but a name must be a Python "
+                    "identifier (letters, digits and underscores, not beginning with a digit); "
+                    "rename it"
                 )
             for item in value if isinstance(value, (tuple, list)) else (value,):
                 if not isinstance(item, (bool, int, float, str)):

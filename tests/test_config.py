@@ -189,7 +189,7 @@ def test_settings_that_are_made_by_hand_are_checked():
 
 CONTRADICTIONS = [
     ("rl", {"task__options": {"steps": {}}}, "options.steps is {}, but it must be a number, a str"),
-    ("rl", {"task__options": {"a-b": 1}}, "config.task.options.'a-b' does not exist; use a name"),
+    ("rl", {"task__options": {"a-b": 1}}, "options contains the name 'a-b', but a name must be a"),
     ("rl", {"rl__rollouts": 1}, "RLOO needs at least 2 rollouts per prompt, got 1; raise config."),
     ("rl", {"rl__dual_ascent": True}, "dual_ascent needs a floor of accuracy, but config.rl.acc"),
     ("rl", {"rl__dual_ascent": True, "rl__warmup_steps": 3}, "set config.rl.warmup_steps=0 or"),

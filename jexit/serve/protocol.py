@@ -226,7 +226,7 @@ def parse(
         prompts, logprobs = _prompts(body, tokenizer), body.logprobs is not None
         new = body.max_tokens
         if body.best_of not in (None, n):
-            said = f"best_of is {body.best_of}, but it must equal n; leave it out"
+            said = f"best_of is {body.best_of}, but it must equal n={n}; leave it out"
             raise Refused(400, said, "best_of")
     if n * len(prompts) > CHOICES:
         raise Refused(

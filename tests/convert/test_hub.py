@@ -148,7 +148,8 @@ def test_up_to_the_hub_and_down_from_it(trained, tmp_path, hub, capsys, monkeypa
 
     for source, words in (
         ("me/nothing", "me/nothing cannot be downloaded ("),
-        (out, f"--source is {out}, but --download needs the OWNER/NAME of a model on the hub"),
+        ("nobody", "--source is nobody, but --download needs the OWNER/NAME of a model on the hub"),
+        (out, f"--source is the local directory {out}, but --download fetches a model from"),
     ):
         code, said = run(from_hf, f"--source={source}", "--target=no", "--download")
         assert code == 1 and words in said
