@@ -20,7 +20,7 @@ from jexit.untrusted import read_object
 CARD = "README.md"
 
 _TEMPLATE = pathlib.Path(__file__).with_name("model_card.md.jinja")
-_REMEDY = "it records how the model was made; restore it"
+_REMEDY = "restore this record of how the model was made"
 # Settings that do not matter to a user of the model, such as paths and time limits.
 _LEFT_OUT = (
     *("command", "preset", "model.", "task.name", "task.path"),
@@ -48,8 +48,9 @@ def model_card(
     own = (arch.layers, model.exit_layers)
     if measured and (measured.model.layers, measured.model.exits) != own:
         raise UserError(
-            f"{found} has the results of another model, {measured.model.path}, which has other "
-            f"layers or exits; give the evaluation of {source}"
+            f"{found} has the results of {measured.model.path} ({measured.model.layers} layers, "
+            f"exits {measured.model.exits}), but {source} has {arch.layers} layers and the exits "
+            f"{model.exit_layers}; give the evaluation of {source}"
         )
     results = measured.runs if measured else ()
     task = _task_name(measured.task["name"]) if measured else ""

@@ -147,10 +147,11 @@ class Exits(nn.Module):
             depths = torch.full(shape, int(argument))
         given = torch.full(shape, self.layers) if depths is None else torch.as_tensor(depths)
         known = torch.tensor([*self.exit_layers, self.layers])
-        if not torch.isin(given.cpu(), known).all():
+        wrong = given.cpu()[~torch.isin(given.cpu(), known)]
+        if wrong.numel():
             raise ValueError(
-                f"depths contains values from {given.min()} to {given.max()}, but each must be one "
-                f"of {', '.join(map(str, known.tolist()))} (an exit, or all layers); use only these"
+                f"depths contains {float(wrong[0]):g}, but each depth must be one of "
+                f"{', '.join(map(str, known.tolist()))} (an exit, or all layers); use only these"
             )
         self.depth_BT = given.to(device, torch.long).expand(shape).clone()
         self.hazard_BTE = torch.full(
@@ -164,8 +165,9 @@ class Exits(nn.Module):
         """
         if self._called < self.layers:
             raise RuntimeError(
-                f"{self._called} of {self.layers} layers ran with exits, but all must; something "
-                "has replaced the forward method of the others: remove it, or load the model again"
+                f"{self._called} of {self.layers} layers ran with exits, but all must, and the "
+                "forward method of the others has been replaced; restore that method, or load the "
+                "model again"
             )
         return {"depths": self.depth_BT.to(device), "hazard_logits": self.hazard_BTE.to(device)}
 
@@ -330,7 +332,7 @@ class WithExits:
         if depths is not None and self.model.gradient_checkpointing and self.training:
             raise ValueError(
                 "depths is given, but gradient checkpointing would run the layers again without "
-                "it; disable gradient checkpointing, or leave depths out"
+                "these depths; disable gradient checkpointing, or leave depths out"
             )
         inputs = kwargs.get("inputs_embeds") if input_ids is None else input_ids
         # After the attention mask and the positions, or by either of its names.
@@ -362,9 +364,9 @@ class WithExits:
             given = (kwargs.get(name), *(getattr(c, name, None) for c in (config, own)))
             return next((value for value in given if value is not None), None)
 
-        if (setting("num_beams") or 1) > 1:
+        if (beams := setting("num_beams") or 1) > 1:
             raise ValueError(
-                "num_beams is above 1, but exits do not support beam search; set num_beams=1"
+                f"num_beams is {beams}, but exits do not support beam search; set num_beams=1"
             )
         for name in NOT_A_PASS_PER_TOKEN:
             if setting(name):
@@ -374,8 +376,8 @@ class WithExits:
                 )
         if setting("use_cache") is False and self.exit_policy != "full":
             raise ValueError(
-                f"exit_policy={self.exit_policy!r} needs the cache; leave out use_cache=False, or "
-                "set exit_policy to 'full'"
+                f"use_cache is False, but exit_policy={self.exit_policy!r} needs the cache; leave "
+                "use_cache out, or set exit_policy to 'full'"
             )
         self._passes = []
         try:

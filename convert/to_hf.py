@@ -96,7 +96,8 @@ def export(
         )
     if evaluation and not (card or push):
         raise UserError(
-            "--eval is given, but no model card is written; use it with --card or --push"
+            "--eval is given, but only a model card uses it; add --card or --push, or leave --eval "
+            "out"
         )
     text = ""
     if card or push:

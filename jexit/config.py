@@ -713,7 +713,7 @@ def _sizes(config: Config) -> Iterator[str]:
     if config.steps == 0 and not (config.command == "sft" and config.sft.lens_steps):
         yield (
             "config.steps is 0, but only calibration with config.sft.lens_steps above 0 supports "
-            "that; set it to at least 1"
+            "that; set config.steps to at least 1"
         )
     for keys, most in MOST_TOGETHER[config.command].items():
         sizes = [operator.attrgetter(key)(config) for key in keys]
@@ -811,13 +811,13 @@ def _reinforcement(config: Config) -> Iterator[str]:
     if rl.floor_of == "initial" and rl.accuracy_floor <= 0:
         yield (
             "config.rl.floor_of=initial makes the floor a fraction of the initial model's "
-            f"accuracy, but config.rl.accuracy_floor is {rl.accuracy_floor:g}; set it above 0, "
-            "for example to 0.9"
+            f"accuracy, but config.rl.accuracy_floor is {rl.accuracy_floor:g}; set "
+            "config.rl.accuracy_floor to a fraction such as 0.9"
         )
     if rl.dual_ascent and rl.accuracy_floor <= 0:
         yield (
             "config.rl.dual_ascent needs a floor of accuracy, but config.rl.accuracy_floor is "
-            f"{rl.accuracy_floor:g}; set it above 0"
+            f"{rl.accuracy_floor:g}; set config.rl.accuracy_floor above 0"
         )
 
 
@@ -825,8 +825,9 @@ def _check_policies(config: Config) -> None:
     policies = config.eval.policies
     if config.command in TRAINING and config.eval.split == "test":
         raise UserError(
-            "config.eval.split is 'test', but a training run must not choose anything by the test "
-            "split; set it to val here and measure test with configs/eval.py"
+            "config.eval.split is 'test', but a training run chooses checkpoints on this split, so "
+            "it must not be the test split; set it to val, and evaluate on test with "
+            "configs/eval.py"
         )
     if config.command == "eval" and not policies:
         raise UserError(
@@ -860,7 +861,7 @@ def check_key(key: str) -> type:
             near = difflib.get_close_matches(name, hints, n=1)
             meant = f"did you mean {where}.{near[0]}? " if near else ""
             keys = f"use one of the keys {', '.join(sorted(hints))}"
-            rest = keys if hints else f"{where} is a single value, so set that instead"
+            rest = keys if hints else f"set {where} itself, which is a single value"
             raise UserError(f"{where}.{name} does not exist; {meant}{rest}")
         owner, where = hints[name], f"{where}.{name}"
     return owner

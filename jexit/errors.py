@@ -83,6 +83,12 @@ def say(message: object) -> None:
     print(f"jexit: {' '.join(str(message).split())}", file=sys.stderr)
 
 
+def without_remedy(message: object) -> str:
+    """Returns an error message up to its remedy, for a message that ends in another remedy."""
+    text = str(message)
+    return text.rpartition("; ")[0] or text
+
+
 def missing_package(name: str | None, extra: str) -> str:
     """Returns the error message for a package that is not installed and belongs to `extra`."""
     return f"{name} is not installed; run pip install -e '.[{extra}]' in the checkout"
@@ -90,6 +96,9 @@ def missing_package(name: str | None, extra: str) -> str:
 
 def disk_message(path: str | os.PathLike[str], error: OSError) -> str:
     """Returns an error message that says why `path` cannot be written, and what to do."""
-    remedy = "free some space" if error.errno in DISK_FULL else "make it writable"
-    reason = error.strerror or str(error)
-    return f"cannot write {path}: {reason}; {remedy}, or choose another place"
+    remedy = "choose another place"
+    if error.errno in DISK_FULL:
+        remedy = f"free some space, or {remedy}"
+    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        remedy = f"make it writable, or {remedy}"
+    return f"cannot write {path}: {error.strerror or error}; {remedy}"

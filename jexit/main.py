@@ -197,8 +197,11 @@ def _refusal(error: flags.IllegalFlagValueError) -> str:
     value = shown(rest.removesuffix(f": {error.__context__}"))
     kind = check_key(name)
     if dataclasses.is_dataclass(kind):
-        return f"{name} is {value}, but it is a group of settings; set {name}.KEY instead"
-    return f"{name} is {value}; it must be of type {kind.__name__}"
+        return (
+            f"{name} is {value}, but it must be a group of settings; set single ones, such as "
+            f"{name}.KEY"
+        )
+    return f"{name} is {value}, but it must be of type {kind.__name__}; correct it"
 
 
 def dispatch(config: Config, workdir: pathlib.Path, topology: str | None = None) -> None:

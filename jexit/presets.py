@@ -118,7 +118,10 @@ class Architecture:
         if scaling is not None:
             kind = scaling.get("kind")
             if kind not in SCALINGS:
-                raise UserError(f"rope_scaling.kind is {kind!r}, but it must be yarn or llama3")
+                raise UserError(
+                    f"rope_scaling.kind is {kind!r}, but it must be yarn or llama3; choose one of "
+                    "these"
+                )
             scaling = build(SCALINGS[kind], scaling, "rope_scaling")
         return build(cls, values | {"rope_scaling": scaling}, "architecture")
 

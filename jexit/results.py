@@ -34,7 +34,7 @@ from jexit.untrusted import read_json
 
 VERSION = 1  # of eval.json; files from before versions were counted do not contain one
 LARGEST = 1e15  # the largest count or measured value, so that charts can compute with it
-REMEDY = "delete the file, or run its command again"
+REMEDY = "delete the file, or repeat the command that wrote it"
 
 Kind = TypeVar("Kind")
 

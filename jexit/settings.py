@@ -35,7 +35,7 @@ class Bounds:
 
     def check(self, value: float, where: str) -> None:
         if not (self.at_least <= value <= self.at_most or (self.or_zero and value == 0)):
-            raise UserError(f"{where} is {shown(value)}; it must be {self}")
+            raise UserError(f"{where} is {shown(value)}, but it must be {self}; correct it")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Length:
         if len(value) > self.at_most:
             parts = "characters" if isinstance(value, str) else "values"
             raise UserError(
-                f"{where} is {shown(value)} with {len(value)} {parts}; it must have at most "
-                f"{self.at_most}"
+                f"{where} is {shown(value)} with {len(value)} {parts}, but it must have at most "
+                f"{self.at_most}; shorten it"
             )
 
 
@@ -61,14 +61,15 @@ class Keywords:
         for name, value in values.items():
             if not (isinstance(name, str) and name.isidentifier()):
                 raise UserError(
-                    f"{where}.{shown(name)} does not exist; use a name that is a Python identifier "
-                    "(letters, digits and underscores, not beginning with a digit)"
+                    f"{where} contains the name {shown(name)}, but a name must be a Python "
+                    "identifier (letters, digits and underscores, not beginning with a digit); "
+                    "rename it"
                 )
             for item in value if isinstance(value, (tuple, list)) else (value,):
                 if not isinstance(item, (bool, int, float, str)):
                     raise UserError(
-                        f"{where}.{name} is {shown(value)}; it must be a number, a string or a "
-                        "list of these"
+                        f"{where}.{name} is {shown(value)}, but it must be a number, a string or "
+                        "a list of these; correct it"
                     )
 
 
@@ -119,7 +120,8 @@ def build(cls: type[Section], values: Mapping[str, Any], where: str) -> Section:
     hints = annotations(cls)
     if not isinstance(values, Mapping):
         raise UserError(
-            f"{where} is {shown(values)}, but it is a group of settings; set {where}.KEY instead"
+            f"{where} is {shown(values)}, but it must be a group of settings; set single ones, "
+            f"such as {where}.KEY"
         )
     built = {}
     for key, value in values.items():
@@ -133,7 +135,8 @@ def build(cls: type[Section], values: Mapping[str, Any], where: str) -> Section:
     for field in dataclasses.fields(cls):
         needed = field.default is field.default_factory is dataclasses.MISSING
         if field.name not in built and needed:
-            raise UserError(f"{where}.{field.name} is missing; {remedy_of(hints[field.name])}")
+            rule = _rule(hints[field.name])
+            raise UserError(f"{where}.{field.name} is missing, but it must be {rule}; add it")
     return cls(**built)
 
 
@@ -164,7 +167,9 @@ def checked(hint: Any, value: Any, where: str) -> Any:
         return value if value is None or made else checked(kinds[0], value, where)
     if origin is Literal:
         if value not in arguments:
-            raise UserError(f"{where} is {shown(value)}; {remedy_of(hint)}")
+            raise UserError(
+                f"{where} is {shown(value)}, but it must be {_rule(hint)}; choose one of these"
+            )
         return value
     if origin is tuple:
         items = value if isinstance(value, (tuple, list)) else (value,)
@@ -174,27 +179,28 @@ def checked(hint: Any, value: Any, where: str) -> Any:
             return float(value)
         except OverflowError:
             raise UserError(
-                f"{where} is {shown(value)}; it is too large for a floating-point number, so lower "
-                "it"
+                f"{where} is {shown(value)}, but that is too large for a floating-point number; "
+                "lower it"
             ) from None
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise UserError(f"{where} is {shown(value)}; {remedy_of(hint)}")
+        raise UserError(f"{where} is {shown(value)}, but it must be {_rule(hint)}; correct it")
     if hint is str and ("\0" in value or not is_unicode(value)):
         raise UserError(
-            f"{where} is {shown(value)}; it must be valid Unicode text without NUL characters"
+            f"{where} is {shown(value)}, but it must be valid Unicode text without NUL characters; "
+            "correct it"
         )
     return value
 
 
-def remedy_of(hint: Any) -> str:
-    """Returns the end of an error message, which says which values the annotation `hint` allows."""
+def _rule(hint: Any) -> str:
+    """Returns which values the annotation `hint` allows, to follow "must be" in error messages."""
     if typing.get_origin(hint) is Annotated:
         hint = typing.get_args(hint)[0]
     if typing.get_origin(hint) is Literal:
-        return f"choose one of {', '.join(typing.get_args(hint))}"
+        return f"one of {', '.join(typing.get_args(hint))}"
     if hint is dict:
-        return "it must be a mapping from names of settings to values, such as {'steps': 3}"
-    return f"it must be of type {getattr(hint, '__name__', hint)}"
+        return "a mapping from names of settings to values, such as {'steps': 3}"
+    return f"of type {getattr(hint, '__name__', hint)}"
 
 
 def is_unicode(text: str) -> bool:

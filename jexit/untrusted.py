@@ -42,7 +42,8 @@ def read_bytes(path: str | os.PathLike[str], remedy: str, limit: int | None = No
 
     Raises MissingFile if the file does not exist. Raises UserError if the path is a directory, a
     pipe or a device, if the file is larger than `limit` bytes (None: no limit), or if it cannot be
-    read. The messages end in `remedy`, which says what the user can do.
+    read. The messages end in `remedy`, which says what the user can do, except if the user lacks
+    the permission to read the file.
     """
     try:
         # Without O_NONBLOCK, opening a named pipe waits for a writer.
@@ -52,13 +53,17 @@ def read_bytes(path: str | os.PathLike[str], remedy: str, limit: int | None = No
             if not stat.S_ISREG(found.st_mode):
                 raise UserError(f"{path} is {_kind(found)}, not a file; {remedy}")
             if limit is not None and found.st_size > limit:
-                raise UserError(f"{path} is larger than {limit >> 20} MiB; {remedy}")
+                raise UserError(
+                    f"{path} is larger than {limit >> 20} MiB, the most that jexit reads; {remedy}"
+                )
             with open(descriptor, "rb", closefd=False) as file:
                 return file.read()
         finally:
             os.close(descriptor)
     except FileNotFoundError:
         raise MissingFile(f"{path} does not exist; {remedy}") from None
+    except PermissionError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); make it readable") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); {remedy}") from error
 

@@ -45,18 +45,21 @@ def with_tables(text: str, studies: Mapping[str, Study]) -> str:
     def block(match: re.Match[str]) -> str:
         name, labels = match["name"], [label.strip() for label in match["labels"].split(";")]
         if name not in studies:
-            raise UserError(f"a table of the study {name!r}, which has no {name}.csv; add it")
+            raise UserError(
+                f"a page has a table of the study {name!r}, but there is no {name}.csv; add the "
+                "file, or remove the table"
+            )
         if unknown := [label for label in labels if label not in COLUMNS]:
             raise UserError(
-                f"the table of {name} has the column {unknown[0]!r}; choose among "
-                f"{'; '.join(COLUMNS)}"
+                f"the table of {name} has the column {unknown[0]!r}, which does not exist; use "
+                f"columns from {', '.join(map(repr, COLUMNS))}"
             )
         return f"{match[1]}\n{studies[name].table(labels)}\n{match[4]}"
 
     if alone := _MARKER.search(_BLOCK.sub("", text)):
         raise UserError(
-            f"{alone[0]} stands alone; a table is between <!-- NAME: label; label --> and "
-            "<!-- end -->"
+            f"the marker {alone[0]} stands alone, but a table must be between "
+            "<!-- NAME: label; label --> and <!-- end -->; add the other marker"
         )
     return _BLOCK.sub(block, text)
 
@@ -72,8 +75,8 @@ def _wanted(shown: set[str], studies: Mapping[str, Study]) -> dict[str, list[str
     known = {f"{name}-{chart}.svg": (name, chart) for name in studies for chart in CHARTS}
     if unknown := sorted(shown - known.keys()):
         raise UserError(
-            f"a page shows {unknown[0]}, which is no figure of a study here; a figure is "
-            f"NAME-{{{','.join(CHARTS)}}}.svg, beside NAME.csv"
+            f"a page shows {unknown[0]}, but a chart must be called NAME-CHART.svg, where NAME.csv "
+            f"exists and CHART is one of {', '.join(CHARTS)}; rename or remove the chart"
         )
     wanted: dict[str, list[str]] = {name: [] for name in studies}
     for name, chart in (known[file] for file in sorted(shown)):
@@ -96,7 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     paths = [p for p in sorted(directory.glob("*.csv")) if not p.stem.endswith(parts)]
     if not paths:
         raise UserError(
-            f"{directory} has no .csv file; python -m studies.collect takes one from a sweep"
+            f"{directory} contains no .csv file, but at least one is needed; make one from a sweep "
+            "with python -m studies.collect"
         )
     studies = {path.stem: Study(path) for path in paths}
     pages = [*directory.parent.glob("*.md"), *directory.parent.parent.glob("*.md")]

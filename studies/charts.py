@@ -250,6 +250,7 @@ def drawn(study: Study, directory: Path, wanted: Collection[str] | None = None) 
             files[path] = text
         elif wanted is not None:
             raise UserError(
-                f"{path.name} is in a page, and {study.name} has no numbers for it; take it out"
+                f"a page shows {path.name}, but the study {study.name} has no numbers for this "
+                "chart; remove it from the page"
             )
     return files

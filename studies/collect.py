@@ -141,7 +141,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     initial = read_outcomes(arguments.initial) if arguments.initial else None
     cells = [cell for cell in begun_in(arguments.sweep) if cell.finished]
     if not cells:
-        raise UserError(f"{arguments.sweep} has no finished run of a sweep; run it first")
+        raise UserError(
+            f"{arguments.sweep} contains no finished run of a sweep; finish the sweep first"
+        )
     for path in collect(cells, arguments.target, initial):
         print(f"Wrote {path}")
     return 0

@@ -116,7 +116,7 @@ class Study:
         found = _grouped(lines, self.settings, file, *columns)
         if unknown := found.keys() - self._runs.keys():
             raise UserError(
-                f"{file} has a run with {', '.join(min(unknown))[:80]} and {path.name} has none; "
+                f"{file} has a run with {', '.join(min(unknown))[:80]}, but {path.name} has none; "
                 "collect both from the same sweep"
             )
         return found
@@ -181,9 +181,13 @@ def _read(path: Path) -> pd.DataFrame:
             warnings.simplefilter("error", pd.errors.ParserWarning)
             lines = pd.read_csv(path, **asked)
     except (ValueError, pd.errors.ParserWarning) as error:  # most of pandas' errors are the former
-        raise UserError(f"{path} is no table ({error}); collect it from its sweep") from error
+        raise UserError(
+            f"{path} is not a valid CSV table ({error}); collect it from its sweep again"
+        ) from error
     if lines.empty:
-        raise UserError(f"{path} has no line; collect it from its sweep")
+        raise UserError(
+            f"{path} has no rows, but at least one is needed; collect it from its sweep again"
+        )
     return lines
 
 
@@ -225,7 +229,7 @@ def _numeric(lines: pd.DataFrame, texts: Sequence[str], path: Path) -> pd.DataFr
     wrong = (numbers.isna() & (cells != "nan")) | (numbers.abs() > LARGEST)
     for name in numbers.columns[wrong.any()]:
         raise UserError(
-            f"{path} has {cells[name][wrong[name]].iloc[0][:40]!r} under {name}, which is no "
-            f"number up to {LARGEST:g}; collect it from its sweep"
+            f"{path} has {cells[name][wrong[name]].iloc[0][:40]!r} in the column {name}, but it "
+            f"must be a number of at most {LARGEST:g}; collect the table from its sweep again"
         )
     return pd.concat([lines[[name for name in texts if name in lines]], numbers], axis=1)

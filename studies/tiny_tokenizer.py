@@ -107,8 +107,8 @@ def build() -> Tokenizer:
     entries += [token for token in map("".join, merges) if token not in entries]
     if len(entries) > VOCAB_SIZE:
         raise UserError(
-            f"the tasks' words need {len(entries)} entries, more than the {VOCAB_SIZE} of the "
-            "tiny vocabulary; drop words from jexit/tasks/word_problems.py or tom/text.py"
+            f"the tasks' words need {len(entries)} entries, but the tiny vocabulary has only "
+            f"{VOCAB_SIZE}; remove words from jexit/tasks/word_problems.py or tom/text.py"
         )
     entries += [f"<|unused{i}|>" for i in range(VOCAB_SIZE - len(entries))]
     tokenizer = Tokenizer(

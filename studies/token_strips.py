@@ -31,7 +31,10 @@ class Strip(pydantic.BaseModel, extra="ignore"):
     @pydantic.model_validator(mode="after")
     def _a_depth_each(self) -> Strip:
         if len(self.depths) != len(self.tokens):
-            raise ValueError(f"{len(self.depths)} depths for {len(self.tokens)} tokens")
+            raise ValueError(
+                f"{len(self.depths)} depths for {len(self.tokens)} tokens, but one per token is "
+                "needed"
+            )
         return self
 
 
@@ -42,7 +45,11 @@ def read_strips(path: Path, settings: Sequence[str]) -> list[Strip]:
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         where = "/".join(map(str, first["loc"]))
-        raise UserError(f"{path}: {where} {first['msg']}; collect it from its sweep") from error
+        message = first["msg"].removeprefix("Value error, ")
+        raise UserError(
+            f"{path} is invalid{f' at {where}' if where else ''} ({message}); collect it from its "
+            "sweep again"
+        ) from error
     if missing := [key for strip in strips for key in settings if key not in strip.settings]:
         raise UserError(
             f"{path} has completions without {missing[0][:80]!r}, which their study has; collect "

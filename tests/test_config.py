@@ -25,7 +25,7 @@ from jexit.config import (
 )
 from jexit.errors import UserError
 from jexit.presets import PRESETS, Architecture, Yarn
-from jexit.settings import Length, annotations, remedy_of
+from jexit.settings import Length, annotations
 from small_runs import ROOT
 
 
@@ -125,7 +125,10 @@ def test_a_key_or_a_value_of_the_wrong_type_is_refused_by_name():
     for key, hint in SETTINGS.items():
         name = f"config.{key.replace('__', '.')} is "
         if key == "task__options":  # whose keys are a task's own
-            assert refusal(task__options=3) == f"{name}3; " + remedy_of(dict)
+            assert refusal(task__options=3) == (
+                f"{name}3, but it must be a mapping from names of settings to values, such as "
+                "{'steps': 3}; correct it"
+            )
             continue
         said = refusal(**{key: {"a": 1}})
         assert said.startswith(name) and ("choose one of" in said or "must be of type" in said)
@@ -134,9 +137,10 @@ def test_a_key_or_a_value_of_the_wrong_type_is_refused_by_name():
             for value in ("1", None, True, *([2.5] if kind is int else [])):
                 assert f"must be of type {kind.__name__}" in refusal(**{key: value})
     assert (
-        refusal(rl=3) == "config.rl is 3, but it is a group of settings; set config.rl.KEY instead"
+        refusal(rl=3) == "config.rl is 3, but it must be a group of settings; set single ones, "
+        "such as config.rl.KEY"
     )
-    with pytest.raises(UserError, match=r"config\.command is missing; choose one of pretrain, fin"):
+    with pytest.raises(UserError, match=r"config\.command is missing, but it must be one of pretr"):
         Config.from_dict({"seed": 1})
     for call in (lambda: config_dict("rl", "qwen9"), lambda: build(preset="qwen9")):
         with pytest.raises(UserError, match="preset 'qwen9' is not known; choose one of tiny, qw"):
@@ -164,18 +168,18 @@ def test_every_setting_declares_what_it_takes_and_holds_to_it():
         outside += [math.nan, math.inf, -math.inf] if kind is float else []
         for value in map(kind, outside):
             if not (rule.or_zero and value == 0):
-                said = f"config.{key.replace('__', '.')} is {value}; it must be {rule}"
-                assert refusal(**{key: value}) == said
+                said = f"config.{key.replace('__', '.')} is {value}, but it must be {rule}"
+                assert refusal(**{key: value}) == f"{said}; correct it"
     for positive in ("rl__temperature", "sft__sharpness", "optim__clip_norm", "optim__eps"):
         assert typing.get_args(SETTINGS[positive])[1].at_least > 0, positive  # divided by
 
 
 def test_settings_that_are_made_by_hand_are_checked():
     for make, said in (
-        (lambda: LoRA(rank=-1), "rank is -1; it must be at least 0 and at most 10000"),
-        (lambda: LoRA(targets=("x",)), "targets is 'x'; choose one of q, k, v, o, gate, up, down"),
-        (lambda: EngineSize(tick_rows=-1), "tick_rows is -1; it must be at least 0"),
-        (lambda: ExitSettings(kind="cubic"), "kind is 'cubic'; choose one of mlp, linear"),
+        (lambda: LoRA(rank=-1), "rank is -1, but it must be at least 0 and at most 10000"),
+        (lambda: LoRA(targets=("x",)), "targets is 'x', but it must be one of q, k, v, o, gate"),
+        (lambda: EngineSize(tick_rows=-1), "tick_rows is -1, but it must be at least 0"),
+        (lambda: ExitSettings(kind="cubic"), "kind is 'cubic', but it must be one of mlp, linear"),
         (lambda: ExitSettings(continuation_rank=2), "continuation_rank is 2, but a frozen"),
     ):
         with pytest.raises(UserError) as caught:
@@ -184,12 +188,12 @@ def test_settings_that_are_made_by_hand_are_checked():
 
 
 CONTRADICTIONS = [
-    ("rl", {"task__options": {"steps": {}}}, "task.options.steps is {}; it must be a number, a st"),
-    ("rl", {"task__options": {"a-b": 1}}, "config.task.options.'a-b' does not exist; use a name"),
+    ("rl", {"task__options": {"steps": {}}}, "options.steps is {}, but it must be a number, a str"),
+    ("rl", {"task__options": {"a-b": 1}}, "options contains the name 'a-b', but a name must be a"),
     ("rl", {"rl__rollouts": 1}, "RLOO needs at least 2 rollouts per prompt, got 1; raise config."),
     ("rl", {"rl__dual_ascent": True}, "dual_ascent needs a floor of accuracy, but config.rl.acc"),
     ("rl", {"rl__dual_ascent": True, "rl__warmup_steps": 3}, "set config.rl.warmup_steps=0 or"),
-    ("rl", {"rl__floor_of": "initial"}, "config.rl.accuracy_floor is 0; set it above 0"),
+    ("rl", {"rl__floor_of": "initial"}, "config.rl.accuracy_floor is 0; set config.rl.a"),
     ("rl", {"rl__updates_per_batch": 2, "rl__importance_cap": 2.0}, "importance_cap is 2, but"),
     ("rl", {"batch_size": 10, "optim__accumulate": 4}, "batch_size is 10, but it must be a mult"),
     ("rl", {"exits__layers": (2, 2)}, "config.exits.layers is (2, 2), but exits must be rising"),
@@ -197,7 +201,7 @@ CONTRADICTIONS = [
     ("rl", {"exits__continuation_rank": 2}, "continuation=linear or config.exits.continuation_ra"),
     ("rl", {"mesh__fsdp": 5}, "a multiple of config.mesh.data=1 × config.mesh.fsdp=5; make config"),
     ("rl", {"steps": 0}, "config.steps is 0, but only calibration with config.sft.lens_steps"),
-    ("rl", {"steps": 0, "sft__lens_steps": 5}, "set it to at least 1"),
+    ("rl", {"steps": 0, "sft__lens_steps": 5}, "set config.steps to at least 1"),
     ("rl", {"pretrain__tom": 0.6, "pretrain__word_problems": 0.5}, "config.pretrain.tom add up to"),
     ("rl", {"eval__policies": ("full", "half")}, "policy 'half' is not known; use full, sample"),
     ("eval", {"eval__policies": ("shuffled", "sample")}, "is a control for 'sample', but 'sample'"),
@@ -219,21 +223,21 @@ CONTRADICTIONS = [
     ("pretrain", {"batch_size": 10**5, "pretrain__length": 10**6}, "batch_size × pretrain.len"),
     ("pretrain", {"pretrain__width": 10**6, "pretrain__layers": 100}, "parameters in the blocks"),
     # Long values are refused, and not repeated.
-    ("rl", {"seed": 10**5000}, "config.seed is a number of thousands of digits; it must be at"),
-    ("rl", {"optim__lora_lr": 10**400}, "…; it is too large"),
-    ("rl", {"model__path": "x" * 5000}, "… with 5000 characters; it must have at most 1000"),
+    ("rl", {"seed": 10**5000}, "seed is a number of thousands of digits, but it must be at"),
+    ("rl", {"optim__lora_lr": 10**400}, "…, but that is too large"),
+    ("rl", {"model__path": "x" * 5000}, "… with 5000 characters, but it must have at most 1000"),
     (
         "rl",
         {"model__path": "a\0b"},
-        r"'a\x00b'; it must be valid Unicode text without NUL characters",
+        r"'a\x00b', but it must be valid Unicode text without NUL characters",
     ),
     (
         "rl",
         {"generate__prompts": ("\ud800",)},
         "it must be valid Unicode text without NUL characters",
     ),
-    ("rl", {"exits__layers": (1,) * 2000}, "with 2000 values; it must have at most 1000"),
-    ("rl", {"eval__measured": ["x" * 500]}, "…; it must be of type str"),
+    ("rl", {"exits__layers": (1,) * 2000}, "with 2000 values, but it must have at most 1000"),
+    ("rl", {"eval__measured": ["x" * 500]}, "…, but it must be of type str"),
 ]
 
 

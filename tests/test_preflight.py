@@ -168,7 +168,7 @@ def test_rows_divide_over_the_mesh_that_is_filled_in():
         filled, (note,) = preflight_module._on_mesh(config, topology)
         assert math.prod(dataclasses.astuple(filled.mesh)) == 8
         assert f"to use it in a run, set {said}" in note
-    with pytest.raises(UserError, match=r"fsdp=3 × tensor=1\), but cpu:8 has 8; choose sizes"):
+    with pytest.raises(UserError, match=r"fsdp=3 × tensor=1\), but cpu:8 has 8 devices; choose"):
         preflight_module._on_mesh(config_of("eval", mesh__fsdp=3), topology)
 
 

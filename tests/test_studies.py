@@ -118,9 +118,11 @@ def test_what_a_page_shows_is_drawn_and_all_the_same_each_time(directory, capsys
         page.write_text(f"![a](results/{shown}.svg)")
         assert main([str(directory)]) == 1
     said = capsys.readouterr().err
-    assert "pressure-tokens.svg is in a page, and pressure has no numbers for it" in said
-    assert "a page shows other-plane.svg, which is no figure of a study here" in said
-    assert said.count("\n") == 3 and "{plane,curves,measures,classes,tokens}.svg" in said
+    assert "a page shows pressure-tokens.svg, but the study pressure has no numbers for" in said
+    assert "a page shows other-plane.svg, but a chart must be called NAME-CHART.svg" in said
+    assert (
+        said.count("\n") == 3 and "one of plane, curves, measures, classes, tokens; rename" in said
+    )
 
 
 def test_tokens_are_drawn_with_their_depths(directory, capsys):
@@ -142,8 +144,8 @@ def test_tokens_are_drawn_with_their_depths(directory, capsys):
     drawn = (directory / "pressure-tokens.svg").read_text()
     assert all(drawn.count(f'class="{depth_class(depth, 8)}"') == 40 for depth in (1, 2, 8))
     for wrong, why in (
-        ([strips[0] | {"depths": [8]}], "1 depths for 60 tokens"),
-        ([strips[1] | {"layers": 0}], "0/layers Input should be greater than or equal to 1"),
+        ([strips[0] | {"depths": [8]}], "1 depths for 60 tokens, but one per token is needed"),
+        ([strips[1] | {"layers": 0}], "at 0/layers (Input should be greater than or equal to 1)"),
         ([strips[1] | {"settings": {"seed": "0"}}], "has completions without 'rl.depth_coef'"),
         ("[", "Input should be a valid array"),
     ):
@@ -165,33 +167,38 @@ def test_a_mistake_is_one_sentence_and_nothing_is_drawn(directory, tmp_path, cap
         assert said.startswith("jexit: ") and said.count("\n") == 1
         return said
 
-    assert "has the column 'rihgt'; choose among accuracy before; " in refused(
-        "../results.md",
-        b"![a](results/pressure-plane.svg)\n<!-- pressure: rihgt -->\n<!-- end -->\n",
+    assert (
+        "has the column 'rihgt', which does not exist; use columns from 'accuracy before'"
+        in refused(
+            "../results.md",
+            b"![a](results/pressure-plane.svg)\n<!-- pressure: rihgt -->\n<!-- end -->\n",
+        )
     )
     head = b"rl.depth_coef,seed,sample/accuracy,sample/depth_fraction\n"
     curves = b"rl.depth_coef,step,accuracy\n"
     for name, content, why in (
-        ("pressure.csv", head, "has no line"),
-        ("pressure.csv", b"", "is no table"),
-        ("pressure.csv", b"\xff\xfe\n", "is no table"),
-        ("pressure.csv", head + b"0,0,most,1\n2,0,1,1\n", "has 'most' under sample/accuracy"),
-        ("pressure.csv", head + b"0,0,1e308,1\n2,0,1,1\n", "has '1e308' under sample/accuracy"),
-        ("pressure.csv", head + b"0,0,1,0.5,7\n", "is no table"),
+        ("pressure.csv", head, "has no rows"),
+        ("pressure.csv", b"", "is not a valid CSV table"),
+        ("pressure.csv", b"\xff\xfe\n", "is not a valid CSV table"),
+        ("pressure.csv", head + b"0,0,most,1\n2,0,1,1\n", "has 'most' in the column sample/acc"),
+        ("pressure.csv", head + b"0,0,1e308,1\n2,0,1,1\n", "has '1e308' in the column sample/acc"),
+        ("pressure.csv", head + b"0,0,1,0.5,7\n", "is not a valid CSV table"),
         ("pressure-curves.csv", b"seed,step,accuracy\n0,1,1\n", "has no column 'rl.depth_coef'"),
         ("pressure-curves.csv", b"rl.depth_coef,accuracy\n0,1\n", "has no column 'step'"),
-        ("pressure-curves.csv", curves + b"0.5,1,1\n", "has a run with 0.5 and pressure.csv"),
-        ("pressure-curves.csv", curves + b"0,1,low\n", "has 'low' under accuracy"),
+        ("pressure-curves.csv", curves + b"0.5,1,1\n", "has a run with 0.5, but pressure.csv"),
+        ("pressure-curves.csv", curves + b"0,1,low\n", "has 'low' in the column accuracy, but"),
     ):
         assert why in refused(name, content), content
     assert main([str(tmp_path)]) == 1
-    assert "has no .csv file; python -m studies.collect" in capsys.readouterr().err
+    assert "contains no .csv file, but at least one is needed; make" in capsys.readouterr().err
     for page, alone in (
         ("<!-- a: right -->\nprose\n<!-- a: depth -->\n<!-- end -->", "<!-- a: right -->"),
         ("<!-- a right -->\nold\n<!-- end -->", "<!-- end -->"),
         ("<!-- a: right -->\nold", "<!-- a: right -->"),
     ):
-        with pytest.raises(ValueError, match=f"^{alone} stands alone; a table is between"):
+        with pytest.raises(
+            ValueError, match=f"^the marker {alone} stands alone, but a table must be between"
+        ):
             with_tables(page, {})
 
 
@@ -222,7 +229,7 @@ def test_a_study_is_collected_from_its_sweep(tmp_path, capsys):
     assert len(shown) == 2 and {entry["settings"]["seed"] for entry in shown} == {"2"}
     assert Study(target.with_name("page.csv")).strips[0].layers == 8
     assert collect.main([str(tmp_path), str(target)]) == 1
-    assert "has no finished run of a sweep" in capsys.readouterr().err
+    assert "contains no finished run of a sweep" in capsys.readouterr().err
 
 
 def marks_of(path):

@@ -170,7 +170,7 @@ def test_wrong_arguments_are_refused_in_a_sentence(capsys, tmp_path, monkeypatch
         (["--into=x"], "--config is missing"),
         (["--config=a.py"], "--into is missing"),
         ([*GIVEN, "--steps=3"], "'--steps=3' is not an argument of a sweep"),
-        ([*GIVEN, "seed=1,1"], "seed has the values '1', '1'"),
+        ([*GIVEN, "seed=1,1"], "seed has the value '1' 2 times, but values must differ"),
         ([*GIVEN, "seed=1,2", "--config.seed=3"], "seed is both in the grid and in --config.seed"),
         ([*GIVEN, "--eval.seed=3"], "--eval.KEY=VALUE is given without --eval=FILE"),
         ([*GIVEN, "--jobs=none"], "--jobs is 'none'"),
@@ -235,7 +235,7 @@ def test_other_values_of_the_same_keys_add_to_the_study(tmp_path, capsys, monkey
     assert values == [("2", "1"), ("2", "0"), ("10", "0")]  # its own, then the others by size
     for other in (["seed=1"], ["seed=1", "rl.depth_coef=2"], []):
         assert main([*given, *other]) == 1
-        assert "belongs to another sweep: this one varies" in capsys.readouterr().err
+        assert "of another sweep, but this sweep varies" in capsys.readouterr().err
     # What another command began meanwhile is in the table.
     arguments = [RL, f"--into={tmp_path / 'new'}"]
 

@@ -100,7 +100,7 @@ def _on_mesh(config: Config, topology: Topology) -> tuple[Config, list[str]]:
             raise UserError(
                 f"config.mesh requests {requested} devices "
                 f"(data={mesh.data} × fsdp={mesh.fsdp} × tensor={mesh.tensor}), but "
-                f"{topology.name} has {count}; choose sizes whose product is {count}"
+                f"{topology.name} has {count} devices; choose sizes whose product is {count}"
             )
         return config, []
     if config.command in ("eval", "generate"):

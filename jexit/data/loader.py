@@ -89,11 +89,17 @@ def text_batch(
     or all zero.
     """
     weights = {str(i): weight for i, (_, weight) in enumerate(mixture)}
-    if not weights or min(weights.values()) < 0 or sum(weights.values()) <= 0:
+    for task, weight in mixture:
+        if weight < 0:
+            raise UserError(
+                f"the weight of task {task.name!r} in a text mixture is {weight}, but weights must "
+                "be at least 0; raise it"
+            )
+    if sum(weights.values()) <= 0:
         raise UserError(
             "the task weights of a text mixture are "
-            f"{[(task.name, weight) for task, weight in mixture]}, but they must be at least 0, "
-            "and one of them above 0; change the task weights"
+            f"{[(task.name, weight) for task, weight in mixture]}, but at least one must be above "
+            "0; raise one"
         )
     room = batch_size * length
     texts: list[tuple[list[int], int, int]] = []  # ids, prompt length, task index

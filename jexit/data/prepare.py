@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from jexit.errors import MissingFile, UserError, command
+from jexit.errors import MissingFile, UserError, command, without_remedy
 from jexit.tasks.files import read_jsonl
 from jexit.tasks.gsm8k import PUBLISHED_SPLITS, Gsm8k, row_fault
 
@@ -55,7 +55,8 @@ def prepare_gsm8k(source: str | os.PathLike[str], target: str | os.PathLike[str]
             return _left_alone(final)
         reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
         raise UserError(
-            f"{final} cannot be written ({reason}); make room, or give another directory with --to"
+            f"{final} cannot be written ({reason}); free some space, make it writable, or give "
+            "another directory with --to"
         ) from error
     counts = {split: len(rows) for split, rows in builder.rows.items()}
     note = (
@@ -85,8 +86,8 @@ def _rows(file: pathlib.Path) -> Iterator[dict[str, str]]:
         fault = row if isinstance(row, str) else row_fault(row)
         if fault:
             raise UserError(
-                f"{place}: {fault}; download the published file again, which has a question and an "
-                "answer in every line"
+                f"{place} cannot be used ({fault}); download the published file again, which has a "
+                "question and an answer in every line"
             )
         annotation, _, short_answer = row["answer"].rpartition("####")
         yield {
@@ -96,7 +97,7 @@ def _rows(file: pathlib.Path) -> Iterator[dict[str, str]]:
             "short_answer": short_answer.removeprefix(" "),
         }
     if empty:
-        raise UserError(f"{file} contains no rows; download it again")
+        raise UserError(f"{file} contains no rows, but at least one is needed; download it again")
 
 
 def _builder(data_dir: str | None) -> Any:
@@ -133,8 +134,8 @@ def _left_alone(final: pathlib.Path) -> str:
         counts = {"train": task.size("train") + task.size("val"), "test": task.size("test")}
     except UserError as error:
         raise UserError(
-            f"{final} exists, but is not a dataset that can be read ({error}); remove it, or give "
-            "another directory with --to"
+            f"{final} exists, but is not a dataset that can be read ({without_remedy(error)}); "
+            "remove it, or give another directory with --to"
         ) from error
     return f"{final} exists already and was not changed: {_counted(counts)}"
 

@@ -57,8 +57,8 @@ class Tokenizer:
         self.eos_ids: frozenset[int] = frozenset((*own, *eos_ids))
         if not self.eos_ids:
             raise UserError(
-                f"the tokenizer in {directory} does not define an end token, so generation could "
-                "not stop; set eos_token in its tokenizer_config.json"
+                f"the tokenizer in {directory} does not define an end-of-sequence token, so "
+                "generation could not stop; set eos_token in its tokenizer_config.json"
             )
         self.eos_id: int = own[0] if own else min(self.eos_ids)
         self.pad_id: int = self.eos_id if backend.pad_token_id is None else backend.pad_token_id
@@ -203,8 +203,8 @@ class Tokenizer:
         except ValueError as error:
             raise UserError(
                 f"the chat template in {self._template_place} failed ({error}); "
-                "change the messages if it rejects them, or else correct the template or copy it "
-                "again from the checkpoint"
+                "if it rejects the messages, change them; otherwise correct the template, or copy "
+                "it again from the checkpoint"
             ) from None
 
     def _template(self) -> str:
@@ -242,7 +242,7 @@ class Tokenizer:
         if own:
             raise UserError(
                 f"a prompt has a system message, but the tokenizer of {self.directory} has no chat "
-                "template for it; leave the message out, or give the tokenizer a template"
+                "template to format it; leave the message out, or give the tokenizer a template"
             )
         ends = {"user": "\n", "assistant": "\n\n"}
         text = "".join(turn["content"] + ends[turn["role"]] for turn in said)
@@ -364,22 +364,20 @@ def _configured_eos_ids(directory: pathlib.Path) -> set[int]:
         if not file.exists():
             continue
         values = read_object(file, "copy it again from the checkpoint")
-        try:
-            found.update(token_ids(values.get("eos_token_id")))
-        except ValueError as error:
-            raise UserError(
-                f"{file} sets eos_token_id to {error}; copy it again from the checkpoint"
-            ) from None
+        found.update(token_ids(values.get("eos_token_id"), f"{file} sets eos_token_id to"))
     return found
 
 
-def token_ids(value: Any) -> tuple[int, ...]:
+def token_ids(value: Any, what: str) -> tuple[int, ...]:
     """Returns the token ids in a JSON value: an id, a list of ids or None, which means no ids.
 
-    Raises UserError if an entry is not a token id.
+    Raises UserError if an entry is not a token id. The error message begins with `what`.
     """
     ids = value if isinstance(value, list) else [] if value is None else [value]
     for number in ids:
         if type(number) is not int or not 0 <= number < LARGEST_COUNT:
-            raise UserError(f"{reprlib.repr(number)}, which is not a token id")
+            raise UserError(
+                f"{what} {reprlib.repr(number)}, but a token id is a whole number from 0 to "
+                f"{LARGEST_COUNT - 1}; copy the file again from the checkpoint"
+            )
     return tuple(ids)

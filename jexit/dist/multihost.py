@@ -80,9 +80,11 @@ def initialize(
         if not _cluster_present():
             return
     elif None in given:
+        names = ("--coordinator", "--processes", "--process")
+        missing = next(name for name, value in zip(names, given, strict=True) if value is None)
         raise UserError(
-            "--coordinator, --processes and --process belong together, but only some are set; set "
-            "all three or none"
+            f"{missing} is missing, but --coordinator, --processes and --process belong together; "
+            "set all three or none"
         )
     elif not (found := re.fullmatch(r".+:(\d{1,5})", coordinator)) or not 0 < int(found[1]) < 2**16:
         raise UserError(
@@ -150,8 +152,8 @@ def _call_roll(coordinator: str, processes: int, process: int, timeout: float) -
     if set(told.values()) != {processes}:
         said = ", ".join(f"{count} on process {one}" for one, count in sorted(told.items()))
         raise UserError(
-            f"--processes is {said}; give every process the same value, the total number of "
-            "processes"
+            f"--processes is {said}, but it must be the same on every process; set it to the total "
+            "number of processes"
         )
     if missing := set(range(processes)) - told.keys():
         raise HostLost(

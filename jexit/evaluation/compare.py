@@ -147,10 +147,11 @@ def read(evaluation: str) -> Outcomes:
     found = Evaluation.read(Path(directory) / "eval.json")
     runs = {run.policy: run for run in found.runs}
     policy = policy or next(iter(runs), "")
+    if not runs:
+        raise UserError(f"{directory} has no results of any policy; give another evaluation")
     if policy not in runs:
         raise UserError(
-            f"{directory} has no results of the policy {policy!r}; use one of "
-            f"{', '.join(runs) or 'the policies of another evaluation, because it has none'}"
+            f"{directory} has no results of the policy {policy!r}; use one of {', '.join(runs)}"
         )
     path, again = Path(directory) / PROBLEMS, "run the evaluation again, which writes it"
     data = read_bytes(path, again)
@@ -162,12 +163,15 @@ def read(evaluation: str) -> Outcomes:
     except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise UserError(f"{path} is damaged ({error}); {again}") from None
     outcomes, run = Outcomes(evaluation, found.model.layers, names, *columns), runs[policy]
-    totals = len(names), int(outcomes.tokens_N.sum()), round(run.accuracy * run.problems)
-    if totals != (run.problems, run.tokens, int(outcomes.correct_N.sum())):
-        raise UserError(
-            f"{path} does not agree with eval.json under {policy!r} on the number of problems, "
-            f"tokens or correct answers; {again}"
-        )
+    for what, ours, theirs in (
+        ("problems", len(names), run.problems),
+        ("tokens", int(outcomes.tokens_N.sum()), run.tokens),
+        ("correct answers", int(outcomes.correct_N.sum()), round(run.accuracy * run.problems)),
+    ):
+        if ours != theirs:
+            raise UserError(
+                f"{path} has {ours} {what} under {policy!r}, but eval.json has {theirs}; {again}"
+            )
     return outcomes
 
 

@@ -66,10 +66,12 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     if target:  # hours of work must not end at a path that cannot be written
         with disk_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-        if target.is_dir() or not os.access(target.parent, os.W_OK):
+        if target.is_dir():
+            raise UserError(f"--output is the folder {target}, but it must be a file; give a file")
+        if not os.access(target.parent, os.W_OK):
             raise UserError(
-                f"--output={target} cannot be written, because it is a folder or lies in a folder "
-                "without write permission; give the path of a file in another folder"
+                f"--output={target} cannot be written, because you lack write permission for its "
+                "folder; give a file in another folder"
             )
     manager = TaskManager(include_path=options.include_path)
     tasks = options.tasks.split(",")

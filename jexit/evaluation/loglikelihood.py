@@ -96,11 +96,14 @@ class Scorer:
         A pair may have `max_length` + 1 tokens, because the last one is only predicted. Raises
         UserError if a part is empty or if the continuation leaves no room for a context.
         """
-        if not context or not continuation:
+        if not context:
             raise UserError(
-                f"the context has {len(context)} tokens and the continuation has "
-                f"{len(continuation)}, but each must have at least one token; begin an empty "
-                "context with the begin-of-text token, and leave out an empty continuation"
+                "the context is empty, but it must have at least one token; begin it with the BOS "
+                "token"
+            )
+        if not continuation:
+            raise UserError(
+                "the continuation is empty, but it must have at least one token; leave it out"
             )
         if len(continuation) > self.max_length:
             raise UserError(

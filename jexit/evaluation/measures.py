@@ -42,12 +42,12 @@ def check_measures(task: Task, names: tuple[str, ...]) -> None:
     if chains and not isinstance(task, ChainTask):
         raise UserError(
             f"config.eval.measures contains {chains[0]!r}, but the completions of task "
-            f"{task.name!r} are not divided into steps; remove {chains[0]!r} from it"
+            f"{task.name!r} are not divided into steps; remove {chains[0]!r}"
         )
     if "capacity" in names and not (isinstance(task, ChainTask) and task.granularities):
         raise UserError(
             f"config.eval.measures contains 'capacity', but task {task.name!r} cannot prescribe "
-            "the size of a step; remove 'capacity' from it"
+            "the size of a step; remove 'capacity'"
         )
 
 

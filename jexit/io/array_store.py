@@ -51,7 +51,7 @@ class ArrayStore:
         except Exception as error:  # Orbax raises many kinds when a write fails
             raise UserError(
                 f"the parameter {name} cannot be written to {self.directory} ({reason(error)}); "
-                "free some space or choose another place"
+                "free some space, make it writable or choose another place"
             ) from error
 
     def spec(self, name: str) -> Spec:

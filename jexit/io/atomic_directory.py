@@ -66,10 +66,10 @@ def _check_target(target: pathlib.Path, overwrite: bool) -> None:
         return
     if not target.is_dir():
         raise UserError(
-            f"{target} is a file; give the name of a new or empty directory, in which jexit can "
-            "write its files"
+            f"{target} is a file, but it must be a new or empty directory; give another one"
         )
     if not overwrite and any(target.iterdir()):
         raise UserError(
-            f"{target} exists and is not empty; give another target, or remove it first"
+            f"{target} is not empty, but it must be a new or empty directory; give another one, or "
+            "remove this one first"
         )

@@ -145,11 +145,14 @@ class Checkpoints:
         here = {name: tuple(leaf.shape) for name, leaf in abstract.items()}
         for name in sorted(there | here) if there else ():
             if there.get(name) != here.get(name):
+                stored, wanted = (
+                    f"has shape {shapes[name]}" if name in shapes else "is missing"
+                    for shapes in (there, here)
+                )
                 raise UserError(
-                    f"checkpoint {self.directory / str(step)} contains other parameters than this "
-                    f"config (the shape of {name} is {there.get(name)} in the checkpoint, but "
-                    f"{here.get(name)} in this config, where None means that it does not exist); "
-                    "use the same config or another --workdir"
+                    f"the parameter {name} {stored} in the checkpoint "
+                    f"{self.directory / str(step)}, but it {wanted} in this config; use the config "
+                    "of the checkpoint, or another --workdir"
                 )
 
     def _check_bytes(self, step: int, named: dict[str, Any]) -> None:

@@ -78,7 +78,9 @@ def take_lock(file: IO[Any], remedy: str) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:  # of some shared file systems
-        raise UserError(f"{file.name} cannot be locked ({error}); {remedy}") from error
+        raise UserError(
+            f"{file.name} cannot be locked ({error.strerror or error}); {remedy}"
+        ) from error
     return True
 
 

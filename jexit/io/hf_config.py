@@ -17,7 +17,7 @@ from typing import Any
 
 from convert import names
 from jexit.config import PROJECTIONS, ExitSettings, LoRA
-from jexit.errors import MissingFile, UserError
+from jexit.errors import MissingFile, UserError, without_remedy
 from jexit.presets import FAMILIES, SCALINGS, Architecture, Count, Number, RopeScaling
 from jexit.settings import build, checked
 from jexit.untrusted import read_object
@@ -183,7 +183,8 @@ def positive(
     value = default if values.get(key) is None else values[key]
     if value is None:
         raise UserError(
-            f"{where} has no {key}, so it is incomplete; copy it again from the original model"
+            f"{where} has no {key}, which every model needs; copy the file again from the "
+            "original model"
         )
     return checked(Count if whole else Number, value, f"{key} in {where}")
 
@@ -336,7 +337,8 @@ def read_exit_config(directory: pathlib.Path) -> tuple[tuple[int, ...], ExitSett
         )
     if not isinstance(layers, list):
         raise UserError(
-            f"{file} has exit_layers {layers!r}, but it must be a list; export the exit heads again"
+            f"{file} sets exit_layers to {layers!r}, but it must be a list of layer numbers; "
+            "export the exit heads again"
         )
     settings = {"kind": config.get("kind"), "norm": config.get("norm")}
     # The first files had no keys for the continuation.
@@ -344,7 +346,7 @@ def read_exit_config(directory: pathlib.Path) -> tuple[tuple[int, ...], ExitSett
     try:
         return tuple(layers), build(ExitSettings, settings, str(file))
     except UserError as error:
-        raise UserError(f"{error}; export the exit heads again") from error
+        raise UserError(f"{without_remedy(error)}; export the exit heads again") from error
 
 
 def exit_config(layers: tuple[int, ...], head: ExitSettings, eps: float) -> dict[str, Any]:

@@ -42,7 +42,12 @@ def download(hub_id: str) -> None:
     """
     from huggingface_hub import snapshot_download
 
-    if not is_hub_id(hub_id) or pathlib.Path(hub_id).is_dir():
+    if pathlib.Path(hub_id).is_dir():
+        raise UserError(
+            f"--source is the local directory {hub_id}, but --download fetches a model from the "
+            "hub; leave --download out"
+        )
+    if not is_hub_id(hub_id):
         raise UserError(
             f"--source is {hub_id}, but --download needs the OWNER/NAME of a model on the hub; "
             "give such a name, or leave --download out"

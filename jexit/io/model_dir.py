@@ -30,7 +30,13 @@ from jexit.io.array_store import ArrayStore
 from jexit.io.atomic_directory import atomic_directory
 from jexit.io.files import write_json
 from jexit.io.finite import all_finite
-from jexit.io.model_source import FORMAT_VERSION, MODEL_FILE, ModelSource, open_model
+from jexit.io.model_source import (
+    FORMAT_VERSION,
+    MODEL_FILE,
+    ModelSource,
+    difference,
+    open_model,
+)
 from jexit.model.exits import ExitParam
 from jexit.model.lora import LoRAParam
 from jexit.model.transformer import Transformer
@@ -130,9 +136,9 @@ def save_model(
         origin = open_model(base)
         if origin.architecture != model.arch:
             raise UserError(
-                f"{base} is not the base model of the model to be saved, because they differ in "
-                "their architecture, such as the width or the number of layers; give as base= the "
-                "model directory from which the training started"
+                f"{base} is not the base model of the model to be saved "
+                f"({difference(model.arch, origin.architecture)}); give as base= the model "
+                "directory from which the training started"
             )
         source = origin.source
         if origin.base.resolve() != pathlib.Path(directory).resolve():
@@ -215,7 +221,8 @@ def write_eos_ids(directory: pathlib.Path, tokenizer: Tokenizer) -> None:
     values = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     if file.exists():
         values = read_object(file, "copy it again from the checkpoint")
-    if not tokenizer.eos_ids <= {*token_ids(values.get("eos_token_id")), tokenizer.eos_id}:
+    stored = token_ids(values.get("eos_token_id"), f"{file} sets eos_token_id to")
+    if not tokenizer.eos_ids <= {*stored, tokenizer.eos_id}:
         values["eos_token_id"] = sorted(tokenizer.eos_ids)
     write_json(file, values)
 

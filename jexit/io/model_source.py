@@ -20,7 +20,7 @@ import numpy as np
 import jexit
 from jexit.config import COMMANDS, TINY_PRESET, ExitSettings, LoRA, check_rising
 from jexit.data.tokenizer import Tokenizer, token_ids
-from jexit.errors import MissingFile, UserError
+from jexit.errors import MissingFile, UserError, without_remedy
 from jexit.io.hf_config import (
     ADAPTER_CONFIG,
     EXIT_CONFIG,
@@ -129,8 +129,8 @@ def open_model(path: str | os.PathLike[str], above: tuple[pathlib.Path, ...] = (
     directory = find_model(path)
     if directory.resolve() in above:
         raise UserError(
-            f"{above[-1]} names {directory} as its base model, which makes a cycle of base models; "
-            f"correct the path in {_naming_file(above[-1])}"
+            f"{above[-1]} names {directory} as its base model, but base models must not form a "
+            f"cycle; correct the path in {_naming_file(above[-1])}"
         )
     above = (*above, directory.resolve())
     check_files(directory, FOLDERS)
@@ -183,12 +183,13 @@ def _open_own(directory: pathlib.Path, above: tuple[pathlib.Path, ...]) -> Model
             exit_head=build(ExitSettings, values.get("exit_head") or {}, "exit_head"),
             lora=build(LoRA, lora, "lora") if lora else None,
             source=checked(str, values.get("source") or "", "source"),
-            eos_ids=token_ids(values.get("eos_ids")),
+            eos_ids=token_ids(values.get("eos_ids"), "eos_ids contains"),
         )
         reference = checked(str, values.get("base") or "", "base")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else without_remedy(error)
         raise UserError(
-            f"{file} is incomplete or corrupted ({error}); convert the model again"
+            f"{file} is incomplete or corrupted ({reason}); convert the model again"
         ) from error
     if not reference:
         return source
@@ -214,8 +215,8 @@ def _open_base(
     except MissingFile as error:
         raise MissingFile(
             f"{directory} needs its base model at {reference or 'an empty path'}, but no model was "
-            f"found there; restore it, or correct the path in {_naming_file(directory)} (a path "
-            "relative to that file works)"
+            "found there; restore the base model, or correct the path in "
+            f"{_naming_file(directory)} (a path relative to that file works)"
         ) from error
     if base.lora is not None:
         raise UserError(
@@ -225,7 +226,7 @@ def _open_base(
     if architecture is not None and base.architecture != architecture:
         raise UserError(
             f"the base model {base.directory} of {directory} has been replaced by another model "
-            f"({_difference(architecture, base.architecture)}); restore the base model that "
+            f"({difference(architecture, base.architecture)}); restore the base model that "
             f"{directory} was trained on"
         )
     return base
@@ -235,7 +236,8 @@ def _naming_file(directory: pathlib.Path) -> str:
     return MODEL_FILE if _is_own(directory) else ADAPTER_CONFIG
 
 
-def _difference(stored: Architecture, found: Architecture) -> str:
+def difference(stored: Architecture, found: Architecture) -> str:
+    """Returns the first difference of two architectures, such as "layers is 4 instead of 6"."""
     ours, theirs = stored.to_dict(), found.to_dict()
     key = next(key for key in ours if ours[key] != theirs[key])
     return f"{key} is {theirs[key]} instead of {ours[key]}"
@@ -266,7 +268,8 @@ def find_model(path: str | os.PathLike[str]) -> pathlib.Path:
             return shipped
     if text and pathlib.Path(text).exists():
         raise UserError(
-            f"{text} is a file; give the directory of a model, with its config and weights"
+            f"{text} is a file, but a model is a directory with a config and weights; give such a "
+            "directory"
         )
     if remedy := _maker(text):
         raise MissingFile(f"there is no model at {text}; make it with {remedy}")

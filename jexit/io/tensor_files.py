@@ -65,6 +65,10 @@ class TensorReader:
             file = safe_open(path, framework="numpy", backend="pread")
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             parse_json(_header(path))  # rejects duplicate keys, of which the library uses the last
+        except PermissionError as error:
+            raise UserError(
+                f"{path} cannot be read ({error.strerror or error}); make it readable"
+            ) from error
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(
                 f"{path} is damaged or not a safetensors file ({error}); copy it again"
@@ -91,7 +95,7 @@ class TensorReader:
             tensor = file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise UserError(
-                f"{name} cannot be read from {path} ({error}); copy it again"
+                f"{name} cannot be read from {path} ({error}); copy the file again"
             ) from error
         if not all_finite(tensor):
             raise UserError(
@@ -115,8 +119,8 @@ def _find_files(directory: pathlib.Path, stem: str) -> list[pathlib.Path]:
         names = read_object(index, "copy it again").get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(v, str) for v in names.values()):
             raise UserError(
-                f"{index} has no valid weight_map (names of tensors to names of files), so it is "
-                "damaged or not an index of safetensors files; copy it again"
+                f"{index} has no valid weight_map, which must map the names of tensors to the "
+                "names of files; copy the index again"
             )
         if other := [n for n in names.values() if "/" in n or not n.endswith(".safetensors")]:
             raise UserError(

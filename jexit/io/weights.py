@@ -192,8 +192,8 @@ class Safetensors:
         if not np.array_equal(embedding, self._reader.read(names.TIED_HEAD)):
             raise UserError(
                 f"{self.directory}/config.json sets tie_word_embeddings, but {names.TIED_HEAD} "
-                "differs from the embeddings; set it to false if the head is separate, or else "
-                "copy the weights again"
+                "differs from the embeddings; set tie_word_embeddings to false if the head is "
+                "separate, and otherwise copy the weights again"
             )
 
 
@@ -237,6 +237,6 @@ def _check_shapes(directory: pathlib.Path, found: Shapes, expected: Shapes) -> N
     differing = {"missing": missing, "surplus": surplus, "misshapen": misshapen}
     if parts := [f"{kind} {', '.join(names)}" for kind, names in differing.items() if names]:
         raise UserError(
-            f"the tensors in {directory} do not match its configuration: {'; '.join(parts)}; use "
+            f"the tensors in {directory} do not match its configuration ({'; '.join(parts)}); use "
             "the configuration and the weights of one checkpoint"
         )

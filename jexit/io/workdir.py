@@ -55,7 +55,7 @@ def sole_run(workdir: pathlib.Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _locked(workdir: pathlib.Path) -> Iterator[None]:
     if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"{workdir} is a file; give --workdir the name of a directory")
+        raise UserError(f"{workdir} is a file, but --workdir must be a directory; give another one")
     made = [directory for directory in (workdir, *workdir.parents) if not directory.exists()]
     path = workdir / LOCK
     with disk_errors(path):
@@ -65,7 +65,8 @@ def _locked(workdir: pathlib.Path) -> Iterator[None]:
         try:
             # A link count of 0: the run that held the lock has just removed the file.
             if not (
-                take_lock(file, "choose another --workdir") and os.fstat(file.fileno()).st_nlink
+                take_lock(file, "choose a --workdir on another file system")
+                and os.fstat(file.fileno()).st_nlink
             ):
                 made = []  # it is the other run's to remove
                 file.seek(0)

@@ -141,6 +141,7 @@ class Operation:
             except NotImplementedError as error:
                 refusals.append(f"{name}: {error}")
         raise NotImplementedError(
-            f"No implementation of {self.name} supports this call on {platform} "
-            f"({'; '.join(refusals) or 'none is registered for this platform'})"
+            f"no implementation of {self.name} supports this call on {platform} "
+            f"({'; '.join(refusals) or 'none is registered for this platform'}); change the call, "
+            "or run it on another platform"
         )

@@ -21,17 +21,18 @@ def check_hidden(
     arrays in the error message.
     """
     for label, array in ((name, h_ND), (head_name, head_VD)):
-        if array.ndim != 2 or not jnp.issubdtype(array.dtype, jnp.floating):
+        check_floats(op, label, array)
+        if array.ndim != 2:
             _fail(
                 op,
-                f"{label} is {array.dtype}{list(array.shape)} but must be a matrix of floats; "
-                "flatten batch and time into one axis, and cast integers",
+                f"{label} has shape {list(array.shape)}, but it must be a matrix; flatten batch "
+                "and time into one axis",
             )
     if h_ND.shape[1] != head_VD.shape[1]:
         _fail(
             op,
-            f"{name} has width {h_ND.shape[1]} but the head has width {head_VD.shape[1]}; "
-            "pass the head as [vocabulary, width]",
+            f"{name} has width {h_ND.shape[1]}, but {head_name} has width {head_VD.shape[1]}; pass "
+            "the head as [vocabulary, width]",
         )
     if head_VD.shape[0] == 0:
         _fail(op, "the head has no rows, but each token of the vocabulary needs one; add them")
@@ -40,7 +41,7 @@ def check_hidden(
 def check_floats(op: str, name: str, array: jax.Array) -> None:
     """Raises UserError, naming the op and the array, unless `array` has a floating-point dtype."""
     if not jnp.issubdtype(array.dtype, jnp.floating):
-        _fail(op, f"{name} is {array.dtype} but must be floating-point; cast it to float32")
+        _fail(op, f"{name} is {array.dtype}, but it must be floating-point; cast it to float32")
 
 
 def check_same(op: str, name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
@@ -51,6 +52,6 @@ def check_same(op: str, name: str, shape: tuple[int, ...], expected: tuple[int, 
     if tuple(shape) != tuple(expected):
         _fail(
             op,
-            f"{name} has shape {list(shape)} but {list(expected)} is required by the other arrays; "
-            "make the shapes match",
+            f"{name} has shape {list(shape)}, but the other arrays require {list(expected)}; make "
+            "the shapes match",
         )

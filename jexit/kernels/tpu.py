@@ -144,7 +144,8 @@ def check_covers(operands: TpuOperands) -> None:
         if dispatch.target().platform == "tpu" and array.shape[-1] % LANES:
             width = array.shape[-1]
             raise NotImplementedError(
-                f"the width is {width}, but must be a multiple of {LANES}, or XLA copies the head"
+                f"the width is {width}, but it must be a multiple of {LANES}, or XLA copies the "
+                "head"
             )
     choose_tile(operands, token_sums=1)
     choose_tile(operands, vocab_sums=1)

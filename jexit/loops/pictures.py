@@ -7,7 +7,7 @@ import pathlib
 import sys
 import traceback
 
-from jexit.errors import UserError
+from jexit.errors import UserError, without_remedy
 from jexit.report.page import write_report
 from jexit.report.runs import read_runs
 from jexit.report.training_curves import write_charts
@@ -35,7 +35,7 @@ def draw(workdir: pathlib.Path) -> str:
         except Exception as error:
             if not isinstance(error, UserError):  # a bug: show where it is
                 traceback.print_exception(error)
-            why = " ".join(str(error).split())
+            why = " ".join(without_remedy(error).split())
             print(
                 f"jexit: {what} not drawn ({why}), but the run's results in {workdir} are "
                 f"complete; to try again, run `python -m jexit.report {workdir}`",

@@ -86,8 +86,8 @@ def first_model(config: Config, tokenizer: Tokenizer) -> Transformer:
     ours, theirs = fresh.arch, model.arch
     other = [name for name in names if getattr(ours, name) != getattr(theirs, name)]
     if model.lora is not None or other:
-        what = f"{other[0]} {getattr(theirs, other[0])}" if other else "adapters"
-        rule = f"{other[0]} {getattr(ours, other[0])}" if other else "a model without adapters"
+        what = f"{other[0]}={getattr(theirs, other[0])}" if other else "adapters"
+        rule = f"{other[0]}={getattr(ours, other[0])}" if other else "a model without adapters"
         raise UserError(
             f"config.pretrain.start={config.pretrain.start} contains a model with {what}, but the "
             f"config requires {rule}; start from a model without adapters that has the sizes of "

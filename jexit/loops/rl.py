@@ -133,13 +133,13 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
         if good is None:
             trainer.close()
             raise Collapsed(
-                f"{collapse}; no checkpoint from before the collapse is kept; to keep one, set "
-                "config.checkpoint.every and config.checkpoint.keep_best"
+                f"{collapse} (no checkpoint from before the collapse was kept; to keep one, set "
+                "config.checkpoint.every and config.checkpoint.keep_best)"
             ) from None
         stage.finish(trainer, good, before)
         raise Collapsed(
-            f"{collapse}; {workdir / 'model'} contains the model of step {step}, the last "
-            "checkpoint before the collapse"
+            f"{collapse} ({workdir / 'model'} contains the model of step {step}, the last "
+            "checkpoint before the collapse)"
         ) from None
     stage.finish(trainer, trainer.chosen(state), before)
 

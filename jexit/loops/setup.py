@@ -104,9 +104,9 @@ def load_task(config: TaskConfig, split: str) -> Task:
     )
     if "rewards" in config.options:
         raise UserError(
-            "config.task.options.rewards cannot be set; set config.task.reward_strict, "
-            "reward_lenient, reward_wrong and reward_none, from which jexit makes the argument "
-            "`rewards` of a task, or give your task's own keyword another name"
+            "config.task.options.rewards is set, but jexit makes a task's argument `rewards` from "
+            "config.task.reward_strict, reward_lenient, reward_wrong and reward_none; set these, "
+            "or give your task's own keyword another name"
         )
     task = make_task(config.name, config.path or None, rewards=rewards, **config.options)
     task.time_limit = config.time_limit

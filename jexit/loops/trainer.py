@@ -257,8 +257,8 @@ class Trainer:
 
     def _diverged(self, where: str) -> Diverged:
         error = Diverged(
-            f"the loss, the gradients or the updated parameters were not finite in {where}; last "
-            f"good checkpoint: {self._last_good}; lower the learning rates config.optim.*_lr"
+            f"the loss, the gradients or the updated parameters were not finite in {where} (last "
+            f"good checkpoint: {self._last_good}); lower the learning rates config.optim.*_lr"
         )
         self.close()
         return error

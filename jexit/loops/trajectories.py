@@ -127,11 +127,17 @@ def teacher_trajectories(stage: Stage) -> Trajectories:
     barrier("the teacher's trajectories")
     store.read()
     made = store.trajectories[: sft.pool]
+    if not made and sft.trajectories == "dataset":
+        raise UserError(
+            "all reference completions of the task end after one token, but calibration needs "
+            "longer ones; use a task with longer references, or set "
+            "config.sft.trajectories=generate"
+        )
     if not made:
         raise UserError(
-            "all of the teacher's completions, or of the data set's references, end after one "
-            "token, but calibration needs longer ones; check the model and its chat template, or "
-            "set config.sft.trajectories=dataset for a task with longer references"
+            "all of the teacher's completions end after one token, but calibration needs longer "
+            "ones; check the model and its chat template, or set config.sft.trajectories=dataset "
+            "for a task with longer references"
         )
     return Trajectories.of(config, made, tokenizer.pad_id)
 

@@ -230,8 +230,8 @@ class Sample(Policy):
         temperature, floor = _known(self.temperature), _known(self.min_hazard)
         if temperature is not None and not 0.0 < temperature < math.inf:
             raise UserError(
-                f"Sample has temperature {float(temperature)}, but hazards are σ(z / temperature) "
-                "and need a finite number above 0; give one such as 1"
+                f"Sample has temperature {float(temperature)}, but it must be finite and above 0, "
+                "because hazards are σ(z / temperature); give one such as 1"
             )
         if floor is not None and not 0.0 <= floor <= 1.0:
             raise UserError(

@@ -193,12 +193,15 @@ class Arrivals:
     def check(self, request: Request) -> None:
         """Raises UserError if a request is invalid or does not suit this pool; is thread-safe."""
         longest, (most_prompt, most_new) = max(map(len, request.prompts), default=0), self._limits
-        if longest > most_prompt or request.max_new_tokens > most_new:
+        if longest > most_prompt:
             raise UserError(
-                f"a prompt of {longest} tokens with max_new_tokens={request.max_new_tokens} does "
-                f"not fit this pool, which allows at most {most_prompt} prompt tokens and "
-                f"{most_new} new tokens; shorten the prompt, lower max_new_tokens, or open a "
-                "larger pool"
+                f"a prompt has {longest} tokens, but this pool allows at most {most_prompt}; "
+                "shorten the prompt, or open a larger pool"
+            )
+        if request.max_new_tokens > most_new:
+            raise UserError(
+                f"max_new_tokens is {request.max_new_tokens}, but this pool allows at most "
+                f"{most_new}; lower it, or open a larger pool"
             )
         request.check(self._engine.model)
         _ = request.policy.setting  # raises UserError for a policy that differs between tokens

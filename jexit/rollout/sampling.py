@@ -50,18 +50,18 @@ class Sampling:
             )
         if not 0.0 < top_p <= 1.0:
             raise UserError(
-                f"top_p is {top_p}, but the probability mass to keep must be above 0 and at most "
-                "1; set top_p=1 to keep every token"
+                f"top_p is {top_p}, but it must be above 0 and at most 1 (the probability mass to "
+                "keep); set top_p=1 to keep every token"
             )
         if top_k != int(top_k) or top_k < 0:
             raise UserError(
-                f"top_k is {top_k}, but the number of tokens to keep must be a whole number of at "
-                "least 0; set top_k=0 to keep every token"
+                f"top_k is {top_k}, but it must be a whole number of at least 0 (the number of "
+                "tokens to keep); set top_k=0 to keep every token"
             )
         if not 0.0 <= min_p <= 1.0:
             raise UserError(
-                f"min_p is {min_p}, but a fraction of the most likely token's probability must be "
-                "from 0 to 1; set min_p=0 to keep every token"
+                f"min_p is {min_p}, but it must be from 0 to 1 (a fraction of the most likely "
+                "token's probability); set min_p=0 to keep every token"
             )
         greedy = temperature == 0.0
         used = {"top_k": top_k > 0, "top_p": top_p < 1.0, "min_p": min_p > 0.0}

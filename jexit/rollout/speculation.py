@@ -65,13 +65,14 @@ class Speculation:
         policy = request.policy
         assert isinstance(policy, Speculate)
         request.check(self.model)
-        if data_axes() or request.total is not None:
+        if data_axes():
             raise UserError(
-                "policy Speculate decodes on one data shard of one host, but the mesh has several "
-                "shards or the request sets total; run one process per device, or change the policy"
+                "the mesh has several data shards, but the policy Speculate decodes on one only; "
+                "run one process per device, or use another policy"
             )
         wrong = {
             "hazards=True": request.hazards,
+            f"total={request.total}": request.total is not None,
             "a forced prefix": request.forced is not None,
             f"samples_per_prompt={request.samples_per_prompt}": request.samples_per_prompt > 1,
         }

@@ -246,14 +246,16 @@ def _asked(
     for index, prompt in enumerate(prompts):
         if isinstance(prompt, str):
             continue
-        fault = conversation_fault(prompt) if chat else "is not a string"
-        wanted = (
-            "the text of the user's message, or a list of chat messages"
-            if chat
-            else "a string that is already formatted, or leave chat=False out"
-        )
-        if fault:
-            raise UserError(f"prompt {index} is {shown(prompt)}, which {fault}; give {wanted}")
+        if not chat:
+            raise UserError(
+                f"prompt {index} is {shown(prompt)}, but with chat=False it must be a string; give "
+                "one that is already formatted, or leave chat=False out"
+            )
+        if fault := conversation_fault(prompt):
+            raise UserError(
+                f"prompt {index} {fault}; give the text of the user's message, or a list of chat "
+                "messages that ends with it"
+            )
     encode = tokenizer.encode_prompts if chat else tokenizer.encode_texts
     if isinstance(policy, str):
         policy = policy_of(policy, Sample.trained(model.exit_head), "speculate")

@@ -136,7 +136,10 @@ class Server:
 
     async def not_found(self, request: Request, error: Exception) -> Response:
         status = getattr(error, "status_code", 404)
-        said = f"{request.method} {request.url.path[:200]} is not served here; see /v1/models"
+        said = (
+            f"{request.method} {request.url.path[:200]} is not served here; use another path or "
+            "method, such as GET /v1/models"
+        )
         answer = await self.refuse(request, Refused(status, said))
         answer.headers.update(getattr(error, "headers", None) or {})  # Allow, of a wrong method
         return answer
@@ -212,7 +215,7 @@ class Server:
             raise Refused(
                 415,
                 f"the content type is {kind!r}, but it must be application/json; set the header "
-                "Content-Type",
+                "Content-Type: application/json",
             )
         parts, size = [], 0
         try:

@@ -11,6 +11,7 @@ import codecs
 import contextlib
 import dataclasses
 import math
+import re
 import secrets
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
@@ -69,7 +70,7 @@ class _Strict(BaseModel):
             return values
         given = {name: value for name, value in values.items() if value is not None}
         if len(given) > FIELD_COUNT:
-            raise ValueError(f"object should have at most {FIELD_COUNT} fields, not {len(given)}")
+            raise ValueError(f"Object should have at most {FIELD_COUNT} fields, not {len(given)}")
         return given
 
 
@@ -206,13 +207,17 @@ def parse(
         raise _refused(error) from None
     check_model(body.model, limits)
     stop = body.stops
-    if "" in stop or "\ufffd" in "".join(stop) or not all(map(is_unicode, stop)):
-        raise Refused(
-            400,
-            f"stop is {shown(stop)}, but each stop text must be valid Unicode, not empty and "
-            "without U+FFFD (the replacement character); correct the text, or leave stop out",
-            "stop",
-        )
+    for text in stop:
+        rule = ""
+        if not text:
+            rule = "not be empty"
+        elif not is_unicode(text):
+            rule = "be valid Unicode"
+        elif "\ufffd" in text:
+            rule = "not contain U+FFFD (the replacement character)"
+        if rule:
+            said = f"stop contains {shown(text)}, but a stop text must {rule}; correct it"
+            raise Refused(400, said, "stop")
     n = body.n or 1
     if isinstance(body, ChatBody):
         prompts, logprobs = [_conversation(body, tokenizer)], bool(body.logprobs)
@@ -221,7 +226,7 @@ def parse(
         prompts, logprobs = _prompts(body, tokenizer), body.logprobs is not None
         new = body.max_tokens
         if body.best_of not in (None, n):
-            said = f"best_of is {body.best_of}, but it must equal n; leave it out"
+            said = f"best_of is {body.best_of}, but it must equal n={n}; leave it out"
             raise Refused(400, said, "best_of")
     if n * len(prompts) > CHOICES:
         raise Refused(
@@ -289,19 +294,17 @@ def _refused(error: ValidationError) -> Refused:
         said = f"{name} is missing, but a request must have it; add it"
     else:
         name = name or ("a field's name" if isinstance(found["input"], str) else "the request")
-        message = found["msg"].removeprefix("Value error, ")
-        rule = message[:1].lower() + message[1:]
-        said = f"{name} is {shown(found['input'])}, but the {rule}; change it"
+        message = found["msg"].removeprefix("Value error, ").replace(" after validation", "")
+        rule = re.sub(r"^\w+ should", "it must", message)
+        rule = rule[:1].lower() + rule[1:]
+        said = f"{name} is {shown(found['input'])}, but {rule}; change it"
     return Refused(400, said, param)
 
 
 def _conversation(body: ChatBody, tokenizer: Tokenizer) -> list[int]:
     messages = [message.said for message in body.messages]
     if fault := conversation_fault(messages):
-        raise Refused(
-            400, f"messages {fault}, but all text must be valid Unicode and the last message must "
-            "be the user's; correct the messages", "messages",
-        )  # fmt: skip
+        raise Refused(400, f"the list messages {fault}; correct the messages", "messages")
     return tokenizer.encode_prompt(messages)
 
 
@@ -310,17 +313,18 @@ def _prompts(body: TextBody, tokenizer: Tokenizer) -> list[list[int]]:
     if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
         prompt = [prompt]
     if not prompt or not all(prompt):
+        rule = "contain an empty prompt" if len(prompt) > 1 else "be empty"
         raise Refused(
             400,
-            f"prompt is {shown(body.prompt)}, but there must be at least one prompt, and none may "
-            "be empty; send text or token ids",
+            f"prompt is {shown(body.prompt)}, but it must not {rule}; send text or token ids",
             "prompt",
         )
     for text in prompt:
         if isinstance(text, str) and not is_unicode(text):
             raise Refused(
                 400,
-                "prompt contains half of a surrogate pair, which is not valid Unicode; remove it",
+                "prompt contains half of a surrogate pair, but it must be valid Unicode; remove "
+                "that half",
                 "prompt",
             )
     return [

@@ -103,7 +103,7 @@ class Cell:
         asked = getattr(_asked(self.asked), part, None)
         if differing := sorted(set(asked or arguments) ^ set(arguments)):
             raise UserError(
-                f"{self.name} was started with other arguments: {differing[0]} differs; choose "
+                f"{self.name} was started with other arguments ({differing[0]} differs); choose "
                 f"another --into or, to start it anew, delete {self.workdir} and {self.asked}"
             )
 
@@ -159,10 +159,15 @@ class Sweep:
         if missing := [name for name in ("--config", "--into") if name not in given]:
             raise UserError(f"{missing[0]} is missing; a sweep needs --config=FILE and --into=DIR")
         for key, values in grid.items():
-            if "" in values or len(set(values)) < len(values):
+            if "" in values:
                 raise UserError(
-                    f"{key} has the values {', '.join(map(repr, values))}, but they must be "
-                    "distinct and not empty; remove the repeated or empty values"
+                    f"{key} has the values {', '.join(map(repr, values))}, but values must not be "
+                    "empty; remove the empty value"
+                )
+            if repeated := [value for value in values if values.count(value) > 1]:
+                raise UserError(
+                    f"{key} has the value {repeated[0]!r} {values.count(repeated[0])} times, but "
+                    "values must differ; give it once"
                 )
             if key in settings["config"]:
                 raise UserError(f"{key} is both in the grid and in --config.{key}; give it once")
@@ -214,9 +219,8 @@ class Sweep:
         for cell in others:
             if tuple(cell.settings) != tuple(self.grid):
                 raise UserError(
-                    f"{self.into} contains {cell.name}, which belongs to another sweep: this one "
-                    f"varies {', '.join(self.grid) or 'no keys'}, in this order; choose another "
-                    "--into"
+                    f"{self.into} contains {cell.name} of another sweep, but this sweep varies "
+                    f"{', '.join(self.grid) or 'no keys'}, in this order; choose another --into"
                 )
         begun = [*cells, *others]
         for cell in begun:
@@ -295,10 +299,12 @@ def _asked(path: pathlib.Path) -> CellRecord | None:
 
 
 def _task(path: pathlib.Path) -> Mapping[str, Any]:
-    remedy = f"delete {path.parent} to run it again"
+    remedy = f"delete {path.parent} to repeat its run"
     task = read_object(path, remedy).get("task")
     if not isinstance(task, dict):
-        raise UserError(f"{path} lacks the section 'task' of a run's config; {remedy}")
+        raise UserError(
+            f"{path} lacks the section 'task', which a run's config must have; {remedy}"
+        )
     return task
 
 

@@ -10,14 +10,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from jexit.errors import UserError
-from jexit.settings import is_unicode
+from jexit.settings import is_unicode, shown
 
 Split = Literal["train", "val", "test"]
 VerdictKind = Literal["strict", "lenient", "wrong", "none"]
 
 Message = Mapping[str, str]  # `role` (system, user or assistant) and `content`
 
-NOT_UNICODE = "is not valid Unicode"
+NOT_UNICODE = "contains text that is not valid Unicode"
 ROLES = ("system", "user", "assistant")
 SPLITS: tuple[Split, ...] = get_args(Split)
 VERDICT_KINDS: tuple[VerdictKind, ...] = get_args(VerdictKind)
@@ -184,23 +184,32 @@ def turns(pairs: Iterable[tuple[str, str]]) -> tuple[Message, ...]:
 
 
 def conversation_fault(said: Any) -> str | None:
-    """Returns why `said` is not a valid prompt, such as "is empty", or None if it is valid.
+    """Returns why `said` is not a valid prompt, or None if it is valid.
 
-    A valid prompt is a string that is not blank, or a sequence of chat messages whose last message
-    is the user's; all texts must be valid Unicode.
+    The reason gives the value and the rule, and continues a sentence whose subject is the prompt. A
+    valid prompt is a string that is not blank, or a sequence of chat messages whose last message is
+    the user's; all texts must be valid Unicode.
     """
     if isinstance(said, str):
-        return "is empty" if not said.strip() else None if is_unicode(said) else NOT_UNICODE
+        if not said.strip():
+            return "is empty, but it must contain text"
+        return None if is_unicode(said) else NOT_UNICODE
     if not isinstance(said, Sequence) or not said:
-        return "is neither a text nor chat messages"
+        return f"is {shown(said)}, but it must be a text or a list of chat messages"
     for message in said:
-        if not isinstance(message, Mapping) or message.get("role") not in ROLES:
-            return f"has a message whose role is not one of {', '.join(ROLES)}"
-        if not isinstance(message.get("content"), str):
-            return "has a message whose content is not a text"
-        if not is_unicode(message["content"]):
+        if not isinstance(message, Mapping):
+            return f"contains the message {shown(message)}, but it must have a role and a content"
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES:
+            allowed = ", ".join(ROLES)
+            return f"has a message with the role {shown(role)}, but it must be one of {allowed}"
+        if not isinstance(content, str):
+            return f"has a message with the content {shown(content)}, but it must be a text"
+        if not is_unicode(content):
             return NOT_UNICODE
-    return None if said[-1]["role"] == "user" else "does not end with the user's message"
+    if role != "user":
+        return f"ends with a message of the role {role!r}, but the last message must be the user's"
+    return None
 
 
 def check_split(split: str) -> None:

@@ -39,10 +39,15 @@ class Blend(Task):
     def __init__(self, tasks: Sequence[Task]) -> None:
         super().__init__()
         names = [task.name for task in tasks]
-        if len(names) < 2 or len(set(names)) < len(names):
+        if len(names) < 2:
             raise UserError(
-                f"blend: parts is {', '.join(names) or 'empty'}, but it must name at least two "
-                "different tasks; change config.task.options.parts"
+                f"config.task.options.parts is {', '.join(names) or 'empty'}, but a blend needs at "
+                "least two tasks; add one"
+            )
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise UserError(
+                f"config.task.options.parts names {twice[0]} {names.count(twice[0])} times, but "
+                "the tasks of a blend must differ; name it once"
             )
         self.tasks = dict(zip(names, tasks, strict=True))
 
@@ -120,8 +125,8 @@ def task(
     names = (parts,) if isinstance(parts, str) else parts
     if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
         raise UserError(
-            f"blend: parts is {shown(parts)}, but it must be a list of task names, such as "
-            "('sums', 'tom'); change config.task.options.parts"
+            f"config.task.options.parts is {shown(parts)}, but it must be a list of task names; "
+            "set it to one such as ('sums', 'tom')"
         )
     made: list[Task] = []
     unknown, options = set(options), options | {"steps": steps}
@@ -131,7 +136,7 @@ def task(
         unknown -= taken
     if unknown:
         raise UserError(
-            f"blend: the tasks {', '.join(names)} have no option {min(unknown)!r}; remove it "
-            "from config.task.options"
+            f"config.task.options contains {min(unknown)!r}, but none of the tasks "
+            f"{', '.join(names)} has this option; remove it"
         )
     return Blend(made)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from jexit.errors import MissingFile, UserError
-from jexit.settings import is_unicode
+from jexit.settings import is_unicode, shown
 from jexit.tasks.base import Problem, Rewards, Split, Task, check_split
 from jexit.untrusted import parse_json
 
@@ -223,8 +223,10 @@ def text_fault(row: dict[str, Any], keys: tuple[str, ...]) -> str | None:
     for key in keys:
         if key not in row:
             return f"no {key!r}"
-        if not isinstance(row[key], str) or not row[key].strip():
-            return f"{key!r} is empty or not a text"
+        if not isinstance(row[key], str):
+            return f"{key!r} is {shown(row[key])}, but it must be a text"
+        if not row[key].strip():
+            return f"{key!r} is empty"
         if not is_unicode(row[key]):  # also of bytes in a CSV file that are not UTF-8
             return f"{key!r} is not valid Unicode"
     return None

@@ -65,8 +65,7 @@ class Gsm8k(FileTask, NumberChain):
     ) -> None:
         if shots < 0:
             raise UserError(
-                f"gsm8k: shots is {shots}, but it must be at least 0; raise "
-                "config.task.options.shots"
+                f"config.task.options.shots is {shots}, but it must be at least 0; raise it"
             )
         super().__init__(path=path, instruction=instruction, test_every=test_every, rewards=rewards)
         self.shots = shots
@@ -85,9 +84,9 @@ class Gsm8k(FileTask, NumberChain):
             rows = list({row.prompt: row for row in self._split("train")}.values())
             if len(rows) <= self.shots:
                 raise UserError(
-                    f"gsm8k: {self.shots} shots need {self.shots + 1} different training "
-                    f"questions, but there are only {len(rows)}; lower config.task.options.shots "
-                    "or give more training data"
+                    f"config.task.options.shots is {self.shots}, but {self.shots} shots need "
+                    f"{self.shots + 1} different training questions, and there are only "
+                    f"{len(rows)}; lower config.task.options.shots, or give more training data"
                 )
             self._examples = Draw("gsm8k shots", self.seed).sample(rows, self.shots + 1)
         shown = [row for row in self._examples if row.prompt != problem.prompt]

@@ -14,8 +14,8 @@ MIXTURE: Mapping[str, float] = {"free": 0.45, "prescribed": 0.40, "at_once": 0.1
 def check_steps(task: str, steps: object, known: Sequence[object]) -> None:
     if steps not in known:
         raise UserError(
-            f"{task}: steps is {steps!r}, but it must be one of {', '.join(map(str, known))}; "
-            "change config.task.options.steps"
+            f"config.task.options.steps is {steps!r}, but for task {task!r} it must be one of "
+            f"{', '.join(map(str, known))}; choose one of these"
         )
 
 
@@ -28,8 +28,7 @@ def check_range(
     """
     if not least <= smallest <= largest <= most:
         raise UserError(
-            f"{task}: {name}_min is {smallest} and {name}_max is {largest}, but they must satisfy "
-            f"{least} <= {name}_min <= {name}_max <= {most}; change config.task.options.{name}_min "
-            f"or config.task.options.{name}_max"
+            f"config.task.options.{name}_min is {smallest} and {name}_max is {largest}, but task "
+            f"{task!r} needs {least} <= {name}_min <= {name}_max <= {most}; change one of them"
         )
     return smallest, largest

@@ -76,8 +76,9 @@ def make_task(
         if known.get(option) in (bool, int, float, str):
             options[option] = checked(known[option], value, _option(option))
         elif option not in known and not others:
-            names = ", ".join(sorted(set(known) - {"path", "rewards"})) or "none"
-            raise UserError(f"task {name!r} has no option {option!r}; it takes {names}")
+            names = ", ".join(sorted(set(known) - {"path", "rewards"}))
+            remedy = f"use one of {names}" if names else "leave it out, because the task has none"
+            raise UserError(f"task {name!r} has no option {option!r}; {remedy}")
     with user_code(f"task {name!r} cannot be made", _file_of(found)):
         made = found(**options)
     if inspect.iscoroutine(made):

@@ -96,7 +96,7 @@ class RowsTask(FileTask):
 
     def _fault(self, row: dict[str, Any]) -> str | None:
         if strange := [name for name in row if not isinstance(name, str)]:
-            return f"it has the column {strange[0]!r}, but the names of columns are texts"
+            return f"it has the column {strange[0]!r}, but names of columns must be texts"
         if not self._columns:
             for function in (*self._functions, self._correct):
                 function.check([*row])
@@ -113,7 +113,8 @@ class RowsTask(FileTask):
         if missing := [name for name in self._needed if name not in row]:
             return f"no {missing[0]!r}"
         if self._completion and _text_of(row.get(self._completion)) is None:
-            return f"{self._completion!r} is empty or not a text"
+            value = shown(row.get(self._completion))
+            return f"{self._completion!r} is {value}, but it must be valid text that is not blank"
         return None
 
     def _to_problem(self, row: dict[str, Any]) -> Problem:
@@ -183,7 +184,7 @@ def rows_task(
     if not (callable(rewards) or isinstance(rewards, (Mapping, Sequence))):
         raise UserError(
             f"rewards is {shown(rewards)}, but it must be a function, a list of functions, or "
-            "functions with their weights, such as {right: 1.0}; pass one of these to rows_task"
+            "functions with their weights, such as {my_reward: 1.0}; pass one of these to rows_task"
         )
     each = [rewards] if callable(rewards) else rewards
     weighted = [*each.items()] if isinstance(each, Mapping) else [(one, 1.0) for one in each]
@@ -208,8 +209,8 @@ def rows_task(
     for function, weight in weighted:
         if not callable(function):
             raise UserError(
-                f"a reward is {shown(function)}, but it must be a function; give functions with "
-                "their weights, such as {right: 1.0}"
+                f"rewards contains {shown(function)}, but it must contain functions; pass them "
+                "with their weights, such as {my_reward: 1.0}"
             )
         number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
         if not number or not abs(weight) <= LARGEST:
@@ -221,13 +222,15 @@ def rows_task(
     names = [function.name for function in functions]
     if taken := [name for name in names if name in RESERVED]:
         raise UserError(
-            f"the reward function {taken[0]!r} has the name of a metric of every run, reward/"
-            f"{taken[0]}; rename the function"
+            f"a reward function is called {taken[0]!r}, but every run already has a metric "
+            f"reward/{taken[0]}; rename the function"
         )
-    if not names or len(set(names)) < len(names):
+    if not names:
+        raise UserError("rewards contains no function, but at least one is needed; add one")
+    if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(
-            f"rewards contains {', '.join(names) or 'no functions'}, but it must contain at least "
-            "one function, each with a different name; add or rename functions"
+            f"rewards contains {names.count(twice[0])} functions called {twice[0]!r}, but their "
+            "names must differ; rename one"
         )
     given = {"whole" if test is None else "train": train, "val": val, "test": test}
     return RowsTask(
@@ -286,8 +289,9 @@ def _parquet_rows(file: pathlib.Path) -> Iterator[Row]:
         rows = pyarrow.parquet.read_table(file).to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
         reason = str(error).strip().partition("\n")[0]
+        readable = "make it readable" if isinstance(error, PermissionError) else "give a valid one"
         raise UserError(
-            f"{file} cannot be read as a Parquet file ({reason}); give a valid Parquet file"
+            f"{file} cannot be read as a Parquet file ({reason}); {readable}"
         ) from error
     for index, row in enumerate(rows):
         yield f"{file}[{index}]", row

@@ -103,7 +103,7 @@ def test_what_cannot_be_converted_is_one_sentence_and_nothing_written(broken, tm
         (broken / "config.json", None, "is a file"),
         (tmp_path / "nowhere", None, "no model directory at"),
         ("nobody/no-such-model", None, "local cache"),
-        (broken, tmp_path / "there", "exists and is not empty"),
+        (broken, tmp_path / "there", "is not empty, but it must be"),
         (broken, precious, "is a file"),
     ):
         assert words in refuses(from_hf.main, source, target=target)

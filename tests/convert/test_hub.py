@@ -105,10 +105,10 @@ def test_a_model_that_nobody_trained_here_has_a_card_too(trained, tmp_path, caps
             ["--push=nobody"],
             "--push is 'nobody', but it must be OWNER/NAME of a repository",
         ),
-        ([f"--eval={trained}"], "use it with --card or --push"),
+        ([f"--eval={trained}"], "only a model card uses it; add --card or --push"),
         (
             ["--card", f"--eval={other}"],
-            "has the results of another model, runs/a/model, which has other layers or exits",
+            "has the results of runs/a/model (9 layers, exits ",
         ),
         (
             ["--card", f"--eval={tmp_path}"],
@@ -148,7 +148,8 @@ def test_up_to_the_hub_and_down_from_it(trained, tmp_path, hub, capsys, monkeypa
 
     for source, words in (
         ("me/nothing", "me/nothing cannot be downloaded ("),
-        (out, f"--source is {out}, but --download needs the OWNER/NAME of a model on the hub"),
+        ("nobody", "--source is nobody, but --download needs the OWNER/NAME of a model on the hub"),
+        (out, f"--source is the local directory {out}, but --download fetches a model from"),
     ):
         code, said = run(from_hf, f"--source={source}", "--target=no", "--download")
         assert code == 1 and words in said

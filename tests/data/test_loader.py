@@ -134,7 +134,7 @@ def test_text_batch_refuses_what_it_cannot_train_on():
         texts(length=16)
     with pytest.raises(ValueError, match="no reference completion"):
         text_batch([(Finite(["1"]), 1.0)], TOKENIZER, seed=0, step=0, batch_size=1, length=56)
-    with pytest.raises(ValueError, match="must be at least 0, and one of them above 0"):
+    with pytest.raises(ValueError, match="but at least one must be above 0; raise one"):
         text_batch([(MIXTURE[0][0], 0.0)], TOKENIZER, seed=0, step=0, batch_size=1, length=56)
     with pytest.raises(ValueError, match="weights"):
         text_batch([], TOKENIZER, seed=0, step=0, batch_size=1, length=56)

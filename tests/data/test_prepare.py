@@ -151,7 +151,8 @@ def test_missing_files_and_damaged_rows_are_named_and_nothing_is_written(source,
     ):
         write_rows(source / "test.jsonl", [row(1), line, row(2)])
         said = refusal(capsys, f"--from={source}", into)
-        assert f"{source}/test.jsonl:2: {fault}; download the published file again" in said
+        place = f"{source}/test.jsonl:2"
+        assert f"{place} cannot be used ({fault}); download the published file again" in said
     (source / "train.jsonl").write_text("\n")
     assert "contains no rows" in refusal(capsys, f"--from={source}", into)
     for missing in ("test.jsonl", "train.jsonl"):
@@ -168,7 +169,7 @@ def test_a_disk_that_refuses_leaves_no_dataset(source, tmp_path, capsys, monkeyp
 
     monkeypatch.setattr(tfds.core.DatasetInfo, "write_to_directory", full)
     said = refusal(capsys, f"--from={source}", f"--to={tmp_path / 'data'}")
-    assert "cannot be written (No space left on device); make room" in said
+    assert "cannot be written (No space left on device); free some space, make" in said
     assert not list((tmp_path / "data").rglob("*.*"))
     (tmp_path / "file").write_text("")
     assert "cannot be written" in refusal(capsys, f"--from={source}", f"--to={tmp_path / 'file/x'}")

@@ -74,8 +74,8 @@ def test_different_numbers_of_processes_end_both_with_one_sentence(address, join
     for error in errors:
         assert isinstance(error, ValueError)
         assert str(error) == (
-            f"--processes is {told[0]} on process 0, {told[1]} on process 1; give every "
-            "process the same value, the total number of processes"
+            f"--processes is {told[0]} on process 0, {told[1]} on process 1, but it must "
+            "be the same on every process; set it to the total number of processes"
         )
     assert joined == []
 

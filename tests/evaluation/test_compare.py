@@ -88,7 +88,7 @@ def test_what_cannot_be_compared_is_one_sentence(tmp_path, capsys):
         ([one, fewer], "have different problems"),
         ([one, old], "problems.csv does not exist; run the evaluation again"),
         ([one, torn], "problems.csv is damaged"),
-        ([one, cut], "does not agree with eval.json under 'full'"),
+        ([one, cut], "problems under 'full', but eval.json has"),
         ([one, tmp_path / "no"], "eval.json"),
     ]:
         assert main([*map(str, places)]) == 1

@@ -166,7 +166,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_runs(model_dir, tmp_
         ({"eval__max_new_tokens": 250}, "together exceed the model's 256 positions; lower config"),
         (
             {"eval__measures": ("capacity",), "task__name": "word_problems"},
-            "task 'word_problems' cannot prescribe the size of a step; remove 'capacity' from it",
+            "task 'word_problems' cannot prescribe the size of a step; remove 'capacity'",
         ),
     ):
         with pytest.raises(ValueError, match=says):

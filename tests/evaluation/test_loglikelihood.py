@@ -124,8 +124,8 @@ def test_a_context_is_cut_from_the_left_and_what_cannot_be_scored_is_refused(mod
     most = model.arch.max_positions
     assert len(scored(model, [(context, [3] * most)])[0].logprobs) == most
     for pair, settings, sentence in (
-        (([], [1]), {}, "the context has 0 tokens and the continuation has 1"),
-        (([1], []), {}, "each must have at least one token"),
+        (([], [1]), {}, "the context is empty, but it must have at least one token"),
+        (([1], []), {}, "the continuation is empty, but it must have at least one token"),
         (([1], [2] * 13), {"max_length": 12}, "a continuation has 13 tokens, which is over the"),
         (([1], [2]), {"max_length": 0}, "max_length is 0"),
         (([1], [2]), {"max_length": 257}, "at most 256, the number of the model's positions"),

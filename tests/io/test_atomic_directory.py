@@ -31,7 +31,7 @@ def write(target, text, **options):
 def test_a_directory_appears_when_it_is_whole_and_replaces_when_asked(tmp_path):
     target = tmp_path / "new" / "model"
     write(target, "old")
-    with pytest.raises(UserError, match="exists and is not empty; give another target"):
+    with pytest.raises(UserError, match=r"is not empty, but it must be .*; give another one, or"):
         write(target, "new")
     assert content(tmp_path) == {"new/model/sub/a.txt": "old"}
     for name in (".model.partial", ".model.previous"):  # what a killed process left is cleared
@@ -42,7 +42,10 @@ def test_a_directory_appears_when_it_is_whole_and_replaces_when_asked(tmp_path):
     (tmp_path / "empty").mkdir()
     write(tmp_path / "empty", "x")
     (tmp_path / "file").write_text("mine")
-    for path, words in (("file", "is a file; give"), ("file/model", "cannot write .*choose anoth")):
+    for path, words in (
+        ("file", "is a file, but it must be a new or empty directory; give"),
+        ("file/model", "cannot write .*choose anoth"),
+    ):
         with pytest.raises(UserError, match=words):
             write(tmp_path / path, "x", overwrite=True)
     assert (tmp_path / "file").read_text() == "mine"

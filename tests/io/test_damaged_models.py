@@ -142,7 +142,7 @@ def test_settings_that_the_files_do_not_bear_out_are_refused_at_once(hf, peft, m
         (
             peft / "adapter_config.json",
             {"base_model_name_or_path": "."},
-            "cycle of base models; correct the path",
+            "must not form a cycle; correct the path",
         ),
         (peft / "exit_heads.json", {"exit_layers": [1, 7]}, "missing exit_heads.7."),
         (peft / "exit_heads.json", {"exit_layers": [*range(90_000)]}, "heads at (0, 1, 2, 3, 4, 5"),
@@ -156,15 +156,15 @@ def test_settings_that_the_files_do_not_bear_out_are_refused_at_once(hf, peft, m
     architecture = json.loads((models / "whole" / "jexit.json").read_text())["architecture"]
     for changes, words in (
         ({"format_version": 2}, "format version 2, but this version of jexit reads only 1; make"),
-        ({"architecture": "gone"}, "is incomplete or corrupted ('architecture'); convert"),
-        ({"architecture": {"layers": 3}}, "architecture.family is missing; choose one of qwen2"),
+        ({"architecture": "gone"}, "is incomplete or corrupted ('architecture' is missing); conv"),
+        ({"architecture": {"layers": 3}}, "architecture.family is missing, but it must be one of"),
         ({"exit_head": {"colour": "red"}}, "exit_head.colour does not exist"),
-        ({"eos_ids": ["a"]}, "is incomplete or corrupted ('a', which is not a token id)"),
-        ({"base": 5}, "is incomplete or corrupted (base is 5; it must be of type str)"),
+        ({"eos_ids": ["a"]}, "incomplete or corrupted (eos_ids contains 'a', but a token id"),
+        ({"base": 5}, "is incomplete or corrupted (base is 5, but it must be of type str)"),
         ({"exit_layers": [2, 1]}, "exit heads at (2, 1), but exits must be rising layer num"),
         ({"layers": 30_000_000}, "blocks.attn.q.kernel [3, 8, 2, 4] instead of"),
-        ({"kv_heads": 0}, "architecture.kv_heads is 0; it must be at least 1"),
-        ({"family": "mistral"}, "family is 'mistral'; choose one of qwen2, qwen3, llama"),
+        ({"kv_heads": 0}, "architecture.kv_heads is 0, but it must be at least 1"),
+        ({"family": "mistral"}, "family is 'mistral', but it must be one of qwen2, qwen3, llama"),
         (
             {"rope_scaling": {"kind": "linear"}},
             "kind is 'linear', but it must be yarn or llama3",
@@ -233,13 +233,14 @@ def test_a_base_that_is_none_is_named_with_the_remedy(models):
     edit(models / "refers", base="../whole")
     assert "must not have any; merge them first" in refusal(models / "refers")
     edit(models / "refers", base=".")
-    assert "refers as its base model, which makes a cycle of base models; correct" in refusal(
+    assert "refers as its base model, but base models must not form a cycle; correct" in refusal(
         models / "refers"
     )
     edit(models / "base", base="../refers", architecture=values)
     edit(models / "refers", base="../base")
     assert re.search(
-        "names .*refers as its base model, which makes a cycle", refusal(models / "refers")
+        "names .*refers as its base model, but base models must not form a cycle",
+        refusal(models / "refers"),
     )
     shutil.rmtree(models / "base")
     assert "needs its base model at ../base, but no model was found" in refusal(models / "refers")

@@ -103,7 +103,7 @@ def test_what_is_no_model_is_one_sentence_with_what_makes_it(tmp_path, monkeypat
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
     (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
-    with pytest.raises(UserError, match="file is a file; give the directory of a model"):
+    with pytest.raises(UserError, match=r"file is a file, but a model is a directory .*; give s"):
         open_model("file")
     for path, words in (
         ("empty", r"empty contains no model \(none of jexit\.json"),
@@ -125,7 +125,7 @@ def test_what_is_no_model_is_one_sentence_with_what_makes_it(tmp_path, monkeypat
 
 def test_a_directory_is_replaced_only_when_asked(models, model, tokenizer):
     before = tree(models / "whole")
-    with pytest.raises(UserError, match="exists and is not empty; give another target"):
+    with pytest.raises(UserError, match=r"is not empty, but it must be .*; give another one, or"):
         save_model(models / "whole", model, tokenizer)
     assert tree(models / "whole") == before
     # Replacing the base itself keeps the weights.

@@ -133,7 +133,7 @@ def test_a_run_that_writes_nothing_leaves_nothing(tmp_path, capsys):
         pass
     assert (tmp_path / "runs").is_dir()  # was there before
     (tmp_path / "file").write_text("precious")
-    for name, words in (("file", "file is a file; give --workdir"), ("file/run", "Not a direct")):
+    for name, words in (("file", "file is a file, but --workdir"), ("file/run", "Not a direct")):
         given = [f"--config={ROOT}/configs/rl.py", f"--workdir={tmp_path / name}"]
         assert main.main(["jexit", *given]) == 1
         said = capsys.readouterr().err

@@ -123,11 +123,11 @@ def test_what_does_not_fit_is_refused() -> None:
     for changes, message in (
         (
             {"q_BNH": jnp.zeros((4, 5, 16))},
-            "5 query heads of width 16 do not match 2 key/value heads",
+            "5 query heads cannot be divided evenly among 2 key/value heads",
         ),
         ({"q_BNH": jnp.zeros((4, 6, 16), jnp.int32)}, "q_BNH is int32"),
         ({"values_KLPSH": jnp.zeros((2, 3, 5, 32, 16))}, r"values_KLPSH has shape \[2, 3, 5, 32"),
-        ({"rows_B": None}, r"q_BNH has shape \[4\] but \[5\]"),
+        ({"rows_B": None}, r"q_BNH has shape \[4\], but the other arrays require \[5\]"),
         ({"rows_B": jnp.arange(3)}, r"rows_B has shape \[3\]"),
         ({"lengths_B": jnp.ones(3, jnp.int32)}, r"lengths_B has shape \[3\]"),
         ({"implementation": "cuda"}, "no implementation 'cuda'"),

@@ -179,7 +179,7 @@ def test_what_was_measured_before_is_read_as_it_was_written(tmp_path):
     for text, words in [
         ('{"policy": "x", "accuracy": "high"}', r"before\.json: accuracy is 'high', but"),
         ("[]", r"before\.json is \[\], but it must be an object"),
-        ("{", r"before\.json is not valid JSON .*; delete the file, or run"),
+        ("{", r"before\.json is not valid JSON .*; delete the file, or repeat"),
     ]:
         path.write_text(text)
         with pytest.raises(ValueError, match=words):

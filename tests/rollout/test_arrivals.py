@@ -135,10 +135,10 @@ def test_what_a_pool_cannot_do_is_refused(pool):
     for asked, sentence in [
         (request(3, policy=Prescribed(np.ones((1, 20))), key=0), "joins a running pool has one"),
         (request(3, policy=Fixed(3), key=0), "Fixed has depth 3"),
-        (request(17, key=0), "a prompt of 17 tokens with max_new_tokens=20 does not fit"),
+        (request(17, key=0), "a prompt has 17 tokens, but this pool allows at most 16; sh"),
         (
             request(3, max_new_tokens=21, key=0),
-            "which allows at most 16 prompt tokens and 20 new tokens; shorten the prompt",
+            "max_new_tokens is 21, but this pool allows at most 20; lower it",
         ),
         (request(3, samples_per_prompt=2, key=0), "needs samples_per_prompt=1"),
         (request(3, eos_ids=(1,), key=0), r"eos_ids is \(1,\), but a request that joins"),

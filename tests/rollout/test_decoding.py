@@ -307,7 +307,7 @@ def test_wrong_requests_get_one_sentence(model, prompts):
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0"),
         ([[1]], {"max_new_tokens": 3.0}, r"max_new_tokens is 3\.0, but it must be a whole number"),
         ([[1]], {"samples_per_prompt": 0}, "samples_per_prompt is 0"),
-        ([[1]], {"top_k": 2.5}, r"top_k is 2\.5, but the number of tokens to keep must be a whole"),
+        ([[1]], {"top_k": 2.5}, r"top_k is 2\.5, but it must be a whole number of at least 0 "),
         ([[1]], {"policy": Prescribed(np.ones((2, 12)))}, r"\(2, 12\), .* be \(1, 12 or more\); "),
         ([[1]], {"policy": Prescribed(np.ones((1, 11)))}, r"\(1, 11\), but .* be \(1, 12 or"),
         ([[1]], {"policy": Prescribed(np.ones(12))}, r"\(12,\), but .* or use Fixed\(depth\)"),

@@ -126,7 +126,7 @@ def test_settings_are_checked():
     for settings, sentence in [
         ({"temperature": -0.5}, "temperature is -0.5, but it must be 0"),
         ({"temperature": float("nan")}, "temperature is nan"),
-        ({"temperature": 1.0, "top_p": 0.0}, "top_p is 0.0, but the probability mass"),
+        ({"temperature": 1.0, "top_p": 0.0}, "top_p is 0.0, but it must be above 0"),
         ({"temperature": 1.0, "top_p": 1.5}, "top_p is 1.5"),
         ({"temperature": 1.0, "top_k": -1}, "top_k is -1"),
         ({"temperature": 1.0, "min_p": float("nan")}, "min_p is nan"),

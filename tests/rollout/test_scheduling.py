@@ -64,7 +64,7 @@ def test_sizes_fit_the_work_and_the_memory_of_a_chip():
         assert fitted(EngineSize(), 1319, 150 * 2**20)[0] == int(0.3 * 16 * 1024 / 150)
     with compiling_for("tpu", "TPU v5 lite"):
         assert fitted(EngineSize(), 1319, 2**40) == (1, 1)
-    with pytest.raises(ValueError, match="rows is -1; it must be at least 0"):
+    with pytest.raises(ValueError, match="rows is -1, but it must be at least 0"):
         EngineSize(rows=-1)
 
 

@@ -131,9 +131,9 @@ def test_wrong_inputs_get_one_sentence(model):
     message, spoken = [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]
     for prompts, settings, sentence in [
         ("abc", {}, "put the string in brackets"),
-        ([message], {"chat": False}, "prompt 0 is .*'role'.*, which is not a string; give"),
-        ([message + spoken], {}, "prompt 0 is .*, which does not end with the user's message; "),
-        ([7], {}, "prompt 0 is 7, which is neither a text nor chat messages; give the text"),
+        ([message], {"chat": False}, "prompt 0 is .*'role'.*, but .* it must be a string; give"),
+        ([message + spoken], {}, "prompt 0 ends with .* 'assistant', but the last message must "),
+        ([7], {}, "prompt 0 is 7, but it must be a text or a list of .*; give the text"),
         (["a", ""], {"chat": False}, "prompt 1 is empty, but a prompt needs"),
         (["a", "b", "c" * 506], {}, "prompt 2 has 508 tokens, .* at most 4"),
         (["a"], {"policy": Threshold(2.0)}, r"Threshold has hazard 2\.0, .* from 0 .* to 1"),

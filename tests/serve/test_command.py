@@ -31,7 +31,7 @@ MODEL = "jexit/assets/tiny-calibrated"
         ([f"--model={MODEL}", "--policy=fast"], "policy 'fast' is not known; use full"),
         ([f"--model={MODEL}", "--policy=fixed:5"], "Fixed has depth 5"),
         ([f"--model={MODEL}", "--max-new-tokens=0"], "--max-new-tokens is 0, but it must be at"),
-        ([f"--model={MODEL}", "--max-new-tokens=1000"], "are 1512 together, but the model"),
+        ([f"--model={MODEL}", "--max-new-tokens=1000"], "add up to 1512, but the model"),
         ([f"--model={MODEL}", "--rows=-1"], "rows"),
         ([f"--model={MODEL}", "--host=256.0.0.1"], "cannot listen on 256.0.0.1:"),
         ([f"--model={MODEL}", "--port=70000"], "--port is 70000, but it must be from 0 to 65535"),

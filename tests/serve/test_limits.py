@@ -69,27 +69,27 @@ def test_two_hundred_malformed_requests(http):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"max_tokens": 65}, "which allows at most 64 prompt tokens and 64 new tokens; shorten"),
-        ({"messages": [{"role": "user", "content": "1" * 100}]}, "does not fit this pool"),
+        ({"max_tokens": 65}, "max_new_tokens is 65, but this pool allows at most 64; lower it"),
+        ({"messages": [{"role": "user", "content": "1" * 100}]}, "pool allows at most 64; shorten"),
         ({"policy": "fixed:5"}, "Fixed has depth 5"),
         ({"policy": "threshold:2"}, "policy 'threshold:2' "),
-        ({"policy": 3}, "policy is 3, but the input should be a valid string; change it"),
-        ({"n": 65}, "n is 65, but the input should be less than or equal to 64"),
-        ({"messages": []}, "messages is [], but the list should have at least 1 item"),
+        ({"policy": 3}, "policy is 3, but it must be a valid string; change it"),
+        ({"n": 65}, "n is 65, but it must be less than or equal to 64"),
+        ({"messages": []}, "messages is [], but it must have at least 1 item"),
         ({"messages": [{"role": "user", "content": ["x"]}]}, "messages[0].content"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role is 'tool', but"),
         ({"messages": [{"role": "system", "content": "x"}]}, "the last message must be the user's"),
-        ({"stop": ["a", ""]}, "stop is ['a', ''], but each stop text must be valid Unicode, not"),
-        ({"stop": "\ufffd"}, "not empty and without U+FFFD"),
-        ({"top_logprobs": 5}, "top_logprobs is 5, but the input should be less than or equal to 0"),
+        ({"stop": ["a", ""]}, "stop contains '', but a stop text must not be empty; correct"),
+        ({"stop": "\ufffd"}, "but a stop text must not contain U+FFFD"),
+        ({"top_logprobs": 5}, "top_logprobs is 5, but it must be less than or equal to 0"),
         ({"temperature": 1e-9}, "temperature"),
         ({"logit_bias": {"3": 1.0}}, "logit_bias"),
         ({"response_format": {"type": "json_object"}}, "response_format.type is 'json_object'"),
-        ({"seed": "7"}, "seed is '7', but the input should be a valid integer; change it"),
+        ({"seed": "7"}, "seed is '7', but it must be a valid integer; change it"),
         ({"policy": "x" * 65}, "policy is 'xxx"),
         ({"stop": ["a"] * 17}, "stop is ['a', 'a', "),
         ({"x" * 900: 1}, "xxx… is not a field that this server knows; leave it out"),
-        ({"\ud800": 1}, r"a field's name is '\ud800', but the input should be a valid"),
+        ({"\ud800": 1}, r"a field's name is '\ud800', but it must be a valid"),
         ({"stream_options": {"x": 1}}, "'x' is not a field of stream_options that this server"),
         ({"messages": [GOOD["messages"][0] | {"type": "text"}]},
          "'type' is not a field of messages[0] that this server knows; leave it out"),
@@ -98,7 +98,7 @@ def test_two_hundred_malformed_requests(http):
         ({"echo": False}, "'echo' is not a field that this server knows; leave it out"),
         ({"hazards": True, "policy": "speculate:4"},
          "hazards is True, but the policy speculate:4 records no hazards; leave hazards out, or"),
-        ({f"field{n}": 1 for n in range(70)}, "object should have at most 64 fields, not 73"),
+        ({f"field{n}": 1 for n in range(70)}, "it must have at most 64 fields, not 73"),
     ],
 )  # fmt: skip
 def test_each_is_told_what_is_wrong(http, change, said):
@@ -136,14 +136,14 @@ def test_many_faults_in_a_body_cost_no_more_than_one():
 
 def test_plain_completions_are_refused_alike(http):
     for change, said in [
-        ({"prompt": []}, "there must be at least one prompt"),
-        ({"prompt": ["sum 1", ""]}, "none may be empty"),
+        ({"prompt": []}, "prompt is [], but it must not be empty"),
+        ({"prompt": ["sum 1", ""]}, "but it must not contain an empty prompt"),
         ({"prompt": [[1, 10**6]]}, "contains token 1000000"),
         ({"prompt": "sum 1", "echo": True}, "echo is True"),
         ({"prompt": "sum 1", "logprobs": 3}, "logprobs is 3"),
         ({"prompt": "sum 1", "best_of": 3}, "best_of is 3, but it must equal n"),
         ({"prompt": ["sum 1"] * 20, "n": 4}, "asks for 80 completions"),
-        ({"prompt": ["sum 1"] * 65}, "the list should have at most 64 items"),
+        ({"prompt": ["sum 1"] * 65}, "it must have at most 64 items"),
         ({}, "prompt is missing, but a request must have it; add it"),
     ]:
         answer = post(http, {"max_tokens": 4} | change, "/v1/completions")
@@ -172,8 +172,8 @@ def test_access_size_and_kind(http, served):
     assert answer.status_code == 405 and answer.headers["allow"] == "POST"
     for path in ("/", "/page/index.html", "/page/page.js"):
         assert "script-src 'self'" in http.get(path).headers["content-security-policy"]
-    assert (
-        http.get("/v2").json()["error"]["message"] == "GET /v2 is not served here; see /v1/models"
+    assert http.get("/v2").json()["error"]["message"] == (
+        "GET /v2 is not served here; use another path or method, such as GET /v1/models"
     )
     assert http.get("/page/../app.py").status_code == 404
     assert http.get("/page/%2e%2e/app.py").status_code == 404

@@ -128,7 +128,7 @@ def test_errors_are_said_and_a_run_can_be_stopped(open_page, served, idle):
     page.fill("#key", served.api_key)
     page.fill("#prompt", "1" * 200)
     page.click("#run")
-    page.get_by_text("does not fit this pool").wait_for()
+    page.get_by_text("but this pool allows at most").wait_for()
     assert page.is_enabled("#run") and not page.is_enabled("#stop")
     page.fill("#prompt", "sum 37295")
     page.route("**/v1/chat/completions", lambda route: None)  # never answered

@@ -70,7 +70,7 @@ def test_unknown_splits_tasks_and_options_are_refused(tmp_path):
                 ask("dev")
     with pytest.raises(ValueError, match=r"no task 'summs'; .*sums.*FILE.py:NAME"):
         make_task("summs")
-    with pytest.raises(ValueError, match=r"no option 'stepps'; it takes .*steps"):
+    with pytest.raises(ValueError, match=r"no option 'stepps'; use one of .*steps"):
         make_task("sums", stepps=2)
     with pytest.raises(ValueError, match=r"does not read files; leave config.task.path empty"):
         make_task("sums", "some/file")

@@ -77,10 +77,12 @@ def test_a_blend_is_as_long_as_its_shortest_part_lasts(tmp_path):
 
 
 def test_it_takes_two_tasks_or_more_each_once():
-    for names in [[], ["sums"], ["sums", "tom", "sums"]]:
-        with pytest.raises(
-            ValueError, match=r"at least two different tasks; .*config\.task\.options\.parts"
-        ):
+    for names, said in (
+        ([], "is empty, but a blend needs at least two tasks; add"),
+        (["sums"], "is sums, but a blend needs at least two tasks; add"),
+        (["sums", "tom", "sums"], "names sums 2 times, but .* must differ; name it once"),
+    ):
+        with pytest.raises(ValueError, match=rf"config\.task\.options\.parts {said}"):
             Blend([make_task(name) for name in names])
 
 
@@ -95,5 +97,5 @@ def test_every_part_gets_the_settings_that_it_knows():
             problem = blend.problem("train", index)
             assert len(problem.fields.get("operands", ())) <= 4
             assert blend.verify(problem, "").reward == -3.0
-    with pytest.raises(ValueError, match=r"the tasks sums, tom have no option 'seeed'"):
+    with pytest.raises(ValueError, match=r"'seeed', but none of the tasks sums, tom has"):
         make_task("blend", parts=("sums", "tom"), seeed=3)

@@ -182,8 +182,8 @@ def test_splits_share_no_prompt_and_rows_that_cannot_be_used_are_counted(caplog)
     ]  # fmt: skip
     assert made(train=broken, test=ROWS[20:]).size("train") == 8
     for said in (
-        "skipped 7 of 16 rows", "row 9: 'question' is neither a text nor chat messages",
-        "row 10: 'question' is empty", "row 12: not a mapping", "does not end with the user's",
+        "skipped 7 of 16 rows", "row 9: 'question' is 7, but it must be a text or a list",
+        "row 10: 'question' is empty", "row 12: not a mapping", "the last message must be",
     ):  # fmt: skip
         assert said in caplog.text
 
@@ -241,7 +241,7 @@ def test_columns_may_differ_between_rows(caplog):
     task = jexit.rows_task(train=rows, val=rows[:1], prompt="question", rewards=sees, test_every=0)
     problems = [task.problem("train", index) for index in range(task.size("train"))]
     assert [problem.prompt for problem in problems] == [f"What is {n}?" for n in (1, 2, 3, 4, 6, 7)]
-    for text in ("row 5: no 'answer'", "row 8: it has the column 7, but the names of columns"):
+    for text in ("row 5: no 'answer'", "row 8: it has the column 7, but names of columns must"):
         assert text in caplog.text
     task.judge(problems, [Attempt(text="")] * 6)
     assert seen["hint"] == [None, None, "look", None, None, None]
@@ -314,16 +314,16 @@ def test_functions_and_columns_that_do_not_fit_are_refused_before_anything_runs(
     (tmp_path / "a.txt").write_text("")
     (tmp_path / "a.parquet").write_text("no parquet")
     for given, said in (
-        ({"rewards": []}, "rewards contains no functions, but it must contain at least one func"),
-        ({"rewards": [right, right]}, "contains right, right, but it must contain at least"),
-        ({"rewards": {right: 1.0, lambda c: 1: 1, lambda c: 2: 1}}, "each with a different name"),
+        ({"rewards": []}, "rewards contains no function, but at least one is needed; add one"),
+        ({"rewards": [right, right]}, "contains 2 functions called 'right', but their names"),
+        ({"rewards": {right: 1.0, lambda c: 1: 1, lambda c: 2: 1}}, "called '<lambda>', but their"),
         ({"rewards": None}, "rewards is None, but it must be a function, a list of functions, or"),
         ({"rewards": {right: math.nan}}, "the weight of .* is nan, but it must be a number"),
         ({"correct": "ok"}, "correct is 'ok', but it must be a function"),
         ({"test_every": -1}, "test_every is -1, but it must be a whole number of at least 0"),
         ({"train": (row for row in ROWS)}, "the rows of train are <generator .*but they must be a"),
         ({"train": {"prompt": ["a"]}}, "the rows of train are {'prompt'.*but they must be a seq"),
-        ({"rewards": [3]}, "a reward is 3, but it must be a function; give"),
+        ({"rewards": [3]}, "rewards contains 3, but it must contain functions; pass"),
         ({"rewards": {right: "1"}}, "the weight of .* is '1', but it must be a number"),
         (
             {"prompt": "text"},

@@ -120,10 +120,11 @@ def test_wrong_options_name_value_and_remedy():
         *(("operands", bounds) for bounds in ({"operands_min": 1}, {"operands_min": 9})),
         ("operands", {"operands_max": 101}),
     ):
-        said = rf"sums: {name}.* is .* must .*; change config\.task\.options\.{name}"
+        said = rf"config\.task\.options\.{name}.* is .*, but .*task 'sums' .*; (choose|change) one"
         with pytest.raises(ValueError, match=said):
             make_task("sums", **options)
-    with pytest.raises(ValueError, match=r"options\.operands_max is 'x'; it must be of type int"):
+    said = r"options\.operands_max is 'x', but it must be of type int"
+    with pytest.raises(ValueError, match=said):
         make_task("sums", operands_max="x")
 
 

@@ -56,15 +56,20 @@ def decode_attention(
     if q_BNH.ndim != 3 or keys_KLPSH.ndim != 5:
         raise UserError(
             f"{name}: q_BNH has shape {list(q_BNH.shape)} and keys_KLPSH {list(keys_KLPSH.shape)}, "
-            "but they must be [rows, heads, width] and [heads, layers, rows, slots, width]"
+            "but they must be [rows, heads, width] and [heads, layers, rows, slots, width]; "
+            "reshape them"
         )
     batch, heads, width = q_BNH.shape
     kv_heads, _, rows, _, kv_width = keys_KLPSH.shape
-    if width != kv_width or heads % kv_heads:
+    if width != kv_width:
         raise UserError(
-            f"{name}: {heads} query heads of width {width} do not match {kv_heads} key/value heads "
-            f"of width {kv_width}; the widths must be equal, and the number of query heads a "
-            "multiple of the number of key/value heads"
+            f"{name}: query heads have width {width}, but key/value heads have width {kv_width}; "
+            "make the widths equal"
+        )
+    if heads % kv_heads:
+        raise UserError(
+            f"{name}: {heads} query heads cannot be divided evenly among {kv_heads} key/value "
+            f"heads; use a multiple of {kv_heads} query heads"
         )
     expected = (rows if rows_B is None else batch,)
     shapes.check_same(name, "q_BNH", q_BNH.shape[:1], expected)

@@ -47,7 +47,8 @@ def linear_logprob(
     shapes.check_same("linear_logprob", "targets_N", targets_N.shape, h_ND.shape[:1])
     if not jnp.issubdtype(targets_N.dtype, jnp.integer):
         raise UserError(
-            f"linear_logprob: targets_N is {targets_N.dtype} but must be integer; cast it to int32"
+            f"linear_logprob: targets_N is {targets_N.dtype}, but it must be integer; cast it to "
+            "int32"
         )
     # Narrow integers cannot count the vocabulary.
     return OPERATION(implementation, h_ND, head_VD, targets_N.astype(jnp.int32))

@@ -86,19 +86,24 @@ class Tom(ChainTask):
     ) -> None:
         super().__init__(rewards=rewards)
         check_steps(self.name, steps, STEP_MODES)
-        if not kinds or set(kinds) - set(KINDS):
+        if not kinds:
             raise UserError(
-                f"tom: kinds is {tuple(kinds)}, but it must contain at least one kind, and "
-                f"only kinds from {', '.join(KINDS)}; change config.task.options.kinds"
+                "config.task.options.kinds is empty, but it must contain at least one kind; add "
+                f"one of {', '.join(KINDS)}"
+            )
+        if unknown := [kind for kind in kinds if kind not in KINDS]:
+            raise UserError(
+                f"config.task.options.kinds contains {unknown[0]!r}, but a kind must be one of "
+                f"{', '.join(KINDS)}; remove or replace it"
             )
         self.mode = steps
         self.people = check_range(self.name, "people", people_min, people_max, 2, len(NAMES))
         self.moves = check_range(self.name, "moves", moves_min, moves_max, PLACES, 8)
         if people_min == 2 and moves_max > 6:
             raise UserError(
-                f"tom: moves_max is {moves_max} with people_min=2, but two people rarely make a "
-                "story that long; set config.task.options.people_min to 3 or "
-                "config.task.options.moves_max to at most 6"
+                f"config.task.options.moves_max is {moves_max}, but two people rarely make a story "
+                "of more than 6 moves; set it to at most 6, or set config.task.options.people_min "
+                "to 3"
             )
         self.kinds = tuple(kinds)
         self.seed = seed
