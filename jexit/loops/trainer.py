@@ -253,7 +253,7 @@ class Trainer:
         self._skipping = values["skipped"] > 0
         self._skipped += self._skipping
         if values["skipped"] >= self.config.optim.max_skipped:
-            raise self._diverged(f"{int(values['skipped'])} steps in a row (up to step {step})")
+            raise self._diverged(f"{int(values['skipped'])} consecutive steps up to step {step}")
 
     def _diverged(self, where: str) -> Diverged:
         error = Diverged(

@@ -45,7 +45,7 @@ class Curves:
 
     def __init__(self, records: Sequence[Mapping[str, Any]]) -> None:
         points: dict[str, list[tuple[int, float]]] = {}
-        for record in records:
+        for record in sorted(records, key=lambda record: record["step"]):  # files may be edited
             for name, value in record.items():
                 entries = enumerate(value) if isinstance(value, list) else [(None, value)]
                 for index, entry in entries:

@@ -91,7 +91,7 @@ def test_missing_surplus_and_misshapen_tensors_are_all_named_at_once(broken, ref
     missing, surplus, misshapen = refuses(from_hf.main, broken).split("; ")[:3]
     assert missing.endswith("missing model.layers.2.mlp.up_proj.weight, model.norm.weight")
     assert surplus == "surplus model.layers.4.mlp.up_proj.weight"
-    assert misshapen == "misshapen model.layers.1.self_attn.k_proj.bias [17] instead of [16]"
+    assert misshapen == "misshapen model.layers.1.self_attn.k_proj.bias [17] instead of [16])"
 
 
 def test_what_cannot_be_converted_is_one_sentence_and_nothing_written(broken, tmp_path, refuses):

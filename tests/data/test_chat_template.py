@@ -100,7 +100,7 @@ def test_a_broken_template_is_named_in_one_sentence():
         message = str(caught.value)
         place = f"{tokenizer.directory}/chat_template.jinja"
         assert message.startswith(f"the chat template in {place} failed (")
-        assert message.endswith("correct the template or copy it again from the checkpoint")
+        assert message.endswith("correct the template, or copy it again from the checkpoint")
         assert "\n" not in message and len(message) < 400
     assert with_template(SWITCHED).chat_text("sum 37") == "<|user|>sum 37<|assistant|>"
 

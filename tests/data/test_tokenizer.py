@@ -107,7 +107,7 @@ def test_end_tokens_are_a_set(directory):
     tokenizer = Tokenizer.load(directory)
     assert tokenizer.encode_prompt("sum 37") == tokenizer.encode("sum 37")  # plain text
     (directory / "generation_config.json").unlink(), (directory / "config.json").unlink()
-    with pytest.raises(UserError, match="does not define an end token"):
+    with pytest.raises(UserError, match="does not define an end-of-sequence token"):
         Tokenizer.load(directory)
 
 

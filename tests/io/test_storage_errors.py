@@ -39,7 +39,8 @@ for write in (save, lambda: ArrayStore(directory / "base").write("w", draw.norma
 
 
 def python(*arguments, **options):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    # JAX itself warns when its cache of programs cannot be written.
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "0"}
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, **options

@@ -152,7 +152,7 @@ def test_a_lock_that_has_just_gone_or_cannot_be_is_told(tmp_path, monkeypatch):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    words = r"run/\.lock cannot be locked \(.*No locks available\); choose another --workdir"
+    words = r"run/\.lock cannot be locked \(No locks available\); choose a --workdir on another"
     for lock, said in ((no_locks, words), (late, "run is in use by another process")):
         monkeypatch.setattr(fcntl, "flock", lock)
         with pytest.raises(UserError, match=said):

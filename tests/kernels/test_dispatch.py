@@ -68,7 +68,7 @@ def test_what_does_not_fit_is_refused() -> None:
         with pytest.raises(ValueError, match=f"^{op.__name__}: {message}"):
             op(*arguments)
     for other_head, message in (
-        (head_VD[:, :7], "h_teacher_ND has width 8, but head_VD has width 7"),
+        (head_VD[:, :7], "h_teacher_ND has width 8, but head_teacher_VD has width 7"),
         (head_VD[:8], r"head_teacher_VD has shape \[8\], but the other arrays require \[9\]"),
         (head_VD.astype(int), "head_teacher_VD is int32, but it must be floating-point"),
     ):

@@ -160,7 +160,7 @@ def test_many_clients_with_settings_of_their_own_share_the_pool(client, loaded, 
 def test_what_the_client_raises(client, served):
     with pytest.raises(openai.NotFoundError, match="'gpt-4' is not served here; use 'tiny'"):
         client.chat.completions.create(model="gpt-4", messages=[{"role": "user", "content": "x"}])
-    with pytest.raises(openai.BadRequestError, match=r"temperature is -1\.0, but the input should"):
+    with pytest.raises(openai.BadRequestError, match=r"temperature is -1\.0, but it must be"):
         ask(client, "sum 1", temperature=-1.0)
     with pytest.raises(openai.BadRequestError, match="'tools' is not a field that this server"):
         ask(client, "sum 1", tools=[{"type": "function", "function": {"name": "f"}}])

@@ -359,7 +359,7 @@ def test_names_of_jexits_own_metrics_are_refused_and_functions_share_nothing():
         answer.clear()
         return [1.0 for _ in completions]
 
-    with pytest.raises(UserError, match="'length' has the name of a metric of every run, "):
+    with pytest.raises(UserError, match="is called 'length', but every run already has"):
         made(rewards=length)
     assert len(judged(made(rewards=[greedy, right]), "a", "b")) == 2
 
