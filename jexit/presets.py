@@ -1,8 +1,8 @@
 """The architectures of the supported models, by preset name.
 
-This table is for configs that need the shape of a model before its weights are available; a
-checkpoint's own numbers come from its config.json. The numbers are from the models' published
-config.json files.
+Configs read this table when they need a model's shape before its weights are available. The values
+are those of the models' published config.json files. For a checkpoint that is loaded, its own
+config.json counts instead.
 """
 
 from __future__ import annotations

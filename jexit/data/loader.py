@@ -145,7 +145,7 @@ def encode_references(
     tokenizer: Tokenizer,
     problems: Sequence[Problem],
     *,
-    remedy: str = "use a task that has them (rows_task takes their column as completion=)",
+    remedy: str = "use a task with reference completions (rows_task: completion=COLUMN)",
 ) -> list[list[int]]:
     """Returns the token ids of each problem's reference completion, with an end-of-sequence token.
 

@@ -268,12 +268,12 @@ def substantivity(transcripts: Transcripts) -> Measured | None:
 
 
 def paraphrasability(transcripts: Transcripts) -> Measured | None:
-    """Measures how much less likely the answer becomes if the chain says the same in other words.
+    """Measures how much less likely the answer becomes when the chain is paraphrased.
 
-    The value is that of `necessity`, but S' is the log-likelihood after the chain that
-    `ChainTask.reworded` returns. The value is positive if the answer depends on more than the
-    meaning of the chain. Returns None if no chain can be reworded. (Liu et al. 2026, who reword
-    with a model and use the opposite sign.)
+    The value is computed as in `necessity`, except that S' is the log-likelihood after the chain
+    that `ChainTask.reworded` returns. It is positive if the answer depends on more than the meaning
+    of the chain. Returns None if no chain can be reworded, and where `necessity` does. (Liu et al.
+    2026, who reword with a model and use the opposite sign.)
     """
     return _likelihood(
         transcripts,

@@ -107,8 +107,8 @@ class Scorer:
             )
         if len(continuation) > self.max_length:
             raise UserError(
-                f"a continuation has {len(continuation)} tokens, which is over the limit of "
-                f"{self.max_length} positions; shorten it, or split it and score the parts"
+                f"a continuation has {len(continuation)} tokens, but max_length is "
+                f"{self.max_length}; shorten it, or split it and score the parts"
             )
         room = self.max_length + 1 - len(continuation)
         return [int(i) for i in context[-room:]], [int(i) for i in continuation]

@@ -18,6 +18,10 @@ from jexit.errors import UserError
 
 ANYWHERE = ("cpu", "gpu", "tpu")
 ONLY_BY_NAME = ()
+WRONG_PLATFORM = (
+    "this kernel is for {} (and interpreted on CPUs), not for {}; leave out implementation=, so "
+    "that the platform decides"
+)
 
 
 class Target(NamedTuple):

@@ -312,9 +312,9 @@ def _interpreted() -> bool:
     if platform == "cpu":
         return True
     if platform not in ("gpu", "cuda"):
-        raise NotImplementedError(f"the kernel runs on GPUs, not on {platform}")
+        raise NotImplementedError(dispatch.WRONG_PLATFORM.format("Hopper GPUs", platform.upper()))
     if not any(name in kind for name in ("H100", "H200", "H800", "H20")):
-        raise NotImplementedError(f"the kernel's tile sizes are for Hopper GPUs, not for {kind}")
+        raise NotImplementedError(dispatch.WRONG_PLATFORM.format("Hopper GPUs", kind))
     return False
 
 

@@ -308,7 +308,7 @@ class _TpuLayout(NamedTuple):
         """
         platform = dispatch.target().platform
         if platform not in ("tpu", "cpu"):
-            raise NotImplementedError(f"the kernel is written for TPUs, not for {platform}")
+            raise NotImplementedError(dispatch.WRONG_PLATFORM.format("TPUs", platform.upper()))
         tokens, vocab = self.tile
         token_of, vocab_of = (1, 0) if vocab_first else (0, 1)
 

@@ -177,8 +177,8 @@ class ModelFlops:
     def rl_step(self, size: PassSize, completion_tokens: int, *, updates: int) -> float:
         """Returns the FLOPs of an RL step without its rollouts: a teacher pass and the updates.
 
-        `size` is the size of one pass over all rollouts, which have `completion_tokens` tokens in
-        all.
+        `size` is the size of one pass over all rollouts and their prompts, and `completion_tokens`
+        the total number of generated tokens.
         """
         scored = self.forward(size, adapters=False) + self.logits(completion_tokens)
         return scored + updates * self._student(size, completion_tokens)

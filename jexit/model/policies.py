@@ -28,8 +28,8 @@ from jexit.model.exits import depth_log_prob, log_hazards
 class Policy:
     """The base class of halting policies; by default, no token leaves and every check passes.
 
-    Arrays over tokens have shape [B, T] or [B]. `depths` are the depths that a token can have: the
-    model's exit layers and, last, the number of layers.
+    Arrays over tokens have shape [B, T] or [B]. The argument `depths` of the methods contains the
+    depths that a token can have: the model's exit layers and, last, the number of layers.
     """
 
     reads_hazards: ClassVar[bool] = False  # True: decides at the exits
@@ -177,9 +177,9 @@ class Prescribed(Policy):
         shape = np.shape(self.depth_BT)
         if len(shape) != 2 or shape[0] != rows or shape[1] < columns:
             raise UserError(
-                f"Prescribed has depths of shape {shape}, but the shape must be ({rows}, {columns} "
-                "or more); give one row per completion and one column per token, or use "
-                "Fixed(depth) for the same depth everywhere"
+                f"Prescribed has depths of shape {shape}, but it needs {rows} rows, one per "
+                f"completion, and at least {columns} columns, one per token; change the shape, or "
+                "use Fixed(depth) for the same depth everywhere"
             )
 
     def start(self, shape: tuple[int, ...], layers: int) -> Array:

@@ -323,8 +323,8 @@ def open_pool(
     prompt, new = max_prompt_tokens or half, max_new_tokens or half
     if prompt + new > most:
         raise UserError(
-            f"--max-prompt-tokens and --max-new-tokens add up to {prompt + new}, but the model has "
-            f"only {most} positions for both; lower one of them"
+            f"--max-prompt-tokens ({prompt}) and --max-new-tokens ({new}) add up to "
+            f"{prompt + new}, but the model has only {most} positions for both; lower one of them"
         )
     arrivals = Arrivals(
         model,

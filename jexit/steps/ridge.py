@@ -262,7 +262,7 @@ class Chain:
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """The maps of all layers, with the ridge strength and held-back error of each fitted layer."""
+    """The maps of all layers, with the ridge strength and held-out error of each fitted layer."""
 
     maps: tuple[np.ndarray, ...]  # A [L, D, D], or with a rank its factors [L, D, R], [L, R, D]
     b_LD: np.ndarray

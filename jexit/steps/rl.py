@@ -41,14 +41,15 @@ from jexit.steps.state import FixedParams, Params, SplitModel, TrainState
 
 @struct.dataclass
 class RLBatch:
-    """A batch of J rollouts of up to W tokens for one RL step, with values recorded in sampling.
+    """A batch of J rollouts of up to W tokens for one RL step, with values from sampling.
 
-    Rollouts of the same prompt are adjacent; `rows` packs them into rows. For each token,
-    `depth_JW` is the depth of the pass that produced the token, `logprobs_JW` the token's
-    log-probability under the tempered distribution from which it was drawn, and `depth_logprobs_JW`
-    the log-probability of the depth under the halting policy (0 at position 0, where the depth is
-    not chosen). `verifier_J` is the reward that the task gives, without penalties. `truncated_J`
-    marks rollouts that reached the token limit.
+    `rows` contains the rollouts with their prompts, packed into rows; rollouts of the same prompt
+    are adjacent. `lengths_J` counts their tokens. For each token, `depth_JW` is the depth of the
+    pass that produced the token. `logprobs_JW` is the token's log-probability under the tempered
+    distribution from which it was drawn. `depth_logprobs_JW` is the log-probability of the depth
+    under the halting policy (0 at position 0, where the depth is not chosen). `verifier_J` is the
+    reward that the task gives, without penalties. `truncated_J` marks rollouts that reached the
+    token limit.
     """
 
     rows: Completions

@@ -172,7 +172,9 @@ class Sweep:
             if key in settings["config"]:
                 raise UserError(f"{key} is both in the grid and in --config.{key}; give it once")
         if settings["eval"] and "--eval" not in given:
-            raise UserError("--eval.KEY=VALUE is given without --eval=FILE; add --eval=FILE")
+            raise UserError(
+                "--eval.KEY=VALUE is given without --eval=FILE; add the evaluation's config file"
+            )
         jobs = given.get("--jobs", "1")
         if not jobs.isdecimal() or int(jobs) < 1:
             raise UserError(

@@ -213,9 +213,9 @@ def _marked(text: str, place: int) -> str | None:
 
 
 def _announced(text: str) -> str | None:
-    """Returns the last clause after "answer is" or "answer:" that starts with a number, or None.
+    """Returns the last clause that follows "answer" and starts with a number or an expression.
 
-    An expression counts as a number here.
+    Between the two there may be "is", ":" or "=". Returns None if there is no such clause.
     """
     for announced in _last(_ANNOUNCED, text):
         clause = _plain(text[announced.end() : announced.end() + _SPAN])

@@ -104,8 +104,8 @@ class RewardFunction:
             pass
         raise UserError(
             f"reward function {self.name!r} returned {shown(value)} for completion {place} "
-            f"(prompt {shown(prompt)}), but a reward must be a finite number with an "
-            f"absolute value of at most {LARGEST:g}, or None; fix its return value"
+            f"(prompt {shown(prompt)}), but a reward must be None or a number from -{LARGEST:,.0f} "
+            f"to {LARGEST:,.0f}; fix its return value"
         )
 
     @property

@@ -21,11 +21,11 @@ def decode_attention(
 ) -> jax.Array:
     """Implements `jexit.kernels.decode_attention` on GPUs with JAX's paged attention kernel.
 
-    Raises NotImplementedError for head widths or slot counts that the kernel does not support.
+    Raises NotImplementedError on TPUs, and for head widths or slot counts that it does not support.
     """
     platform = dispatch.target().platform
     if platform not in ("gpu", "cpu"):
-        raise NotImplementedError(f"the kernel is for GPUs, not for a {platform.upper()}")
+        raise NotImplementedError(dispatch.WRONG_PLATFORM.format("GPUs", platform.upper()))
     width, slots = q_BNH.shape[-1], keys_KLPSH.shape[3]
     if width < 16 or width & (width - 1):
         raise NotImplementedError(

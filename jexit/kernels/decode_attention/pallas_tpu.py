@@ -26,11 +26,12 @@ def decode_attention(
 ) -> jax.Array:
     """Implements `jexit.kernels.decode_attention` on TPUs with JAX's paged attention kernel.
 
-    Raises NotImplementedError for head widths, slot counts or dtypes that it does not support.
+    Raises NotImplementedError on GPUs, and for head widths, slot counts or dtypes that it does not
+    support.
     """
     platform = dispatch.target().platform
     if platform not in ("tpu", "cpu"):
-        raise NotImplementedError(f"the kernel is for TPUs, not for a {platform.upper()}")
+        raise NotImplementedError(dispatch.WRONG_PLATFORM.format("TPUs", platform.upper()))
     width, slots = q_BNH.shape[-1], keys_KLPSH.shape[3]
     if width % LANES:
         raise NotImplementedError(f"heads have width {width}, but it must be a multiple of {LANES}")

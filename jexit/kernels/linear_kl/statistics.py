@@ -35,9 +35,11 @@ class KLStatistics(NamedTuple):
 
 
 class KLWeights(NamedTuple):
-    """The weights of the head's rows for each token; the weighted sums of rows give the gradient.
+    """For each token, the unnormalised weight of each row of the output head in one tile.
 
-    x is a logit minus its distribution's largest logit.
+    The gradient with respect to the student's hidden state is computed from the weighted sums of
+    the rows. x is a logit minus its distribution's largest logit. `KLStatistics` defines the
+    centred gap.
     """
 
     student: jax.Array  # exp(x_student)
