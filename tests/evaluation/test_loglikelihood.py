@@ -126,7 +126,7 @@ def test_a_context_is_cut_from_the_left_and_what_cannot_be_scored_is_refused(mod
     for pair, settings, sentence in (
         (([], [1]), {}, "the context is empty, but it must have at least one token"),
         (([1], []), {}, "the continuation is empty, but it must have at least one token"),
-        (([1], [2] * 13), {"max_length": 12}, "a continuation has 13 tokens, which is over the"),
+        (([1], [2] * 13), {"max_length": 12}, "a continuation has 13 tokens, but max_length is 12"),
         (([1], [2]), {"max_length": 0}, "max_length is 0"),
         (([1], [2]), {"max_length": 257}, "at most 256, the number of the model's positions"),
         (([1], [2]), {"batch_size": 0}, "batch_size is 0"),
