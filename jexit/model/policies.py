@@ -177,9 +177,9 @@ class Prescribed(Policy):
         shape = np.shape(self.depth_BT)
         if len(shape) != 2 or shape[0] != rows or shape[1] < columns:
             raise UserError(
-                f"Prescribed has depths of shape {shape}, but it needs {rows} rows, one per "
-                f"completion, and at least {columns} columns, one per token; change the shape, or "
-                "use Fixed(depth) for the same depth everywhere"
+                f"Prescribed has depths of shape {shape}, but it needs the shape ({rows}, N) with N "
+                f"of at least {columns}: a row per completion and a column per token; change the "
+                "shape, or use Fixed(depth) for the same depth everywhere"
             )
 
     def start(self, shape: tuple[int, ...], layers: int) -> Array:

@@ -133,7 +133,7 @@ def test_a_context_is_cut_from_the_left_and_what_cannot_be_scored_is_refused(mod
         (
             ([1], [2] * 4),
             {"policy": Prescribed(np.ones((7, 3), np.int32))},
-            r"shape \(7, 3\), but the shape must be \(1, 4 or more\)",
+            r"shape \(7, 3\), but it needs the shape \(1, N\) with N of at least 4",
         ),
     ):
         with pytest.raises(ValueError, match=sentence):
