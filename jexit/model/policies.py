@@ -177,8 +177,8 @@ class Prescribed(Policy):
         shape = np.shape(self.depth_BT)
         if len(shape) != 2 or shape[0] != rows or shape[1] < columns:
             raise UserError(
-                f"Prescribed has depths of shape {shape}, but it needs the shape ({rows}, N) with N "
-                f"of at least {columns}: a row per completion and a column per token; change the "
+                f"Prescribed has depths of shape {shape}, but it needs the shape ({rows}, N) with "
+                f"N of at least {columns}: a row per completion and a column per token; change the "
                 "shape, or use Fixed(depth) for the same depth everywhere"
             )
 
