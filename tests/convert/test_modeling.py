@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import runpy
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +119,18 @@ def test_a_real_model_decodes_alike(tmp_path):
         assert torch.equal(
             plain(torch.tensor(tokens_BT)).logits, theirs(torch.tensor(tokens_BT)).logits
         )
+
+
+def test_sampled_exits_have_the_temperature_of_their_training(tmp_path):
+    """At a temperature near 0, hazards leave where they exceed a half."""
+    copied = shutil.copytree(TINY_CALIBRATED_PATH, tmp_path / "cold")
+    exits = json.loads((copied / "exit_heads.json").read_text())
+    (copied / "exit_heads.json").write_text(json.dumps(exits | {"hazard_temperature": 1e-6}))
+    theirs, (_, tokenizer) = loaded(copied, tmp_path / "out"), jexit.load(copied)
+    found = []
+    for theirs.exit_policy in ("sample", "threshold:0.5"):
+        found.append(completed(theirs, tokenizer, ["sum 37295184", "sum 123"], 30))
+    assert found[0] == found[1] and len({*found[0][0][1]}) > 1
 
 
 def test_sampled_exits_leave_as_often_as_jexits(shipped):
