@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from jexit.axes import Array, CacheKLPSH, Float, Int
 from jexit.dist import constrain
@@ -15,6 +16,7 @@ from jexit.presets import Architecture
 
 SMALLEST_CACHE = 128  # slots: one block of XLA's decode attention
 SMALLEST_PROMPT = 16
+ROW_MAJOR = Layout((0, 1, 2, 3, 4))
 
 
 @struct.dataclass
@@ -132,7 +134,9 @@ def _write(part_KLPSH: Array, new_KBH: Array, layer: Array, rows_B: Array, slot_
     lines = lines.at[line_KB.reshape(-1)].set(
         new_KBH.reshape(-1, width), mode="drop", unique_indices=True
     )
-    return lines.reshape(part_KLPSH.shape)
+    # With one row, XLA may choose another order of the axes for a loop that only writes, and would
+    # then copy the whole cache in each of its layers.
+    return with_layout_constraint(lines.reshape(part_KLPSH.shape), ROW_MAJOR)
 
 
 def _repeated(new: Array, part_KLPSH: Array) -> Array:

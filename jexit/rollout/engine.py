@@ -127,7 +127,9 @@ class Engine:
         """The weights of each layer as separate arrays on CPUs; None on accelerators."""
         if not on_cpu():
             return None
-        return self._timed(apart, lambda: KEPT.of(self.graphdef, self.states))
+        return self._timed(
+            apart, lambda: KEPT.of(self.graphdef, self.states, adapters=self.adapters)
+        )
 
     def grow(self) -> None:
         """Enlarges the KV cache of every row of the pool to the next size of `cache_bucket`."""

@@ -3,9 +3,10 @@
 On accelerators, a decoding step slices one layer out of the stacked weights. On TPUs the slice is
 fused into the matrix products; on Hopper GPUs XLA copies the slice before cuBLAS reads it. On CPUs
 such a copy takes longer than the product. Each layer's weights therefore become separate arrays on
-CPUs, laid out for few rows, and a switch with one branch per layer selects the arrays. These arrays
-serve all batches of a model and are freed with the model's arrays. XLA copies the results of a
-branch, so branches return activations of a few rows and never caches.
+CPUs, laid out for few rows, and a switch with one branch per layer selects the arrays. In float32,
+LoRA adapters are merged into them, because an adapter's two small products take as long as a large
+one. These arrays serve all batches of a model and are freed with the model's arrays. XLA copies the
+results of a branch, so branches return activations of a few rows and never caches.
 """
 
 from __future__ import annotations
@@ -17,22 +18,31 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jexit.axes import Array, Float, Int
 from jexit.kernels.dispatch import target
 from jexit.kernels.tiles import product
 from jexit.model.block import Block
-from jexit.model.lora import StackedLinear
+from jexit.model.lora import StackedLinear, merge_adapters
 from jexit.model.transformer import Transformer, logits_of
 
 LayerWeights: TypeAlias = tuple[tuple[nnx.GraphDef, nnx.State], ...]  # one split block per layer
 
 
-@functools.partial(jax.jit, static_argnames="graphdef")
-def apart(graphdef: nnx.GraphDef, states: tuple[nnx.State, ...]) -> LayerWeights:
-    """Returns one `nnx.split` block per layer, with kernels laid out for products with few rows."""
+@functools.partial(jax.jit, static_argnames=("graphdef", "adapters"))
+def apart(
+    graphdef: nnx.GraphDef, states: tuple[nnx.State, ...], *, adapters: bool = True
+) -> LayerWeights:
+    """Returns one `nnx.split` block per layer, with kernels laid out for products with few rows.
+
+    With `adapters`, the kernels of a float32 model include its LoRA adapters. Kernels of a lower
+    precision would lose a part of them, so there the adapters stay separate.
+    """
     model: Transformer = nnx.merge(graphdef, *states)
+    if adapters and model.dtype == jnp.float32:
+        merge_adapters(model)
     blocks_def, stacked = nnx.split(model.blocks)
 
     def one(layer: int) -> tuple[nnx.GraphDef, nnx.State]:
@@ -50,22 +60,24 @@ class Copy:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._kept: tuple[nnx.GraphDef, list[weakref.ref], LayerWeights] | None = None
+        self._kept: tuple[tuple, list[weakref.ref], LayerWeights] | None = None
 
-    def of(self, graphdef: nnx.GraphDef, states: tuple[nnx.State, ...]) -> LayerWeights:
-        """Returns `apart(graphdef, states)`, or the cached result if the arrays are the same."""
+    def of(
+        self, graphdef: nnx.GraphDef, states: tuple[nnx.State, ...], *, adapters: bool = True
+    ) -> LayerWeights:
+        """Returns `apart(…)` of the arguments, or the cached result if they are the same."""
         arrays = jax.tree.leaves(states)
         with self._lock:
             kept = self._kept
-            same = kept is not None and kept[0] == graphdef
+            same = kept is not None and kept[0] == (graphdef, adapters)
             if same and [id(ref()) for ref in kept[1]] == [id(array) for array in arrays]:
                 return kept[2]
             kept = self._kept = None  # free the old copy first: memory need not fit both
-            layers = apart(graphdef, states)
+            layers = apart(graphdef, states, adapters=adapters)
             # The copy of arrays that can change in place is not kept: it would not change.
             if all(isinstance(array, jax.Array) for array in arrays):
                 refs = [weakref.ref(array, self._forget) for array in arrays]
-                self._kept = graphdef, refs, layers
+                self._kept = (graphdef, adapters), refs, layers
             return layers
 
     def _forget(self, ref: weakref.ref) -> None:

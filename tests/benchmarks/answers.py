@@ -32,8 +32,7 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=64)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--pool", type=int, default=1, help="batches under way")
-    parser.add_argument("--policy", default="sample", help="sample or threshold:X")
-    parser.add_argument("--hazard-temperature", type=float, default=0.5)
+    parser.add_argument("--policy", default="sample", help="such as sample or threshold:0.5")
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
@@ -42,9 +41,10 @@ def main() -> None:
     import torch
     import transformers
 
-    from jexit import Full, Sample, Threshold, load
+    from jexit import Full, Sample, load
     from jexit.config import EngineSize, TaskConfig
     from jexit.loops.setup import load_task
+    from jexit.model.policies import policy_of
     from jexit.rollout import rollout
 
     threads = len(os.sched_getaffinity(0))
@@ -54,10 +54,7 @@ def main() -> None:
     trained, tokenizer = load(arguments.model, dtype="float32")
     initial, _ = load(arguments.initial, dtype="float32")
     prompts = tokenizer.encode_prompts([problem.prompt for problem in problems])
-    name, _, number = arguments.policy.partition(":")
-    early = Threshold(float(number)) if name == "threshold" else Sample(
-        temperature=arguments.hazard_temperature
-    )  # fmt: skip
+    early = policy_of(arguments.policy, Sample.trained(trained.exit_head))
     at_once, texts, layers = arguments.batch * arguments.pool, {}, {}
 
     def ours(label: str, model, policy):

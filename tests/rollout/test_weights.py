@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jexit.model.lora import LoRAParam
 from jexit.model.policies import Full
 from jexit.rollout import rollout, weights
 from jexit.rollout.weights import Copy, apart
@@ -20,18 +21,18 @@ def copies(monkeypatch) -> list:
     """A `Copy` of its own for the engine, and a note of each time that it really copies."""
     made = []
 
-    def counted(graphdef, states):
+    def counted(graphdef, states, **settings):
         made.append(graphdef)
-        return apart(graphdef, states)
+        return apart(graphdef, states, **settings)
 
     monkeypatch.setattr(weights, "apart", counted)
     monkeypatch.setattr("jexit.rollout.engine.KEPT", Copy())
     return made
 
 
-def complete(split: tuple) -> np.ndarray:
+def complete(split: tuple, **settings) -> np.ndarray:
     asked = {"policy": Full(), "max_new_tokens": 8, "eos_ids": (), "pad_id": 0, "key": 0}
-    return rollout(split, [[5, 9, 2]], temperature=0.0, **asked).tokens_BT
+    return rollout(split, [[5, 9, 2]], temperature=0.0, **asked, **settings).tokens_BT
 
 
 def test_weights_are_copied_once_for_many_batches_and_anew_for_new_values(model, copies):
@@ -47,6 +48,41 @@ def test_weights_are_copied_once_for_many_batches_and_anew_for_new_values(model,
     np.testing.assert_array_equal(complete((graphdef, state)), before)
     jax.tree.map(lambda leaf: np.negative(leaf, out=leaf), state)
     np.testing.assert_array_equal(complete((graphdef, state)), after)
+
+
+def test_the_teacher_and_the_student_have_copies_of_their_own(model, copies):
+    split, texts = nnx.split(model), []
+    for adapters in (True, False, True):
+        texts.append(complete(split, adapters=adapters))
+    assert len(copies) == 3
+    np.testing.assert_array_equal(texts[0], texts[2])
+    assert (texts[0] != texts[1]).any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters_are_merged_into_float32_kernels(model, dtype):
+    """The other precisions would round the adapters away, and the teacher has none."""
+
+    def cast(leaf):
+        return leaf if isinstance(leaf, LoRAParam) else leaf.replace(leaf[...].astype(dtype))
+
+    def layer(graphdef, state, adapters):
+        made = nnx.merge(*apart(graphdef, (state,), adapters=adapters)[2])
+        return made.mlp.down, made.attn.k
+
+    graphdef, state = nnx.split(model)
+    state = jax.tree.map(cast, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    base, k = layer(graphdef, state, adapters=False)
+    student, student_k = layer(graphdef, state, adapters=True)
+    merged = base.lora_scale * jnp.tensordot(base.lora_a[...], base.lora_b[...], 1)
+    np.testing.assert_array_equal(student_k.kernel[...], k.kernel[...])
+    if dtype == "float32":
+        assert student.lora_a is None
+        np.testing.assert_allclose(student.kernel[...] - base.kernel[...], merged.T, atol=1e-6)
+        assert np.abs(merged).max() > 0.01
+    else:
+        np.testing.assert_array_equal(student.kernel[...], base.kernel[...])
+        np.testing.assert_array_equal(student.lora_a[...], base.lora_a[...])
 
 
 def test_the_copy_goes_with_the_first_of_its_arrays(model):
@@ -68,8 +104,8 @@ def test_two_threads_with_two_models_each_get_their_own(model, monkeypatch):
     copy = Copy()
     wanted = [apart(graphdef, (each,)) for each in (state, negated)]
 
-    def slow(graphdef, states):
-        made = apart(graphdef, states)
+    def slow(graphdef, states, **settings):
+        made = apart(graphdef, states, **settings)
         time.sleep(0.2)
         return made
 
