@@ -79,6 +79,13 @@ def cost_of(module: Module, *, branch_share: float = 1.0, loops: Mapping[str, in
     the stack of L layers, only the exit heads are conditional; they run in the E layers that have
     an exit, so `branch_share` is E / L.
     """
+    overlapped = {
+        _channel(other)
+        for computation in module.computations.values()
+        if any(map(_starts_overlap, computation.values()))
+        for other in computation.values()
+        if _collective(other) is not None
+    }
 
     @functools.cache
     def of(name: str) -> Cost:
@@ -109,7 +116,10 @@ def cost_of(module: Module, *, branch_share: float = 1.0, loops: Mapping[str, in
             return branches[-1].times(branch_share) + branches[0].times(1.0 - branch_share)
         collective = _collective(instruction)
         if collective is not None:
-            return Cost(collectives=collective)
+            goes_on = _channel(instruction) in overlapped and not any(
+                map(_starts_overlap, computation.values())
+            )
+            return Cost() if goes_on else Cost(collectives=collective)
         inner = sum((of(name) for name in instruction.called), Cost())
         if _is_reduce_scatter(instruction):
             size = sum(array.bytes for array in instruction.arrays)
@@ -212,6 +222,19 @@ def _collective(instruction: Instruction) -> dict[str, tuple[float, float]] | No
         arrays = [array for array in arrays if array.dims]
         arrays = arrays[len(instruction.operands) :][: len(instruction.operands)] or arrays
     return {kind: (1.0, float(sum(array.bytes for array in arrays)))}
+
+
+def _channel(instruction: Instruction) -> str:
+    found = re.search(r"\bchannel_id=(\d+)", instruction.attributes)
+    return found.group(1) if found else instruction.name
+
+
+def _starts_overlap(instruction: Instruction) -> bool:
+    """Returns whether an instruction starts a collective that TPUs overlap with products.
+
+    Every fusion during which the collective is under way contains a copy of it, with its channel.
+    """
+    return 'custom_call_target="AsyncCollectiveStart"' in instruction.attributes
 
 
 def _is_reduce_scatter(instruction: Instruction) -> bool:

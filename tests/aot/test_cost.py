@@ -183,6 +183,28 @@ def test_kinds_of_collectives_with_the_bytes_that_they_produce():
     }
 
 
+def test_a_collective_that_overlaps_with_products_counts_once():
+    """TPUs repeat it, with its channel, in every fusion during which it is under way."""
+
+    def fusion(name, target):
+        root = f'custom-call(%h), custom_call_target="{target}"' if target else "tuple(%h)"
+        return (
+            f"%{name} (p: bf16[4,8]) -> (bf16[16,8]) {{\n  %p = bf16[4,8]{{1,0}} parameter(0)\n"
+            "  %h = bf16[16,8]{1,0} all-gather(%p), channel_id=7, dimensions={0}\n"
+            f"  ROOT %o = (bf16[16,8]{{1,0}}) {root}\n}}\n"
+        )
+
+    targets = {"begin": "AsyncCollectiveStart", "middle": "", "end": "AsyncCollectiveDone"}
+    lines = [
+        f"%{name[0]} = (bf16[16,8]{{1,0}}) fusion(%x), kind=kLoop, calls=%{name}"
+        for name in ("begin", "middle", "middle", "end")
+    ]
+    alone = "%a = bf16[16,8]{1,0} all-gather(%x), channel_id=8, dimensions={0}"
+    more = "".join(fusion(*pair) for pair in targets.items())
+    cost = cost_of(module_of(*lines, alone, more=more))
+    assert cost.collectives == {"all-gather": (2, 2 * 16 * 8 * 2)}
+
+
 def test_products_that_a_tpu_computes_as_convolutions():
     # Eight heads [48, 320, 24] · [48, 4, 24]: the heads are a window of size 4 over padding.
     batched = cost_of(
