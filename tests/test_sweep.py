@@ -27,6 +27,7 @@ RL, EVAL = f"--config={ROOT}/configs/rl.py", f"{ROOT}/configs/eval.py"
 STAND_IN = """#!/bin/sh
 for argument; do case $argument in --workdir=*) workdir=${argument#*=} ;; esac; done
 mkdir -p "$workdir"
+echo "$JAX_COMPILATION_CACHE_DIR" > "$workdir/compiled"
 case "$*" in
   *model.path=nowhere*) echo "jexit: no model directory at 'nowhere'"; exit 1 ;;
   *steps=7*) if [ ! -e "$workdir/begun" ]; then
@@ -262,6 +263,17 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path, capfd, monkeypatch,
     assert [line["model.path"] for line in table(into)] == ["there"]
     cores = os.sched_getaffinity(0)  # several jobs have cores of their own
     assert sorted(core for share in shares(len(cores)) for core in share) == sorted(cores)
+
+
+def test_runs_share_what_they_compile(tmp_path, monkeypatch, stand_in):
+    monkeypatch.setattr(sys, "executable", stand_in)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    into, other = tmp_path / "grid", str(tmp_path / "other")
+    assert main([RL, f"--into={into}", "seed=0,1"]) == 0
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", other)
+    assert main([RL, f"--into={into}", "seed=2"]) == 0
+    found = [(into / f"seed={seed}/compiled").read_text().strip() for seed in range(3)]
+    assert found == [str(into / ".compiled")] * 2 + [other]
 
 
 def test_a_run_of_another_command_is_left_alone(tmp_path, capfd, monkeypatch):

@@ -22,6 +22,9 @@ same keys adds runs to the study. If a run fails, or another command is already 
 other runs continue and the exit code is 1. --jobs sets the number of simultaneous runs, each on its
 share of the CPU's cores; on an accelerator, use --jobs=1.
 
+A program is compiled once for all runs: JAX's compilation cache is in DIR/.compiled, which can be
+deleted, or in $JAX_COMPILATION_CACHE_DIR.
+
 At the end, the command prints accuracy and depth in per cent, as means over seeds. DIR/table.csv
 has one line per finished run in DIR, with the run's settings and the numbers of its before.json,
 after.json and eval.json. Measurements of speed are left out of the table, so the same runs always

@@ -15,6 +15,7 @@ from jexit.errors import UserError
 from jexit.io.files import disk_errors, take_lock
 from jexit.sweep.plan import Cell, Sweep
 
+COMPILED = ".compiled"  # the directory of JAX's compilation cache, among the runs
 HANDED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -91,6 +92,7 @@ class Runner:
             [sys.executable, "-m", "jexit.main", *arguments],
             stdout=log,
             stderr=subprocess.STDOUT,
+            env=self._compiled_once() | os.environ,
             start_new_session=True,
         )
         if cores:
@@ -104,6 +106,16 @@ class Runner:
         finally:
             with self._lock:
                 self._running.discard(process)
+
+    def _compiled_once(self) -> dict[str, str]:
+        """Returns the environment variables with which runs share their compiled programs.
+
+        Runs of a sweep mostly differ in numbers, so nearly all of them need the same programs.
+        """
+        return {
+            "JAX_COMPILATION_CACHE_DIR": str((self.sweep.into / COMPILED).resolve()),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        }
 
 
 def shares(jobs: int) -> list[Sequence[int]]:
