@@ -17,5 +17,5 @@ bash "$checkout/launch/sweep.sh" --config="$config:calibrate" --eval="$config:me
 for seed in 0 1 2; do
   bash "$checkout/launch/sweep.sh" --config="$config:reinforce" --eval="$config:measure" \
     --into=runs/smollm2-rl --config.model.path="runs/smollm2-sft/seed=$seed" \
-    rl.depth_coef=0,0.5,1 seed="$seed" "$@"
+    rl.depth_coef=0,1,8 seed="$seed" "$@"
 done

@@ -97,7 +97,7 @@ def test_scripts_sweep_over_models_that_exist_by_then(tmp_path, monkeypatch):
             options = dict(a.removeprefix("--").split("=", 1) for a in arguments if "=" in a)
             if program != "sweep.sh":
                 there.add(options.get("target") or options["workdir"])
-                assert options.get("source") or config_of(relative(options["config"]))
+                assert options.get("source") or parse(["jexit.main", *map(relative, arguments)])
                 continue
             sweep = Sweep.parse(list(map(relative, arguments)))
             for cell in sweep.cells():
