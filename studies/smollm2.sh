@@ -19,3 +19,10 @@ for seed in 0 1 2; do
     --into=runs/smollm2-rl --config.model.path="runs/smollm2-sft/seed=$seed" \
     rl.depth_coef=0,1,8 seed="$seed" "$@"
 done
+bash "$checkout/launch/sweep.sh" --config="$config:published_calibrate" --eval="$config:measure" \
+  --into=runs/smollm2-published-sft seed=0,1,2 "$@"
+for seed in 0 1 2; do
+  bash "$checkout/launch/sweep.sh" --config="$config:published_reinforce" --eval="$config:measure" \
+    --into=runs/smollm2-published-rl --config.model.path="runs/smollm2-published-sft/seed=$seed" \
+    seed="$seed" "$@"
+done

@@ -5,7 +5,9 @@
 
 The second command runs all stages below in order, and resumes where it was stopped: fine-tuning on
 the task's reference completions, calibration on the model's own completions with three seeds, and
-for each seed reinforcement with λ = 0 and two other penalties.
+for each seed reinforcement with λ = 0 and two other penalties. The variants `published_calibrate`
+and `published_reinforce` have the settings of arXiv:2603.21376, as far as they are known, and the
+same budgets.
 """
 
 import configs.eval
@@ -19,6 +21,8 @@ STAGES = {
     "calibrate": configs.sft,
     "reinforce": configs.rl,
     "measure": configs.eval,
+    "published_calibrate": configs.sft,
+    "published_reinforce": configs.rl,
 }
 
 
@@ -44,6 +48,8 @@ def get_config(variant: str = "measure"):
         config.optim.full_lr = 2e-4
         config.checkpoint.every = 20
         return config
+    if variant.startswith("published"):
+        return _published(config)
     config.rl.hazard_temperature = 0.3  # of every sampled depth, in all stages
     if variant == "calibrate":
         config.model.path = "runs/smollm2-trunk/model"
@@ -92,4 +98,49 @@ def get_config(variant: str = "measure"):
     config.eval.policies = ("full", "sample", "threshold:0.5", "shuffled", "fixed:matched")
     config.eval.measures = ("exits",)
     config.eval.heat_maps = 4
+    return config
+
+
+def _published(config):
+    config.model.remat = "none"
+    config.exits.layers = (5, 10, 15, 20, 25)
+    config.exits.continuation = "frozen"
+    config.rl.hazard_temperature = 1.0
+    config.lora.rank = 8
+    config.lora.alpha = 16.0
+    config.lora.targets = ("q", "k", "v", "o")
+    config.lora.dropout = 0.05
+    config.optim.lora_lr = 1e-4
+    config.checkpoint.every = 100
+    if config.command == "sft":
+        config.model.path = "runs/smollm2-trunk/model"
+        config.exit_head.detached = False
+        config.sft.pool = 8192
+        config.sft.generate_batch = 256
+        config.sft.max_new_tokens = 48
+        config.sft.lens_steps = 0
+        config.sft.explore = 0.0
+        config.sft.target = "teacher"
+        config.sft.sharpness = 1.0
+        config.sft.stay_weight = 1.0
+        config.sft.exit_loss = "sampled"
+        config.sft.exit_coef = 1.0
+        config.sft.direction = "student_teacher"
+        config.sft.samples = 4
+        config.steps = 300
+        config.batch_size = 4
+        config.optim.exit_lr = 1e-3
+        return config
+    config.model.path = "runs/smollm2-published-sft/seed=0"
+    config.steps = 48
+    config.batch_size = 16
+    config.rl.rollouts = 6
+    config.rl.max_new_tokens = 48
+    config.rl.depth_norm = "mean"
+    config.rl.depth_coef = 1.0
+    config.rl.kl_coef = 0.1
+    config.rl.accuracy_floor = 0.0
+    config.rl.floor_of = "absolute"
+    config.rl.warmup_steps = 0
+    config.optim.exit_lr = 1e-5
     return config
