@@ -7,7 +7,8 @@
 set -euo pipefail
 checkout="$(dirname "${BASH_SOURCE[0]}")/.."
 config="$checkout/configs/experiments/qwen.py"
-run() { bash "$checkout/launch/run.sh" "$1" --config.task.path=data/gsm8k "${@:2}"; } # CONFIG [FLAGS]
+# --config=FILE [FLAGS]: --config must be the first flag.
+run() { bash "$checkout/launch/run.sh" "$1" --config.task.path=data/gsm8k "${@:2}"; }
 # DIR NAME [FLAGS]: measures the model of a run.
 measured() {
   [[ -e $1/$2/eval.json ]] ||

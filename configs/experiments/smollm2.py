@@ -21,14 +21,16 @@ STAGES = {
     "calibrate": configs.sft,
     "reinforce": configs.rl,
     "measure": configs.eval,
-    "published_calibrate": configs.sft,
-    "published_reinforce": configs.rl,
 }
+PUBLISHED = {f"published_{stage}": stage for stage in ("calibrate", "reinforce")}
 
 
 def get_config(variant: str = "measure"):
+    if variant in PUBLISHED:
+        return _published(get_config(PUBLISHED[variant]))
     if variant not in STAGES:
-        raise ValueError(f"smollm2 has no stage {variant!r}; choose {', '.join(STAGES)}")
+        stages = ", ".join((*STAGES, *PUBLISHED))
+        raise ValueError(f"smollm2 has no stage {variant!r}; choose {stages}")
     config = STAGES[variant].get_config(PRESET)
     config.task.name = "word_problems"
     config.task.system = "Solve."  # the chat template's own is as long as a problem
@@ -48,8 +50,6 @@ def get_config(variant: str = "measure"):
         config.optim.full_lr = 2e-4
         config.checkpoint.every = 20
         return config
-    if variant.startswith("published"):
-        return _published(config)
     config.rl.hazard_temperature = 0.3  # of every sampled depth, in all stages
     if variant == "calibrate":
         config.model.path = "runs/smollm2-trunk/model"
@@ -102,7 +102,6 @@ def get_config(variant: str = "measure"):
 
 
 def _published(config):
-    config.model.remat = "none"
     config.exits.layers = (5, 10, 15, 20, 25)
     config.exits.continuation = "frozen"
     config.rl.hazard_temperature = 1.0
@@ -111,13 +110,8 @@ def _published(config):
     config.lora.targets = ("q", "k", "v", "o")
     config.lora.dropout = 0.05
     config.optim.lora_lr = 1e-4
-    config.checkpoint.every = 100
     if config.command == "sft":
-        config.model.path = "runs/smollm2-trunk/model"
         config.exit_head.detached = False
-        config.sft.pool = 8192
-        config.sft.generate_batch = 256
-        config.sft.max_new_tokens = 48
         config.sft.lens_steps = 0
         config.sft.explore = 0.0
         config.sft.target = "teacher"
@@ -126,21 +120,18 @@ def _published(config):
         config.sft.exit_loss = "sampled"
         config.sft.exit_coef = 1.0
         config.sft.direction = "student_teacher"
+        config.batch_size //= 4  # each sequence has four students
         config.sft.samples = 4
-        config.steps = 300
-        config.batch_size = 4
         config.optim.exit_lr = 1e-3
         return config
     config.model.path = "runs/smollm2-published-sft/seed=0"
-    config.steps = 48
-    config.batch_size = 16
-    config.rl.rollouts = 6
-    config.rl.max_new_tokens = 48
     config.rl.depth_norm = "mean"
-    config.rl.depth_coef = 1.0
     config.rl.kl_coef = 0.1
+    config.rl.kl_loss_coef = 0.0
+    config.rl.causal_depth = False
     config.rl.accuracy_floor = 0.0
     config.rl.floor_of = "absolute"
     config.rl.warmup_steps = 0
     config.optim.exit_lr = 1e-5
+    config.optim.exit_bias = config.optim.exit_hidden = 1.0
     return config
