@@ -25,6 +25,11 @@ trained() {
   (IFS='|' && printf '%s' "${paths[*]}")
 }
 
+# The initial checkpoint.
+sweep --config="$config:measure" --into=runs/evidence-initial task.name=sums "$@"
+sweep --config="$config:measure_word_problems" --into=runs/evidence-initial \
+  task.name=word_problems "$@"
+
 # What both penalties save, and none.
 sweep --config="$config:reinforce" --eval="$config:measure" --into=runs/evidence-sums \
   rl.depth_norm=total rl.depth_coef=0,0.2,0.8,2 $seeds "$@"
@@ -43,7 +48,7 @@ for layers in 2 3 4; do
     jexit --config="$config:small" --workdir="$small" --config.model.path="$small-cut"
 done
 small=runs/evidence-small
-sweep --config="$config:full_depth" --eval="$config:compare" --into=runs/evidence-full_depth \
+sweep --config="$config:full_depth" --eval="$config:measure_chain" --into=runs/evidence-full_depth \
   "model.path=$trunk|$small-2|$small-3|$small-4" $seeds "$@"
 
 # Confidence thresholds on the calibrated exits.

@@ -13,14 +13,15 @@ takes about ten minutes on one CPU core, and its evaluation as long. The variant
               under its exits (`finetune.policy`)
 `measure`     evaluates policies, controls and every measure on sums; `measure_word_problems` does
               so on word problems, which have no prescribed steps
-`measure_full` evaluates accuracy and prescribed steps at full depth only
+`measure_full` evaluates accuracy and prescribed steps at full depth only; `measure_chain` evaluates
+              what the answer owes to the chain of thought there, for models without early exits
 `compare`     evaluates full depth and sampled exits, without measures
 """
 
 import configs.eval
 import configs.finetune
 import configs.rl
-from jexit.config import EVAL_MEASURES
+from jexit.config import CHAIN_MEASURES, EVAL_MEASURES
 
 NEVER = -30.0  # the bias of a head that never lets a token leave
 
@@ -33,7 +34,8 @@ def get_config(variant: str = "reinforce"):
         "relearn": _relearn,
         "measure": lambda: _measure("sums"),
         "measure_word_problems": lambda: _measure("word_problems"),
-        "measure_full": _measure_full,
+        "measure_full": lambda: _measure_full("capacity"),
+        "measure_chain": lambda: _measure_full("serial_depth", *CHAIN_MEASURES),
         "compare": _compare,
     }
     if variant not in variants:
@@ -92,11 +94,11 @@ def _measure(task):
     return config
 
 
-def _measure_full():
+def _measure_full(*measures):
     config = _measure("sums")
     config.eval.policies = ("full",)
     config.eval.measured = "full"
-    config.eval.measures = ("capacity",)
+    config.eval.measures = measures
     return config
 
 
