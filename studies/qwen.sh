@@ -9,10 +9,10 @@ checkout="$(dirname "${BASH_SOURCE[0]}")/.."
 config="$checkout/configs/experiments/qwen.py"
 # --config=FILE [FLAGS]: --config must be the first flag.
 run() { bash "$checkout/launch/run.sh" "$1" --config.task.path=data/gsm8k "${@:2}"; }
-# DIR NAME [FLAGS]: measures the model of a run.
+# DIR NAME STAGE [FLAGS]: evaluates the model of a run; STAGE is measure or control.
 measured() {
   [[ -e $1/$2/eval.json ]] ||
-    run --config="$config:measure" --config.model.path="$1" --workdir="$1/$2" "${@:3}"
+    run --config="$config:$3" --config.model.path="$1" --workdir="$1/$2" "${@:4}"
 }
 # DIR [FLAGS]: calibrates; the teacher's trajectories are those of the first.
 calibrated() {
@@ -24,13 +24,17 @@ calibrated() {
   [[ -e $1/after.json ]] || run --config="$config:calibrate" --workdir="$1" "${@:2}"
 }
 words=(--config.task.name=word_problems --config.task.path= --config.eval.max_new_tokens=256)
-calibrated runs/qwen-lens --config.steps=0
-measured runs/qwen-lens eval
-measured runs/qwen-lens words "${words[@]}"
 frozen=(--config.exits.continuation=frozen)
+at=(--config.eval.policies="('threshold:0.5',)" --config.eval.problems=100)
+calibrated runs/qwen-lens --config.steps=0
+measured runs/qwen-lens eval measure
+measured runs/qwen-lens controls control
+measured runs/qwen-lens words measure "${words[@]}"
 calibrated runs/qwen-frozen --config.steps=0 "${frozen[@]}"
-measured runs/qwen-frozen eval "${frozen[@]}" --config.eval.problems=100
+measured runs/qwen-frozen eval measure "${frozen[@]}" "${at[@]}"
+measured runs/qwen-frozen words measure "${frozen[@]}" "${words[@]}" "${at[@]}"
 [[ -e runs/qwen-rl/after.json ]] || run --config="$config:reinforce" --workdir=runs/qwen-rl
-measured runs/qwen-rl eval
+measured runs/qwen-rl eval measure
+measured runs/qwen-rl controls control
 calibrated runs/qwen-sft
-measured runs/qwen-sft eval
+measured runs/qwen-sft eval measure

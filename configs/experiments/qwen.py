@@ -12,7 +12,12 @@ import configs.rl
 import configs.sft
 
 PRESET = "qwen2.5-0.5b"  # the same shapes
-STAGES = {"calibrate": configs.sft, "reinforce": configs.rl, "measure": configs.eval}
+STAGES = {
+    "calibrate": configs.sft,
+    "reinforce": configs.rl,
+    "measure": configs.eval,
+    "control": configs.eval,
+}
 
 
 def get_config(variant: str = "measure"):
@@ -57,13 +62,15 @@ def get_config(variant: str = "measure"):
         config.checkpoint.every = 2
         return config
     config.model.path = "runs/qwen-lens"
-    config.eval.problems = 200
     # With staying weighed 19 to 1 a hazard over .5 is one over .95 without, .3 one over .9.
     at = "threshold:0.5"
-    config.eval.policies = (
-        "full", at, "threshold:0.3", "threshold:0.15", f"shuffled:{at}", f"fixed:matched:{at}",
-    )  # fmt: skip
     config.eval.measured = at
+    if variant == "control":  # on fewer problems, as most completions run into the limit
+        config.eval.problems = 48
+        config.eval.policies = (at, f"shuffled:{at}", f"fixed:matched:{at}")
+        return config
+    config.eval.problems = 200
+    config.eval.policies = ("full", at, "threshold:0.3", "threshold:0.15")
     config.eval.measures = ("exits",)
     config.eval.heat_maps = 4
     return config
