@@ -26,8 +26,8 @@ trained() {
 }
 
 # The initial checkpoint.
-sweep --config="$config:measure" --into=runs/evidence-initial task.name=sums "$@"
-sweep --config="$config:measure_word_problems" --into=runs/evidence-initial \
+sweep --config="$config:measure" --into=runs/evidence-initial-sums task.name=sums "$@"
+sweep --config="$config:measure_word_problems" --into=runs/evidence-initial-word_problems \
   task.name=word_problems "$@"
 
 # What both penalties save, and none.
