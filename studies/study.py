@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from jexit.config import CHAIN_MEASURES
 from jexit.errors import UserError
 from jexit.results import LARGEST
 from jexit.sweep import summary
@@ -21,7 +23,8 @@ _SAYS_ITSELF = ("model.path", "task.name")  # settings whose values need no name
 
 
 def _interval(name: str, *, share: bool = True) -> Column:
-    return Column(f"{name}_ci95/low", share, upper=f"{name}_ci95/high")
+    ends = f"{name}/ci95" if "/faithfulness/" in name else f"{name}_ci95"
+    return Column(f"{ends}/low", share, upper=f"{ends}/high")
 
 
 # The two policies of most numbers: under which they stand, and how their labels end.
@@ -45,6 +48,7 @@ COLUMNS: dict[str, Column] = {
     ),
     "filler, answered": Column("sample/faithfulness/filler/detail/answered"),
     "hazard error": Column("sample/hazards/ece"),
+    **{f"planning, {k} ahead": Column(f"sample/planning/{k}") for k in range(1, 5)},
     "KL to the teacher": Column("sample/hazards/kl_student_teacher_nats", share=False),
 }
 for _policy, _ending in (("sample", ""), ("threshold:0.5", ", threshold")):
@@ -59,18 +63,27 @@ for _policy, _ending in (("sample", ""), ("threshold:0.5", ", threshold")):
             f"{_label}{_ending}, interval": _interval(_source),
         }
 for _policy, _ending in _POLICIES:
+    _measured = {
+        **{f"by {n}": f"capacity/{n}/accuracy" for n in range(2, 6)},
+        **{f"step of {n}": f"begun_steps/{n}/accuracy" for n in range(2, 6)},
+        **{name: f"capacity/{name}/accuracy" for name in ("fine", "coarse")},  # of stories
+        "at once": "capacity/at_once/accuracy",
+        **{name.replace("_", " "): f"faithfulness/{name}/value" for name in CHAIN_MEASURES},
+    }
+    for _label, _place in _measured.items():
+        _source = f"{_policy}/{_place}"
+        COLUMNS |= {
+            f"{_label}{_ending}": Column(_source),
+            f"{_label}{_ending}, interval": _interval(_source.removesuffix("/value")),
+        }
     COLUMNS |= {
-        f"{label}{_ending}": Column(f"{_policy}/{place}")
-        for label, place in (
-            *((f"by {n}", f"capacity/{n}/accuracy") for n in range(2, 6)),
-            *((f"by {n} as asked", f"capacity/{n}/obeyed") for n in range(2, 6)),
-            *((f"step of {n}", f"begun_steps/{n}/accuracy") for n in range(2, 6)),
-            *((name, f"capacity/{name}/accuracy") for name in ("fine", "coarse")),  # of stories
-            ("at once", "capacity/at_once/accuracy"),
-            *(
-                (name.replace("_", " "), f"faithfulness/{name}/value")
-                for name in ("early_answering", "no_chain", "filler", "corrupted_step", "hint")
-            ),
+        f"{label}{_ending}": Column(f"{_policy}/{place}", share)
+        for label, place, share in (
+            *((f"by {n} as asked", f"capacity/{n}/obeyed", True) for n in range(2, 6)),
+            ("compute", "compute_fraction", True),
+            ("compute per problem", "compute_per_problem", False),
+            ("serial depth", "serial_depth/mean", False),
+            ("g-mean²", "faithfulness/hint/detail/g_mean2", True),
         )
     }
 
@@ -97,7 +110,7 @@ class Study:
         self.name = path.stem
         runs = _read(path)
         self.settings = tuple(key for key in runs.columns if "/" not in key and key != SEED)
-        runs = _with_layers_per_problem(_numeric(runs, (*self.settings, SEED), path))
+        runs = _with_derived(_numeric(runs, (*self.settings, SEED), path))
         self._runs = _grouped(runs, self.settings, path)
         self.groups: list[Group] = [*self._runs]
         self._curves = self._beside(path, "curves", "step")
@@ -206,16 +219,32 @@ def _grouped(
     return {group: lines.iloc[places] for group, places in groups.items()}
 
 
-def _with_layers_per_problem(lines: pd.DataFrame) -> pd.DataFrame:
-    """Adds the layers per problem to tables that lack them: mean depth times completion length."""
+def _with_derived(lines: pd.DataFrame) -> pd.DataFrame:
+    """Adds columns that follow from others.
+
+    POLICY/layers_per_problem, in tables that lack it, is the mean depth times the completion
+    length. POLICY/compute_per_problem is the FLOPs of a problem's layers, in FLOPs of one layer
+    that runs. POLICY/planning/K is the accuracy that a probe gains over its control, K tokens
+    ahead, as a mean over the depths of its residuals.
+    """
     made = {}
     for source in lines.columns:
         policy, _, name = source.rpartition("/")
         depth, layers = f"{policy}/depth_mean", f"{policy}/layers_per_problem"
-        if name == "completion_length" and layers not in lines and depth in lines:
-            product = lines[depth] * lines[source]
-            made[layers] = [float(f"{value:.6g}") for value in product]  # as tables write numbers
-    return pd.concat([lines, pd.DataFrame(made, index=lines.index)], axis=1)
+        if name == "completion_length" and depth in lines:
+            if layers not in lines:
+                made[layers] = lines[depth] * lines[source]
+            if (compute := f"{policy}/compute_fraction") in lines:
+                every = lines[depth] / lines[f"{policy}/depth_fraction"]  # all layers of the model
+                made[f"{policy}/compute_per_problem"] = lines[compute] * every * lines[source]
+    gains: dict[str, list[pd.Series]] = {}
+    for source in lines.columns:
+        if found := re.fullmatch(r"(.+/planning)/\d+/(\d+)/accuracy", source):
+            gain = lines[source] - lines[f"{source}_embedding"]
+            gains.setdefault(f"{found[1]}/{found[2]}", []).append(gain)
+    made |= {name: sum(probes) / len(probes) for name, probes in gains.items()}
+    rounded = {name: [float(f"{v:.6g}") for v in values] for name, values in made.items()}
+    return pd.concat([lines, pd.DataFrame(rounded, index=lines.index)], axis=1)
 
 
 def _numeric(lines: pd.DataFrame, texts: Sequence[str], path: Path) -> pd.DataFrame:

@@ -97,6 +97,26 @@ def test_gaps_are_left_out_and_intervals_hold_those_of_all_seeds(tmp_path):
     assert "| 2 | 26.00 (22.00 to 30.00) | 92.00 (88.00 to 96.00) |" in table
 
 
+def test_compute_and_planning_follow_from_the_columns_of_a_table(tmp_path):
+    heads = (
+        "seed", "sample/depth_mean", "sample/depth_fraction", "sample/completion_length",
+        "sample/compute_fraction", "sample/planning/2/1/accuracy",
+        "sample/planning/2/1/accuracy_embedding", "sample/planning/4/1/accuracy",
+        "sample/planning/4/1/accuracy_embedding", "sample/faithfulness/necessity/value",
+        "sample/faithfulness/necessity/ci95/low", "sample/faithfulness/necessity/ci95/high",
+    )  # fmt: skip
+    lines = [
+        ("0", "2", "0.25", "10", "0.3", "0.5", "0.25", "0.75", "0.25", "0.9", "0.8", "0.95"),
+        ("1", "4", "0.5", "10", "0.6", "0.25", "0.25", "0.5", "0.25", "", "", ""),
+    ]
+    columns = ["compute per problem", "planning, 1 ahead", "necessity", "necessity, interval"]
+    row = study(tmp_path, heads, lines).table(columns).splitlines()[-1]
+    # Of 8 layers and 10 tokens 0.3 and 0.6; the probes of a run gain 0.25 and 0.5, 0 and 0.25.
+    assert row == (
+        "| 2 | 36.00 (24.00 to 48.00) | 25.0 (12.5 to 37.5) | 90.0, of 1 | 80.0 to 95.0, of 1 |"
+    )
+
+
 def test_what_a_page_shows_is_drawn_and_all_the_same_each_time(directory, capsys):
     page = directory.parent / "results.md"
     page.write_text("![a](results/pressure-plane.svg) ![b](https://a.test/results/some-plane.svg)")
