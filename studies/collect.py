@@ -7,13 +7,15 @@ page-seeds.csv (intervals over the seeds of each setting that has several), page
 (training metrics; each row contains the means of a twentieth of a run's steps) and
 page-completions.json (up to two completions of each run under sampled exits, every token with its
 depth, if eval.heat_maps kept them). With --initial, the tables also contain the gains of each
-policy over that evaluation of the initial checkpoint, paired by problem (`jexit compare`).
+policy over that evaluation of the initial checkpoint, paired by problem (`jexit compare`). Where a
+sweep varies the model over the runs of another one, their settings are those of the study.
 Measurements of speed are left out, so the same runs always give the same files.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -34,6 +36,26 @@ from studies.seeds import over_seeds
 
 POINTS = 20  # lines of a run in NAME-curves.csv
 SHOWN = 2  # completions of a run in NAME-completions.json
+
+
+def by_settings_of_models(cells: Sequence[Cell]) -> list[Cell]:
+    """Replaces models that a sweep trained by the settings in their names.
+
+    `model.path=runs/sums/rl.depth_coef=2,seed=1` becomes the settings `rl.depth_coef=2` and
+    `seed=1`, so that the models of several seeds form a group. All cells must have models with the
+    same settings, which they do not set themselves; otherwise they stay as they are.
+    """
+    found = []
+    for cell in cells:
+        others = {key: value for key, value in cell.settings.items() if key != "model.path"}
+        name = Path(cell.settings.get("model.path", "")).name
+        pairs = [pair.partition("=") for pair in name.split(",")]
+        of_model = {key: value for key, equals, value in pairs if equals}
+        if len(of_model) < len(pairs) or others.keys() & of_model.keys():
+            return [*cells]
+        found.append(dataclasses.replace(cell, settings=of_model | others))
+    same = {tuple(cell.settings) for cell in found}
+    return found if len(same) == 1 else [*cells]
 
 
 def curves(cell: Cell) -> Iterator[dict[str, float]]:
@@ -144,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(
             f"{arguments.sweep} contains no finished run of a sweep; finish the sweep first"
         )
-    for path in collect(cells, arguments.target, initial):
+    for path in collect(by_settings_of_models(cells), arguments.target, initial):
         print(f"Wrote {path}")
     return 0
 

@@ -16,12 +16,7 @@ sweep() { bash "$checkout/launch/sweep.sh" "$@"; }
 jexit() { bash "$checkout/launch/run.sh" "$@"; }
 # The models of a study with the total penalty, at the coefficients 0 and 2, separated by |.
 trained() {
-  local paths=() seed coef
-  for seed in 0 1 2; do
-    for coef in 0 2; do
-      paths+=("runs/evidence-$1/rl.depth_norm=total,rl.depth_coef=$coef,seed=$seed")
-    done
-  done
+  local paths=("runs/evidence-$1/rl.depth_norm=total,rl.depth_coef="{0,2},seed={0,1,2})
   (IFS='|' && printf '%s' "${paths[*]}")
 }
 

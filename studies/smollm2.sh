@@ -7,6 +7,12 @@
 set -euo pipefail
 checkout="$(dirname "${BASH_SOURCE[0]}")/.."
 config="$checkout/configs/experiments/smollm2.py"
+calibrated=(runs/smollm2-sft/seed={0,1,2})
+reinforced=(runs/smollm2-rl/rl.depth_coef={0,8},seed={0,1,2})
+# NAME MODELS [FLAGS]: measures what answers owe to the chains of thought.
+chain() {
+  bash "$checkout/launch/sweep.sh" --config="$config:chain" --into="runs/$1" "model.path=$2" "${@:3}"
+}
 [[ -e runs/smollm2-trunk/after.json ]] ||
   bash "$checkout/launch/run.sh" --config="$config:finetune" --workdir=runs/smollm2-trunk
 bash "$checkout/launch/sweep.sh" --config="$config:measure" --into=runs/smollm2-base \
@@ -19,6 +25,8 @@ for seed in 0 1 2; do
     --into=runs/smollm2-rl --config.model.path="runs/smollm2-sft/seed=$seed" \
     rl.depth_coef=0,1,8 seed="$seed" "$@"
 done
+(IFS='|' && chain smollm2-sft-chain "${calibrated[*]}" "$@")
+(IFS='|' && chain smollm2-rl-chain "${reinforced[*]}" "$@")
 bash "$checkout/launch/sweep.sh" --config="$config:published_calibrate" --eval="$config:measure" \
   --into=runs/smollm2-published-sft seed=0,1,2 "$@"
 for seed in 0 1 2; do

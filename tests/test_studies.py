@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("pandas", reason="pandas is not installed (the studies extra)")
 
 from jexit.report.colours import depth_class
+from jexit.sweep.plan import Cell
 from report_files import policy_figures, write_evaluated
 from studies import collect
 from studies.__main__ import main, with_tables
@@ -220,6 +221,29 @@ def test_a_mistake_is_one_sentence_and_nothing_is_drawn(directory, tmp_path, cap
             ValueError, match=f"^the marker {alone} stands alone, but a table must be between"
         ):
             with_tables(page, {})
+
+
+def test_models_of_a_sweep_are_grouped_by_their_settings(tmp_path):
+    def cells(*settings):
+        return [Cell(each, tmp_path) for each in settings]
+
+    def settings(found):
+        return [cell.settings for cell in found]
+
+    paths = [f"runs/sums/rl.depth_coef={level},seed={seed}" for level in (0, 2) for seed in (0, 1)]
+    ours = collect.by_settings_of_models(cells(*({"model.path": path} for path in paths)))
+    assert settings(ours) == [
+        {"rl.depth_coef": level, "seed": seed} for level in "02" for seed in "01"
+    ]
+    ours = collect.by_settings_of_models(cells({"model.path": "runs/a/x.y=1", "seed": "2"}))
+    assert settings(ours) == [{"x.y": "1", "seed": "2"}]
+    for kept in (
+        cells({"model.path": "runs/a/x.y=1"}, {"model.path": "runs/b/x.z=1"}),  # other settings
+        cells({"model.path": "runs/a/x.y=1"}, {"model.path": "jexit/assets/tiny"}),  # of no sweep
+        cells({"model.path": "runs/a/seed=1", "seed": "2"}),  # both have a seed
+        cells({"seed": "0"}, {"seed": "1"}),
+    ):
+        assert collect.by_settings_of_models(kept) == kept
 
 
 def test_a_study_is_collected_from_its_sweep(tmp_path, capsys):

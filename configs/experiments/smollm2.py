@@ -5,15 +5,16 @@
 
 The second command runs all stages below in order, and resumes where it was stopped: fine-tuning on
 the task's reference completions, calibration on the model's own completions with three seeds, and
-for each seed reinforcement with λ = 0 and two other penalties. The variants `published_calibrate`
-and `published_reinforce` have the settings of arXiv:2603.21376, as far as they are known, and the
-same budgets.
+for each seed reinforcement with λ = 0 and two other penalties. `chain` measures what answers owe to
+their chains of thought. The variants `published_calibrate` and `published_reinforce` have the
+settings of arXiv:2603.21376, as far as they are known, and the same budgets.
 """
 
 import configs.eval
 import configs.finetune
 import configs.rl
 import configs.sft
+from jexit.config import CHAIN_MEASURES
 
 PRESET = "smollm2-135m"
 STAGES = {
@@ -21,6 +22,7 @@ STAGES = {
     "calibrate": configs.sft,
     "reinforce": configs.rl,
     "measure": configs.eval,
+    "chain": configs.eval,
 }
 PUBLISHED = {f"published_{stage}": stage for stage in ("calibrate", "reinforce")}
 
@@ -93,6 +95,12 @@ def get_config(variant: str = "measure"):
         config.optim.exit_hidden = 0.0
         config.optim.warmup_steps = 5
         config.checkpoint.every = 10
+        return config
+    if variant == "chain":
+        config.eval.problems = 128
+        config.eval.policies = ("full", "threshold:0.5")
+        config.eval.measured = "threshold:0.5"
+        config.eval.measures = ("serial_depth", "planning", *CHAIN_MEASURES)
         return config
     config.eval.problems = 512
     config.eval.policies = ("full", "sample", "threshold:0.5", "shuffled", "fixed:matched")
