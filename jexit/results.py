@@ -127,7 +127,7 @@ class PolicyResult(Record):
     tokens_per_second: Number  # decoding speed without compilation
     text: dict[str, Number] = {}  # the task's own metrics of completions
     control_of: str | None = None  # the policy whose mean depth a control has
-    # FLOPs of the layers as a fraction of full depth; a skipped layer is not free
+    # FLOPs of layers and exit decisions as a fraction of all layers'; a skipped layer is not free
     compute_fraction: Number = math.nan
 
     @model_validator(mode="after")

@@ -20,17 +20,13 @@ bash "$checkout/launch/sweep.sh" --config="$config:measure" --into=runs/smollm2-
   "model.path=models/smollm2|runs/smollm2-trunk" "$@"
 bash "$checkout/launch/sweep.sh" --config="$config:calibrate" --eval="$config:measure" \
   --into=runs/smollm2-sft seed=0,1,2 "$@"
-for seed in 0 1 2; do
-  bash "$checkout/launch/sweep.sh" --config="$config:reinforce" --eval="$config:measure" \
-    --into=runs/smollm2-rl --config.model.path="runs/smollm2-sft/seed=$seed" \
-    rl.depth_coef=0,1,8 seed="$seed" "$@"
-done
+bash "$checkout/launch/sweep.sh" --config="$config:reinforce" --eval="$config:measure" \
+  --into=runs/smollm2-rl --config.model.path=runs/smollm2-sft/seed={seed} \
+  rl.depth_coef=0,1,8 seed=0,1,2 "$@"
 (IFS='|' && chain smollm2-sft-chain "${calibrated[*]}" "$@")
 (IFS='|' && chain smollm2-rl-chain "${reinforced[*]}" "$@")
 bash "$checkout/launch/sweep.sh" --config="$config:published_calibrate" --eval="$config:measure" \
   --into=runs/smollm2-published-sft seed=0,1,2 "$@"
-for seed in 0 1 2; do
-  bash "$checkout/launch/sweep.sh" --config="$config:published_reinforce" --eval="$config:measure" \
-    --into=runs/smollm2-published-rl --config.model.path="runs/smollm2-published-sft/seed=$seed" \
-    seed="$seed" "$@"
-done
+bash "$checkout/launch/sweep.sh" --config="$config:published_reinforce" --eval="$config:measure" \
+  --into=runs/smollm2-published-rl --config.model.path=runs/smollm2-published-sft/seed={seed} \
+  seed=0,1,2 "$@"

@@ -80,6 +80,18 @@ def test_every_combination_is_a_run_of_its_own(tmp_path, monkeypatch):
     assert [cell.name for cell in Sweep.parse(GIVEN).cells()] == ["run"]
 
 
+def test_a_setting_may_follow_the_values_of_the_grid(tmp_path):
+    sweep = Sweep.parse(
+        ["--config=a.py", f"--into={tmp_path}", "rl.depth_coef=0,2", "seed=0,1",
+         "--config.model.path=runs/{seed}/at={rl.depth_coef}", "--config.task.options={steps}"]
+    )  # fmt: skip
+    found = [sweep.training(cell) for cell in sweep.cells()]
+    assert [arguments[2] for arguments in found] == [
+        f"--config.model.path=runs/{seed}/at={coef}" for coef in (0, 2) for seed in (0, 1)
+    ]
+    assert {arguments[3] for arguments in found} == {"--config.task.options={steps}"}
+
+
 def test_an_evaluation_gets_the_runs_model_and_task(tmp_path):
     flags = [f"--into={tmp_path}", "--config=a.py", "--eval=e.py", "--eval.eval.problems=9"]
     grid = Sweep.parse([*flags, "task.name=sums,tom", "--config.task.options.steps=mixed"])

@@ -30,6 +30,7 @@ from jexit.loops.continuation import rows_at_a_time
 from jexit.loops.pretrain import GROUPS, new_model
 from jexit.loops.setup import execution_of, sample_policy
 from jexit.loops.sft import HEADS_TOKENS
+from jexit.loops.stage import trained_parts
 from jexit.loops.trajectories import rows_of_batch
 from jexit.model.attention import choose_attention
 from jexit.model.policies import Full, Policy, Prescribed, policy_of
@@ -64,14 +65,16 @@ def programs(config: Config, mesh: Mesh) -> Iterator[Program]:
         yield _pretraining(config, mesh)
         return
     model = _abstract_model(config)
-    taught = config.command != "finetune"
-    split = split_model(model, full=config.lora.rank == 0, keep_teacher=taught)
-    fixed = FixedParams(*(placed_parameters(part, mesh) for part in split.fixed))
-    split = SplitModel(split.graphdef, placed_parameters(split.trainable, mesh), fixed)
     section = config.eval
-    state = None
+    state, optimizer = None, None
     if config.command in ("finetune", "sft", "rl"):
-        optimizer, state = _optimized(config, mesh, model, split, full=config.lora.rank == 0)
+        split, _, optimizer = trained_parts(model, config, config.steps)
+        state = _state(mesh, split, optimizer)
+    else:
+        split = split_model(model, full=config.lora.rank == 0)
+    fixed = FixedParams(*(placed_parameters(part, mesh) for part in split.fixed))
+    trainable = placed_parameters(split.trainable, mesh)
+    split = split._replace(trainable=trainable, fixed=fixed)
     rollouts = EnginePrograms(config, mesh, split, state)
     if config.command == "finetune":
         yield _finetuning(config, mesh, split, state, optimizer)
@@ -228,17 +231,14 @@ def _abstract_model(config: Config) -> Transformer:
     return nnx.eval_shape(build)
 
 
-def _optimized(
-    config: Config, mesh: Mesh, model: Transformer, split: SplitModel, *, full: bool
-) -> tuple[Any, Any]:
-    """Returns a run's optimiser and training state; the state has abstract arrays."""
-    optimizer = make_optimizer(config.optim, config.steps, parameter_labels(model, full=full))
+def _state(mesh: Mesh, split: SplitModel, optimizer: Any) -> Any:
+    """Returns a run's training state, with abstract arrays."""
 
     def begun() -> Any:
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), split.trainable)
         return new_state(zeros, optimizer)
 
-    return optimizer, placed_parameters(jax.eval_shape(begun), mesh)
+    return placed_parameters(jax.eval_shape(begun), mesh)
 
 
 def _pretraining(config: Config, mesh: Mesh) -> Program:
@@ -246,7 +246,8 @@ def _pretraining(config: Config, mesh: Mesh) -> Program:
     model = nnx.eval_shape(lambda: new_model(config, tokenizer))
     split = split_model(model, full=True, keep_teacher=False)
     split = SplitModel(split.graphdef, placed_parameters(split.trainable, mesh), split.fixed)
-    optimizer, state = _optimized(config, mesh, model, split, full=True)
+    optimizer = make_optimizer(config.optim, config.steps, parameter_labels(model, full=True))
+    state = _state(mesh, split, optimizer)
     step = make_pretrain_step(
         split,
         optimizer,

@@ -7,7 +7,6 @@ computes the full logits at every exit that a token reaches.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,7 +16,6 @@ from flax import nnx
 from jexit.axes import Array, Float, Int
 from jexit.model.exits import ExitParam, maps_to_end
 from jexit.model.transformer import Transformer, logits_of
-from jexit.results import PolicyResult
 
 
 class ConfidenceHeads(nnx.Module):
@@ -50,19 +48,6 @@ class ConfidenceHeads(nnx.Module):
 
 def is_confidence(policy: str) -> bool:
     return policy.startswith("confidence:")
-
-
-def logits_at_exits(result: PolicyResult, exit_layers: Sequence[int]) -> float:
-    """Returns the mean number of exits per token at which a confidence policy computed full logits.
-
-    These are all exits up to the token's depth. The first token of a completion computes none,
-    because the prefill produces it, with all layers.
-    """
-    asked = sum(
-        count * sum(layer <= int(depth) for layer in exit_layers)
-        for depth, count in result.depth_histogram.items()
-    )
-    return (asked - result.problems * len(exit_layers)) / result.tokens
 
 
 def confident(parts: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -11,7 +11,6 @@ from jexit.dist import is_primary
 from jexit.evaluation.accuracy import Examination, check_room, evaluate_policy
 from jexit.evaluation.compare import PROBLEMS, write_problems
 from jexit.evaluation.completer import ModelCompleter
-from jexit.evaluation.confidence import is_confidence, logits_at_exits
 from jexit.evaluation.controls import compared, evaluate_control
 from jexit.evaluation.measures import Measurer, check_measures
 from jexit.evaluation.tables import print_evaluation
@@ -46,8 +45,7 @@ def evaluate(config: Config, workdir: pathlib.Path) -> None:
             else:
                 made = evaluate_policy(decoder, examination, policy)
             result, attempts[policy] = made
-            logits = logits_at_exits(result, measurer.exits) if is_confidence(policy) else 0.0
-            compute = flops.compute_fraction(result.depth_fraction, logits)
+            compute = flops.compute_fraction(result)
             results.append(result.model_copy(update={"compute_fraction": compute}))
             shown = {"accuracy": result.accuracy, "depth/fraction": result.depth_fraction}
             progress.update(len(results), policy=policy, **shown)

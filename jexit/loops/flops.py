@@ -16,24 +16,27 @@ In the backward pass, frozen weights cost their forward FLOPs once (for the grad
 the activations); trained weights and attention cost their forward FLOPs twice. Logits cost 2·D·V
 per token forward and 2·D·V for the gradient with respect to the hidden state; an output head that
 trains costs another 2·D·V for its own gradient. An exit's hazard head costs 4·D² + 4·D forward (2·D
-if the head is linear) and twice as much backward.
+if the head is linear) and twice as much backward. The map of a linear continuation costs 2·D², or
+4·D·R with a rank, in each layer; it counts as frozen, which is the default.
 
 The count of a step contains, in
 - pretraining: a forward and backward pass of all layers, and the logits of every position; if the
   exits have a loss, also the logits of every position at each exit;
 - fine-tuning: a forward and backward pass, and the logits of the references' tokens;
 - calibration: the teacher's pass, with `sft.target=student` also a pass of the student, the logits
-  of the final states and of every exit at the completions' tokens, and for each of the S =
-  `sft.samples` student runs a forward and backward pass with the logits of the completions;
+  of the final states and of every exit (with a linear continuation, after one map of D² to the
+  end) at the completions' tokens, and for each of the S = `sft.samples` student runs a forward and
+  backward pass with the logits of the completions;
 - the last phase of calibration: a forward and backward pass of every exit's hazard head, on stored
   states;
 - RL: the rollouts, the teacher's pass with its logits, and for each of `rl.updates_per_batch`
   updates a forward and backward pass of the student with its logits. In the passes of teacher and
-  student, each prompt counts once for all of its completions, and all layers count, because
-  training computes every layer for every token and masks the layers that the token skips. Rollouts
-  count only the work that was done: each prompt once, and for each token the layers of its own
-  depth, and the keys, values and continuation of the other layers. The seconds of a step include
-  the seconds of its rollouts, so `mfu` in RL mostly measures decoding.
+  student, each prompt counts once for all of its completions, and all layers count (in the
+  student's, all maps of the continuation too), because training computes every layer for every
+  token and masks the layers that the token skips. Rollouts count only the work that was done: each
+  prompt once, and for each token the layers of its own depth, and the keys, values and continuation
+  of the other layers. The seconds of a step include the seconds of its rollouts, so `mfu` in RL
+  mostly measures decoding.
 """
 
 from __future__ import annotations
@@ -48,6 +51,7 @@ from jexit.config import ExitSettings, LoRA
 from jexit.kernels.chips import chip
 from jexit.model.transformer import Transformer
 from jexit.presets import Architecture
+from jexit.results import PolicyResult
 from jexit.rollout import Rollouts
 
 
@@ -111,24 +115,25 @@ class ModelFlops:
             full=full,
         )
 
-    def forward(self, size: PassSize, *, adapters: bool = True, hazards: bool = False) -> float:
+    def forward(self, size: PassSize, *, adapters: bool = True, exits: bool = False) -> float:
         """Returns the FLOPs of a forward pass through all layers, without logits.
 
-        With `hazards`, all exit heads read every token. Without `adapters`, LoRA is not counted.
+        With `exits`, all exit heads read every token, and the continuation maps it in every layer.
+        Without `adapters`, LoRA is not counted.
         """
         token = self._base() + (self._adapters() if adapters else 0.0)
         layers = self.arch.layers * (token * size.tokens + self._pair() * size.pairs)
-        return layers + (len(self.exit_layers) * self._exit_head() * size.tokens if hazards else 0)
+        return layers + (sum(self._exits()) * size.tokens if exits else 0.0)
 
-    def backward(self, size: PassSize, *, hazards: bool = False) -> float:
-        """Returns the FLOPs of the backward pass that follows `forward(size, hazards=hazards)`.
+    def backward(self, size: PassSize, *, exits: bool = False) -> float:
+        """Returns the FLOPs of the backward pass that follows `forward(size, exits=exits)`.
 
         The backward pass of the logits is not included.
         """
         token = (2.0 if self.full else 1.0) * self._base() + 2.0 * self._adapters()
         layers = self.arch.layers * (token * size.tokens + 2.0 * self._pair() * size.pairs)
-        heads = 2.0 * len(self.exit_layers) * self._exit_head() * size.tokens
-        return layers + (heads if hazards else 0.0)
+        heads, maps = self._exits()
+        return layers + ((2.0 * heads + maps) * size.tokens if exits else 0.0)
 
     def logits(self, tokens: int, *, trained: bool = False) -> float:
         """Returns the FLOPs of the output head on `tokens` tokens.
@@ -158,7 +163,10 @@ class ModelFlops:
         measured = self.forward(size, adapters=False)
         if target == "student":
             measured += self.forward(size)
-        measured += (1 + len(self.exit_layers)) * self.logits(completion_tokens)
+        exits = len(self.exit_layers)
+        measured += (1 + exits) * self.logits(completion_tokens)
+        if self.exit_head.continuation == "linear":  # one map from each exit to the end
+            measured += exits * 2.0 * self.arch.width**2 * completion_tokens
         return measured + samples * self._student(size, completion_tokens)
 
     def lens_step(self, tokens: int) -> float:
@@ -205,25 +213,32 @@ class ModelFlops:
 
     def skipped_layer(self) -> float:
         """Returns the FLOPs of a token in a skipped layer: keys, values and the continuation."""
-        width, head = self.arch.width, self.exit_head
-        maps = 2.0 * width * (2 * head.continuation_rank or width)
-        maps = maps if head.continuation == "linear" else 0.0
-        return self._base("k", "v") + self._adapters("k", "v") + maps
+        return self._base("k", "v") + self._adapters("k", "v") + self._continuation()
 
-    def compute_fraction(self, depth_fraction: float, logits: float = 0.0) -> float:
-        """Returns the FLOPs of the layers at a mean depth, as a fraction of those at full depth.
+    def compute_fraction(self, result: PolicyResult) -> float:
+        """Returns the FLOPs of a policy's layers and decisions, as a fraction of all layers' FLOPs.
 
-        `depth_fraction` is the mean depth divided by the number of layers. Attention scores are not
-        counted. `logits` is the mean number of exits per token at which all logits are computed (0
-        except for a confidence policy).
+        A policy decides at every exit that a token reaches, from a hazard head (`sample`,
+        `threshold`) or from all logits (`confidence`); other policies need no decision. The first
+        token of a completion takes none, because the prefill produces it, with all layers.
+        Attention scores are not counted.
         """
         layer = self._base() + self._adapters()
-        skipped = self.skipped_layer() / layer
-        decisions = logits * self.logits(1) / (self.arch.layers * layer)
-        return depth_fraction + (1.0 - depth_fraction) * skipped + decisions
+        decision = {
+            "sample": self._exit_head(),
+            "threshold": self._exit_head(),
+            "confidence": self.logits(1),
+        }.get(result.kind, 0.0)
+        reached = sum(
+            count * sum(exit_layer <= int(depth) for exit_layer in self.exit_layers)
+            for depth, count in result.depth_histogram.items()
+        )
+        decisions = (reached - result.problems * len(self.exit_layers)) / result.tokens
+        skipped = (1.0 - result.depth_fraction) * self.skipped_layer() / layer
+        return result.depth_fraction + skipped + decisions * decision / (self.arch.layers * layer)
 
     def _student(self, size: PassSize, completion_tokens: int) -> float:
-        passes = self.forward(size, hazards=True) + self.backward(size, hazards=True)
+        passes = self.forward(size, exits=True) + self.backward(size, exits=True)
         return passes + self.logits(completion_tokens, trained=True)
 
     def _projections(self) -> dict[str, tuple[int, int]]:
@@ -255,6 +270,17 @@ class ModelFlops:
     def _pair(self) -> float:
         """Returns the FLOPs of one query-key pair in one layer: its score and weighted value."""
         return 4.0 * self.arch.query_heads * self.arch.head_dim
+
+    def _continuation(self) -> float:
+        """Returns the FLOPs of one token in the continuation's map of one layer."""
+        width, head = self.arch.width, self.exit_head
+        linear = head.continuation == "linear"
+        return 2.0 * width * (2 * head.continuation_rank or width) if linear else 0.0
+
+    def _exits(self) -> tuple[float, float]:
+        """Returns the FLOPs of one token in all exit heads, and in all maps of the continuation."""
+        heads = len(self.exit_layers) * self._exit_head()
+        return heads, self.arch.layers * self._continuation()
 
     def _exit_head(self) -> float:
         width = self.arch.width

@@ -26,9 +26,10 @@ from jexit.loops.setup import load_model, load_task, make_decoder
 from jexit.loops.trainer import Trainer, peak_memory
 from jexit.model.attention import choose_attention
 from jexit.model.lora import merge_adapters
+from jexit.model.transformer import Transformer
 from jexit.results import REMEDY, PolicyResult, checked
-from jexit.steps.optim import make_optimizer, schedule
-from jexit.steps.state import Params, SplitModel, TrainState, parameter_labels, split_model
+from jexit.steps.optim import make_optimizer, schedule, split_for_training
+from jexit.steps.state import Params, SplitModel, TrainState
 from jexit.tasks import Attempt, Task
 from jexit.untrusted import read_json
 
@@ -69,21 +70,16 @@ class Stage:
                     "(configs/sft.py), or set config.finetune.policy=full"
                 )
         start_run(workdir, config)
-        full = config.lora.rank == 0
-        labels = parameter_labels(model, full=full)
-        optim = config.optim
-        if config.command == "finetune":  # exits stay as they are
-            optim = dataclasses.replace(optim, exit_lr=0.0, continuation_lr=0.0)
-        optimizer = make_optimizer(optim, updates, labels)
+        split, labels, optimizer = trained_parts(model, config, updates)
         return cls(
             config,
             workdir,
             task,
             tokenizer,
-            split_model(model, full=full, keep_teacher=config.command != "finetune"),
+            split,
             model.arch.layers,
             model.exit_layers,
-            ModelFlops.of(model, full=full),
+            ModelFlops.of(model, full=config.lora.rank == 0),
             labels,
             optimizer,
             updates,
@@ -128,7 +124,7 @@ class Stage:
         peaks = {"base": optim.full_lr} if self.config.lora.rank == 0 else {"lora": optim.lora_lr}
         if self.config.command != "finetune":
             peaks |= {"exit": optim.exit_lr}
-            if self.config.exits.continuation == "linear":
+            if self.config.exits.continuation == "linear" and optim.continuation_lr:
                 peaks["continuation"] = optim.continuation_lr
         return {
             f"lr/{name}": schedule(optim, peak, updates or self.updates)(step * per_step)
@@ -154,7 +150,7 @@ class Stage:
         The result contains accuracy, depth and compute on the evaluation split.
         """
         result = self._measured(trainable)[0]
-        compute = self.flops.compute_fraction(result.depth_fraction)
+        compute = self.flops.compute_fraction(result)
         return result.model_copy(update={"compute_fraction": compute})
 
     def initial_floor(self) -> AccuracyFloor:
@@ -162,7 +158,8 @@ class Stage:
 
         Each floor is `rl.accuracy_floor` times a measured accuracy. The evaluation split is decoded
         twice: with the settings of rollouts, for the floor of rollouts, and with those of
-        `config.eval`, for the floor of held-out problems.
+        `config.eval`, for the floor of held-out problems. Raises UserError if no sampled answer is
+        correct and there are penalties, which a floor of 0 would not withhold.
         """
         rl, evaluation = self.config.rl, self.config.eval
         sampled, _ = self._measured(
@@ -171,6 +168,14 @@ class Stage:
             temperature=rl.temperature,
             max_new_tokens=rl.max_new_tokens,
         )
+        if sampled.accuracy == 0 and (rl.depth_coef or rl.length_coef):
+            raise UserError(
+                f"the model answers none of {sampled.problems} problems of the {evaluation.split} "
+                "split correctly at full depth, but the accuracy floor of the penalties is a "
+                "fraction of that accuracy (config.rl.floor_of=initial); fine-tune the model first "
+                "(configs/finetune.py), raise config.eval.problems, or set "
+                "config.rl.floor_of=absolute"
+            )
         measured, _ = self._measured(self.split.trainable, policy="full")
         floor = AccuracyFloor(
             rl.accuracy_floor * sampled.accuracy,
@@ -235,6 +240,23 @@ class Stage:
         print(f"Drew {draw(self.workdir)}")
         memory = peak_memory()
         print(f"Peak memory: {', '.join(f'{gib:.2f} GiB ({n})' for n, gib in memory.items())}")
+
+
+def trained_parts(
+    model: Transformer, config: Config, updates: int
+) -> tuple[SplitModel, Params, optax.GradientTransformation]:
+    """Returns the split model, its labels and the optimiser of a run of `updates` updates.
+
+    The commands are fine-tuning, which leaves exits as they are and needs no teacher, calibration
+    and RL.
+    """
+    optim, finetunes = config.optim, config.command == "finetune"
+    if finetunes:
+        optim = dataclasses.replace(optim, exit_lr=0.0, continuation_lr=0.0)
+    split, labels = split_for_training(
+        model, optim, full=config.lora.rank == 0, keep_teacher=not finetunes
+    )
+    return split, labels, make_optimizer(optim, updates, labels)
 
 
 def check_prompts(task: Task, tokenizer: Tokenizer, config: Config, positions: int) -> None:

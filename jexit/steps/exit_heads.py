@@ -80,7 +80,7 @@ def make_lens_step(
             )
             return config.exit_coef * exit_loss, {"loss/exit": exit_loss}
 
-        (loss, metrics), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.trainable)
+        (loss, metrics), gradients = split.value_and_grad(loss_fn)(state.trainable)
         state, update_metrics = apply_gradients(state, optimizer, gradients, loss)
         metrics |= {
             "loss": loss,

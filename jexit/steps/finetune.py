@@ -54,7 +54,7 @@ def make_finetune_step(
             loss = -masked_sum(logprob_BC, rows.token_BC) / tokens
             return loss, {"loss": loss}
 
-        state, metrics = gradient_step(loss_fn, state, optimizer, batch, micro_batches, key)
+        state, metrics = gradient_step(split, loss_fn, state, optimizer, batch, micro_batches, key)
         metrics["tokens"] = jnp.sum(batch.segment_BT > 0).astype(jnp.float32)
         return state, metrics
 

@@ -15,7 +15,10 @@ import optax
 from jexit.axes import Array, PRNGKey
 from jexit.config import OptimConfig
 from jexit.dist import constrain_parameters
-from jexit.steps.state import Params, TrainState
+from jexit.model.transformer import Transformer
+from jexit.steps.state import Params, SplitModel, TrainState, parameter_labels, split_model
+
+STILL = "still"  # the label of parameters that do not train
 
 Metrics = dict[str, Array]
 # (params, micro-batch, key) → (its share of the loss, its share of the metrics)
@@ -46,9 +49,10 @@ def make_optimizer(config: OptimConfig, steps: int, labels: Params) -> optax.Gra
     """Returns an optimiser that clips gradients by their global norm and then applies AdamW.
 
     `labels` is a tree with the kind of each parameter (see `parameter_labels`). Each kind has its
-    own peak learning rate, scheduled over `steps` steps. Weight decay applies to matrices only. The
-    gradient of the continuation is clipped separately: because the continuation reads unnormalised
-    residuals, its gradient is a hundred times that of all other parameters in real models.
+    own peak learning rate, scheduled over `steps` steps; parameters labelled `STILL` have no
+    gradient (None) and no optimiser state. Weight decay applies to matrices only. The gradient of
+    the continuation is clipped separately: because the continuation reads unnormalised residuals,
+    its gradient is a hundred times that of all other parameters in real models.
     """
     peaks = {
         "lora": config.lora_lr,
@@ -79,7 +83,23 @@ def make_optimizer(config: OptimConfig, steps: int, labels: Params) -> optax.Gra
     clip = optax.clip_by_global_norm(config.clip_norm)
     own = jax.tree.map(lambda label: "own" if label == "continuation" else "common", labels)
     clipped = optax.partition({"own": clip, "common": clip}, own)
-    return optax.chain(clipped, optax.partition(adamw, labels))
+    return optax.chain(clipped, optax.partition(adamw | {STILL: optax.set_to_zero()}, labels))
+
+
+def split_for_training(
+    model: Transformer, config: OptimConfig, *, full: bool, keep_teacher: bool = True
+) -> tuple[SplitModel, Params]:
+    """Splits a model (see `split_model`); returns it and the labels for `make_optimizer`.
+
+    A continuation with the learning rate 0 is labelled `STILL`, and has no gradient.
+    """
+    still = () if config.continuation_lr else ("continuation",)
+    labels = jax.tree.map(
+        lambda kind: STILL if kind in still else kind, parameter_labels(model, full=full)
+    )
+    trains = jax.tree.map(lambda label: label != STILL, labels)
+    split = split_model(model, full=full, keep_teacher=keep_teacher)
+    return split._replace(trains=trains), labels
 
 
 def micro_batch(batch: Any, index: Array, micro_batches: int) -> Any:
@@ -105,6 +125,7 @@ def joined(parts: Any) -> Any:
 
 
 def gradient_step(
+    split: SplitModel,
     loss_fn: LossFn,
     state: TrainState,
     optimizer: optax.GradientTransformation,
@@ -117,7 +138,7 @@ def gradient_step(
     Returns the new state, and the metrics of `loss_fn` (summed) and of `apply_gradients`.
     """
     loss, metrics, gradients = accumulated_gradients(
-        loss_fn,
+        split.value_and_grad(loss_fn),
         state.trainable,
         lambda index: micro_batch(batch, index, micro_batches),
         micro_batches,
@@ -128,14 +149,18 @@ def gradient_step(
 
 
 def accumulated_gradients(
-    loss_fn: LossFn, params: Params, take: Callable[[Array], Any], count: int, key: PRNGKey
+    value_and_grad: Callable[..., tuple[tuple[Array, Metrics], Params]],
+    params: Params,
+    take: Callable[[Array], Any],
+    count: int,
+    key: PRNGKey,
 ) -> tuple[Array, Metrics, Params]:
     """Returns loss, metrics and gradients, summed over micro-batches `take(0)` … `take(count − 1)`.
 
-    `loss_fn` must divide by denominators of the whole batch, such as its number of tokens. The sums
-    then equal the results of one pass over the whole batch, even if rows have different lengths.
+    `value_and_grad` is that of a `LossFn`, which must divide by denominators of the whole batch,
+    such as its number of tokens. The sums then equal the results of one pass over the whole batch,
+    even if rows have different lengths.
     """
-    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
 
     def one(index: Array) -> tuple[Array, Metrics, Params]:
         rows = take(index)
@@ -172,12 +197,18 @@ def apply_gradients(
     """Takes one optimiser step, or skips it; returns the new state and metrics.
 
     A step is skipped if the loss, the gradients, the new parameters or the new optimiser state are
-    not finite. A skipped step changes only the counters. The metrics are `grad_norm`, before
-    clipping, and `skipped`, the number of consecutive skipped steps up to this one.
+    not finite. A skipped step changes only the counters. Parameters with None as their gradient
+    stay as they are. The metrics are `grad_norm`, before clipping, and `skipped`, the number of
+    consecutive skipped steps up to this one.
     """
     norm = optax.tree.norm(gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
-    trainable = optax.apply_updates(state.trainable, updates)
+    trainable = jax.tree.map(
+        lambda update, leaf: leaf if update is None else optax.apply_updates(leaf, update),
+        updates,
+        state.trainable,
+        is_leaf=lambda update: update is None,
+    )
     finite = jnp.isfinite(loss) & jnp.isfinite(norm) & _all_finite((trainable, opt_state))
     trainable, opt_state = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old),

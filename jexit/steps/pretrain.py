@@ -82,7 +82,7 @@ def make_pretrain_step(
             metrics["loss"] = loss
             return loss, metrics
 
-        state, metrics = gradient_step(loss_fn, state, optimizer, batch, micro_batches, key)
+        state, metrics = gradient_step(split, loss_fn, state, optimizer, batch, micro_batches, key)
         metrics["tokens"] = jnp.sum(batch.segment_BT[:, 1:] > 0).astype(jnp.float32)
         return state, metrics
 

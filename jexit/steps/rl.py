@@ -129,7 +129,7 @@ def make_rl_step(
         for update in range(config.updates_per_batch):
             update_key = jax.random.fold_in(key, update)
             state, update_metrics = gradient_step(
-                loss_fn, state, optimizer, scored, micro_batches, update_key
+                split, loss_fn, state, optimizer, scored, micro_batches, update_key
             )
             if update > 0:  # the gap to the sampler is meaningful only before the first update
                 update_metrics.pop("sampler_gap")

@@ -68,7 +68,7 @@ def make_sft_step(
                 explore=config.explore,
             )
             return accumulated_gradients(
-                loss_fn,
+                split.value_and_grad(loss_fn),
                 state.trainable,
                 lambda sample: Taught(rows, hidden_BCD, leave_BCE, exits_SBC[sample]),
                 config.samples,

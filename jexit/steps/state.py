@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -45,11 +46,16 @@ class FixedParams(NamedTuple):
 
 
 class SplitModel(NamedTuple):
-    """A model split into structure and parameters, so that steps can be pure functions."""
+    """A model split into structure and parameters, so that steps can be pure functions.
+
+    `trains` says for each array of `trainable` whether it has a gradient (None: all do). The others
+    belong to the state of a run, which may set them, such as a continuation that keeps its fit.
+    """
 
     graphdef: nnx.GraphDef
     trainable: Params
     fixed: FixedParams
+    trains: Params | None = None
 
     def student(self, trainable: Params, fixed: FixedParams | None = None) -> Transformer:
         """Returns the model with the parameters `trainable` and `fixed` (None: `self.fixed`)."""
@@ -65,6 +71,31 @@ class SplitModel(NamedTuple):
         if fixed.teacher is not None:
             trainable = fixed.teacher
         return nnx.merge(self.graphdef, jax.lax.stop_gradient(trainable), fixed.frozen)
+
+    def value_and_grad(self, loss_fn: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns `jax.value_and_grad(loss_fn, has_aux=True)` for the parameters that train.
+
+        The gradient has None in place of the others.
+        """
+        if self.trains is None:
+            return jax.value_and_grad(loss_fn, has_aux=True)
+
+        def of_all(params: Params, *arguments: Any) -> Any:
+            def of_trained(trained: Params) -> Any:
+                whole = jax.tree.map(
+                    lambda trains, leaf, still: leaf if trains else still,
+                    self.trains,
+                    trained,
+                    params,
+                )
+                return loss_fn(whole, *arguments)
+
+            trained = jax.tree.map(
+                lambda trains, leaf: leaf if trains else None, self.trains, params
+            )
+            return jax.value_and_grad(of_trained, has_aux=True)(trained)
+
+        return of_all
 
     @property
     def teacher_has_own_head(self) -> bool:

@@ -9,7 +9,8 @@
 
 Each combination is a run in its own directory, such as DIR/rl.depth_coef=0.4,seed=1. The output of
 the run is written to a .log file beside this directory. Values that contain commas are separated by
-`|`, as in `exits.layers=(2,4)|(4,)`. --config.KEY sets KEY for all runs. With --eval, the model of
+`|`, as in `exits.layers=(2,4)|(4,)`. --config.KEY sets KEY for all runs; `{seed}` or another KEY of
+the grid in its value stands for the run's value of that key. With --eval, the model of
 each finished run is evaluated on the run's own task, with the settings of --eval.KEY, and the
 results are written to `eval` in the run's directory. --config may also name the config of an
 evaluation, for example to evaluate several models.

@@ -113,7 +113,8 @@ class Sweep:
     """The arguments of a sweep's command line.
 
     `config` is the config file of the runs, `grid` maps each key that varies to its values, and
-    `fixed` maps the other keys that were set to values. `into` is the directory of the runs.
+    `fixed` maps the other keys that were set to values, in which `{KEY}` stands for the value of a
+    key in the grid. `into` is the directory of the runs.
     `evaluation` is the config file for evaluating each finished run, or an empty string.
     """
 
@@ -233,7 +234,8 @@ class Sweep:
         return begun
 
     def training(self, cell: Cell) -> list[str]:
-        return _arguments(self.config, cell.workdir, {**self.fixed, **cell.settings})
+        fixed = {key: _filled(value, cell.settings) for key, value in self.fixed.items()}
+        return _arguments(self.config, cell.workdir, {**fixed, **cell.settings})
 
     def evaluating(self, cell: Cell, task: Mapping[str, Any] | None = None) -> list[str]:
         """Returns the arguments of `jexit.main` that evaluate the finished run of `cell` on `task`.
@@ -270,6 +272,10 @@ class Sweep:
                 parse(["jexit.main", *self.evaluating(cell, config.to_dict()["task"])])
         except ValueError as error:
             raise UserError(f"the run in {cell.workdir} cannot start: {error}") from error
+
+
+def _filled(value: str, settings: Mapping[str, str]) -> str:
+    return re.sub(r"\{([\w.]+)\}", lambda found: settings.get(found[1], found[0]), value)
 
 
 def begun_in(into: pathlib.Path) -> list[Cell]:

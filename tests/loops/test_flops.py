@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jexit.config import Execution, ExitSettings, LoRA
+from jexit.config import Execution, ExitSettings, LoRA, OptimConfig
 from jexit.dist import host_rows
 from jexit.kernels.dispatch import compiling_for
 from jexit.loops.flops import ModelFlops, PassSize, mfu
 from jexit.model.policies import Prescribed
 from jexit.model.transformer import Transformer, logits_of, run
 from jexit.presets import PRESETS
-from jexit.steps.state import split_model
+from jexit.results import PolicyResult
+from jexit.steps.optim import split_for_training
 from small_runs import ARCHITECTURE
 
 # Wide enough that what is not a matrix product, which XLA counts too, is little.
@@ -32,11 +33,11 @@ WHOLE = PassSize(ROWS * LENGTH, ROWS * LENGTH**2)
 ELEMENTWISE = 0.04  # what XLA counts besides matrix products, at most
 
 
-def make_model(lora, kind="mlp"):
+def make_model(lora, kind="mlp", continuation="frozen"):
     return Transformer(
         ARCH,
         exit_layers=EXITS,
-        exit_head=ExitSettings(kind=kind),
+        exit_head=ExitSettings(kind=kind, continuation=continuation),
         lora=lora,
         execution=Execution(attention="xla", scan_unroll=ARCH.layers),  # a loop counts once
         rngs=nnx.Rngs(0),
@@ -52,10 +53,15 @@ DEPTHS_BT = jnp.full((ROWS, LENGTH), ARCH.layers)
 
 
 @pytest.mark.parametrize(
-    ("lora", "kind"), [pytest.param(None, "mlp", marks=pytest.mark.slow), (ADAPTERS, "linear")]
+    ("lora", "kind", "continuation"),
+    [
+        pytest.param(None, "mlp", "frozen", marks=pytest.mark.slow),
+        (ADAPTERS, "linear", "frozen"),
+        (ADAPTERS, "linear", "linear"),
+    ],
 )
-def test_a_forward_pass_is_what_xla_counts(lora, kind):
-    model = make_model(lora, kind)
+def test_a_forward_pass_is_what_xla_counts(lora, kind, continuation):
+    model = make_model(lora, kind, continuation)
     graphdef, state = nnx.split(model)
 
     def forward(state, tokens_BT):
@@ -64,18 +70,19 @@ def test_a_forward_pass_is_what_xla_counts(lora, kind):
         return logits_of(out.hidden_BTD, model.head_VD), out.hazard_logits_BTE
 
     ours = ModelFlops.of(model, full=False)
-    truth = ours.forward(WHOLE, hazards=True) + ours.logits(WHOLE.tokens)
+    truth = ours.forward(WHOLE, exits=True) + ours.logits(WHOLE.tokens)
     found = counted_by_xla(forward, state, TOKENS_BT)
     assert truth <= found <= (1 + ELEMENTWISE) * truth
 
 
 @pytest.mark.parametrize(
-    "full", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["lora", "full"]
+    ("full", "continuation"),
+    [(False, "frozen"), (False, "linear"), pytest.param(True, "frozen", marks=pytest.mark.slow)],
 )
-def test_a_backward_pass_is_what_xla_counts(full):
+def test_a_backward_pass_is_what_xla_counts(full, continuation):
     """Twice the forward pass for what trains, once for what is frozen."""
-    model = make_model(None if full else ADAPTERS)
-    split = split_model(model, full=full, keep_teacher=False)
+    model = make_model(None if full else ADAPTERS, continuation=continuation)
+    split, _ = split_for_training(model, OptimConfig(), full=full, keep_teacher=False)
     # With a gradient to the embedding none of the first layer's work can be left out.
     trainable, frozen = split.trainable, split.fixed.frozen
 
@@ -86,9 +93,18 @@ def test_a_backward_pass_is_what_xla_counts(full):
         return jnp.sum(jnp.square(logits)) + jnp.sum(out.hazard_logits_BTE)
 
     offset_BTD = jax.ShapeDtypeStruct((ROWS, LENGTH, ARCH.width), jnp.float32)
-    found = counted_by_xla(jax.grad(loss, (0, 2)), trainable, frozen, offset_BTD, TOKENS_BT)
+
+    def gradients(trainable, frozen, offset_BTD, tokens_BT):
+        def of_both(both, *others):
+            return loss(both[0], others[0], both[1], others[1]), None
+
+        trains = (split.trains, True)
+        both = split._replace(trains=trains).value_and_grad(of_both)
+        return both((trainable, offset_BTD), frozen, tokens_BT)
+
+    found = counted_by_xla(gradients, trainable, frozen, offset_BTD, TOKENS_BT)
     ours = ModelFlops.of(model, full=full)
-    passes = ours.forward(WHOLE, hazards=True) + ours.backward(WHOLE, hazards=True)
+    passes = ours.forward(WHOLE, exits=True) + ours.backward(WHOLE, exits=True)
     truth = passes + ours.logits(WHOLE.tokens, trained=True)
     assert found == pytest.approx(truth, rel=ELEMENTWISE)
 
@@ -140,6 +156,37 @@ def test_rollouts_cost_what_ran():
         for rows in ([True, False], [False, True], [True, True])
     ]
     assert halves[0] + halves[1] == pytest.approx(halves[2])
+
+
+def kept_of(policy):
+    """Four tokens leave at exit 1, one at exit 2; three run all layers, two of them are first."""
+    mean = (4 * 1 + 1 * 2 + 3 * 3) / 8
+    return PolicyResult(
+        policy=policy, accuracy=1.0, accuracy_ci95=(0.5, 1.0), depth_mean=mean,
+        depth_fraction=mean / 3, depth_histogram={"1": 4, "2": 1, "3": 3}, problems=2, tokens=8,
+        tokens_per_second=1.0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("rank", [0, 5])
+def test_compute_that_is_left_is_the_sum_of_its_parts(rank):
+    head = ExitSettings(continuation="linear", continuation_rank=rank)
+    ours = ModelFlops(arch=ARCH, exit_layers=EXITS, exit_head=head, lora=ADAPTERS, full=False)
+    width, keys, queries = 256, 2 * 48, 8 * 48
+    # Adapters are on q, k, o, gate and down.
+    adapters = 2 * 16 * ((width + queries) * 2 + (width + keys) + (width + 704) * 2)
+    layer = 2 * width * (2 * queries + 2 * keys + 3 * 704) + adapters
+    maps = 2 * 2 * width * rank if rank else 2 * width * width
+    skipped = 2 * width * 2 * keys + 2 * 16 * (width + keys) + maps
+    assert ours.skipped_layer() == skipped
+    layers = (15 * layer + (24 - 15) * skipped) / (24 * layer)
+    read = 4 * 1 + 1 * 2 + (3 - 2) * 2  # exits of the tokens that are not first
+    for policy, decision in (
+        ("full", 0), ("fixed:1", 0), ("shuffled", 0), ("sample", 4 * width**2 + 4 * width),
+        ("threshold:0.5", 4 * width**2 + 4 * width), ("confidence:0.9", 2 * width * 640),
+    ):  # fmt: skip
+        found = ours.compute_fraction(kept_of(policy))
+        assert found == pytest.approx(layers + read * decision / (24 * layer)), policy
 
 
 def test_mfu_is_a_share_of_the_chips_peak():

@@ -9,6 +9,7 @@ import pytest
 
 import jexit
 from jexit.config import BEST_METRICS
+from jexit.errors import UserError
 from jexit.evaluation.accuracy import text_means
 from jexit.kernels.chips import CHIPS, Chip
 from jexit.loops.penalties import FailureWatch
@@ -224,6 +225,22 @@ def test_a_floor_can_be_a_share_of_what_the_initial_model_has_at_full_depth(
         assert row["depth_coef"] == 0.0
         assert -80 < row["val/reward"] < -70  # 100 a unit of accuracy under 0.72
         assert 1e6 < row["mfu"] * row["step_seconds"] * 1e9 < 1e9 and "model_flops" not in row
+
+
+def test_penalties_need_a_model_that_is_ever_correct(model_dir, tmp_path):
+    """A floor that is a fraction of 0 would let them act from the first update."""
+    settings = {"steps": 1, "rl__accuracy_floor": 0.9, "rl__floor_of": "initial"}
+    settings |= {"eval__problems": 2, "rl__depth_coef": 0.0}
+    for coef, allowed in (("rl__depth_coef", False), ("rl__length_coef", False), ("", True)):
+        config = make_config("rl", model_dir, **settings | ({coef: 1.0} if coef else {}))
+        workdir = tmp_path / (coef or "none")
+        if allowed:
+            dispatch(config, workdir)
+            assert len(metrics(workdir)) == 1
+        else:
+            with pytest.raises(UserError, match="none of 2 problems of the val split correctly"):
+                dispatch(config, workdir)
+            assert metrics(workdir) == []
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import pytest
 from random_models import random_model
 from steps import toy
 
-from jexit.config import EngineSize, LoRA, RLConfig, SFTConfig
+from jexit.config import EngineSize, ExitSettings, LoRA, RLConfig, SFTConfig
 from jexit.dist import make_mesh, place_parameters, place_rows, use_mesh
 from jexit.loops.packing import Lengths, PackedShapes
 from jexit.model.policies import Sample
@@ -40,9 +40,13 @@ ON_MESHES = pytest.mark.parametrize(
     scope="module", params=[False, pytest.param(True, marks=SLOW)], ids=["lora", "full"]
 )
 def split(request):
-    """As in Qwen3-4B, key/value heads are fewer than the largest tensor axis."""
+    """As in Qwen3-4B, key/value heads are fewer than the largest tensor axis.
+
+    With adapters, skipped layers are linear.
+    """
     model = random_model(
         exit_layers=(1, 2),
+        exit_head=ExitSettings(continuation="frozen" if request.param else "linear"),
         lora=None if request.param else LoRA(rank=2, alpha=4.0, targets=("q", "k", "o", "down")),
         vocab_size=48,
         width=WIDTH,

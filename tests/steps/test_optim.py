@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from steps import toy
 
-from jexit.config import OptimConfig
-from jexit.steps.optim import apply_gradients, make_optimizer
-from jexit.steps.state import new_state
+from jexit.config import OptimConfig, SFTConfig
+from jexit.steps.optim import STILL, apply_gradients, make_optimizer, split_for_training
+from jexit.steps.sft import make_sft_step
+from jexit.steps.state import new_state, parameter_labels
 
 LABELS = {"exits": {"w1": "exit"}, "q": {"lora_a": "lora"}}
 
@@ -76,6 +78,30 @@ def test_the_continuations_gradient_leaves_the_clipping_of_others_alone():
         wanted, lone = alone.update(gradients(value), lone, parameters())
         assert_same({name: found[name] for name in wanted}, copied(wanted))
     assert float(jnp.abs(found["a"]).max()) > 0
+
+
+def test_a_continuation_that_keeps_its_fit_has_no_gradient_and_no_moments():
+    """All others learn as if it had them."""
+    config = OptimConfig(lora_lr=1e-2, exit_lr=1e-2, continuation_lr=0.0)
+    everything = toy.make_split(continuation="linear")
+    model = everything.student(everything.trainable)
+    split, labels = split_for_training(model, config, full=False)
+    states = []
+    for parts, of in ((split, labels), (everything, parameter_labels(model, full=False))):
+        optimizer = make_optimizer(config, 10, of)
+        step = make_sft_step(parts, optimizer, SFTConfig(samples=1))
+        state = toy.start(parts, optimizer)
+        for index in range(2):
+            state, metrics = step(state, parts.fixed, toy.rows(), jax.random.key(index))
+        states.append((state, float(metrics["grad_norm"])))
+    (ours, norm), (theirs, larger) = states
+    toy.assert_close(ours.trainable, theirs.trainable, rtol=1e-5, atol=1e-7)
+    moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), ours.trainable, split.trainable)
+    assert jax.tree.leaves(moved) == [label != STILL for label in jax.tree.leaves(labels)]
+    assert norm < larger
+    still = split.trainable["blocks"]["continuation"]["update"]["kernel"].shape
+    shapes = [[leaf.shape for leaf in jax.tree.leaves(each.opt_state)] for each in (ours, theirs)]
+    assert still not in shapes[0] and shapes[1].count(still) == 2
 
 
 def test_a_finite_update_is_taken_and_ends_the_count():
