@@ -46,11 +46,11 @@ def get_config(variant: str = "measure"):
     if variant == "finetune":
         config.model.path = "models/smollm2"
         config.exits.layers = ()
-        config.steps = 60
+        config.steps = 180
         config.finetune.max_new_tokens = 64
         config.lora.rank = 0
         config.optim.full_lr = 2e-4
-        config.checkpoint.every = 20
+        config.checkpoint.every = 30
         return config
     config.rl.hazard_temperature = 0.3  # of every sampled depth, in all stages
     if variant == "calibrate":
