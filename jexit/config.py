@@ -134,7 +134,8 @@ class ModelConfig(Execution):
     """The model: a directory written by convert.from_hf or by a run, a directory in Hugging Face
     format, or a hub id in the local cache."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """The type of the base weights; auto selects float32 on CPUs and bfloat16 on accelerators."""
+    """The type of the base weights; auto selects float32 on CPUs and where all weights train
+    (lora.rank=0), and otherwise bfloat16."""
     kernels: Literal["auto", "xla"] = "auto"
     """The implementation of log-probabilities and KLs over the vocabulary, and of attention in
     decoding. auto uses Pallas kernels if there are any for the chip. `jexit.doctor` reports where
@@ -656,6 +657,12 @@ class Config:
         )
 
     @property
+    def dtype(self) -> Literal["auto", "float32", "bfloat16"]:
+        """The dtype of the weights; float32 where they train, as bfloat16 loses small updates."""
+        full = self.command in TRAINING and self.lora.rank == 0
+        return "float32" if full and self.model.dtype == "auto" else self.model.dtype
+
+    @property
     def best_metric(self) -> str:
         """The metric that ranks checkpoints; a "-" before the name means that lower is better."""
         return self.checkpoint.best_metric or ("val/reward" if self.command == "rl" else "-loss")
@@ -681,7 +688,7 @@ class Config:
         _check_preset(self.preset)
         check_rising(self.exits.layers)
         self.exits.check_rank("config.exits.")
-        for rules in (_sizes, _calibration, _checkpoints, _reinforcement):
+        for rules in (_sizes, _calibration, _weights, _checkpoints, _reinforcement):
             for contradiction in rules(self):
                 raise UserError(contradiction)
         _check_policies(self)
@@ -773,13 +780,24 @@ def _calibration(config: Config) -> Iterator[str]:
         )
 
 
+def _weights(config: Config) -> Iterator[str]:
+    if config.command in TRAINING and config.lora.rank == 0 and config.dtype == "bfloat16":
+        yield (
+            "config.model.dtype is bfloat16, which loses most updates of weights, but "
+            "config.lora.rank=0 trains all weights; set config.model.dtype to auto or float32, or "
+            "config.lora.rank above 0"
+        )
+
+
 def _checkpoints(config: Config) -> Iterator[str]:
-    measured = BEST_METRICS.get(config.command, ())
+    measured, where = BEST_METRICS.get(config.command, ()), ""
+    if config.command == "sft" and config.sft.lens_steps:
+        measured, where = ("loss", "loss/exit"), " in its last phase, which trains the heads alone"
     if measured and config.best_metric.removeprefix("-") not in measured:
         yield (
             f"config.checkpoint.best_metric is {config.checkpoint.best_metric!r}, but "
-            f"{config.command} does not measure that; choose one of {', '.join(measured)}, with a "
-            "'-' before the name if lower is better"
+            f"{config.command} does not measure that{where}; choose one of {', '.join(measured)}, "
+            "with a '-' before the name if lower is better"
         )
     if config.checkpoint.final == "best" and config.checkpoint.keep_best == 0:
         yield (

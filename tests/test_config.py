@@ -209,6 +209,16 @@ CONTRADICTIONS = [
     ("rl", {"generate__policy": "fixed:0"}, "policy 'fixed:0' is not known"),
     ("rl", {"checkpoint__final": "best"}, "the best checkpoint; set config.checkpoint.keep_best=1"),
     ("rl", {"checkpoint__best_metric": "rewards"}, "choose one of val/reward, "),
+    (
+        "finetune",
+        {"lora__rank": 0, "model__dtype": "bfloat16"},
+        "config.lora.rank=0 trains all weights; set config.model.dtype to auto or float32, or conf",
+    ),
+    (
+        "sft",
+        {"checkpoint__best_metric": "-kl/teacher", "sft__lens_steps": 2},
+        "sft does not measure that in its last phase, which trains the heads alone; choose one of",
+    ),
     ("rl", {"eval__split": "test"}, "split is 'test', but a training run "),
     ("sft", {"sft__stay_weight": 9.0}, "stay_weight is 9, but config.sft.exit_loss=sampled"),
     ("sft", {"sft__explore": 0.5}, "explore is 0.5, but config.sft.exit_loss=sampled"),

@@ -215,7 +215,7 @@ def architecture(config: Config) -> Architecture:
 def _abstract_model(config: Config) -> Transformer:
     """Returns the config's model with abstract arrays; `auto` as the dtype means bfloat16."""
     arch = architecture(config)
-    dtype = jnp.bfloat16 if config.model.dtype == "auto" else jnp.dtype(config.model.dtype)
+    dtype = jnp.bfloat16 if config.dtype == "auto" else jnp.dtype(config.dtype)
 
     def build() -> Transformer:
         return Transformer(
@@ -295,7 +295,7 @@ def _fit(config: Config, mesh: Mesh, split: SplitModel, state: Any) -> Program:
         name="fit of the continuation",
         function=step,
         arguments=(sums, state.trainable, split.fixed, batch),
-        resident=state,
+        resident=(state, sums),  # the sums of the batches that are held back
     )
 
 

@@ -181,7 +181,8 @@ def _environment() -> Any:
         "dict": lambda *args, **kwargs: dict(*args, **kwargs),
         "namespace": Namespace,
         "raise_exception": raise_exception,
-        "strftime_now": lambda form: datetime.datetime.now().strftime(form),
+        # A fixed date, that of Llama 3.2's own template: prompts must not change while a run lasts.
+        "strftime_now": lambda form: datetime.date(2024, 7, 26).strftime(form),
     }
     return environment
 

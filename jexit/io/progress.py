@@ -75,11 +75,12 @@ class Progress(contextlib.AbstractContextManager):
     def update(self, step: int, **shown: Any) -> None:
         """Records that `step` steps are finished, and displays the metrics `shown`.
 
-        Metrics that are not passed keep the value of an earlier call.
+        Metrics that are not passed keep the value of an earlier call; None removes a metric.
         """
         if not self._enabled:
             return
         self._shown |= shown
+        self._shown = {name: v for name, v in self._shown.items() if v is not None}
         self._bar.update(self._task.id, completed=step)
         left = self._task.time_remaining
         self._bar.update(

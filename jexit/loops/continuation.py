@@ -115,4 +115,18 @@ def _sums(
         for step in held_back:
             other = added(other, step)
         progress.update(batches)
-    return whole((sums, other), _WHAT)
+    return _fetched(sums), _fetched(other)
+
+
+def _fetched(sums: RidgeSums) -> RidgeSums:
+    """Returns the sums as NumPy arrays on every host.
+
+    Hosts gather one matrix at a time, because all of them would not fit on a device.
+    """
+
+    def fetched(stacked: Array) -> np.ndarray:
+        if stacked.ndim < 3:
+            return whole(stacked, _WHAT)
+        return np.stack([whole(matrix, _WHAT) for matrix in stacked])
+
+    return jax.tree.map(fetched, sums)

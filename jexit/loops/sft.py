@@ -47,7 +47,14 @@ def calibrate(config: Config, workdir: pathlib.Path) -> None:
     lens_fn = make_lens_step(stage.split, lens, config.sft)
     remembered: tuple[ExitStates, np.ndarray] | None = None
     shown = {name: name for name in ("kl/exits", "kl/teacher", "loss/exit", "depth/fraction")}
-    trainer = Trainer(config, workdir, "sft", shown, steps=config.steps + lens_steps)
+    trainer = Trainer(
+        config,
+        workdir,
+        "sft",
+        shown,
+        steps=config.steps + lens_steps,
+        ranked_after=config.steps if lens_steps else 0,  # a model needs the heads of the last phase
+    )
     state = trainer.restore(new_state(stage.split.trainable, stage.optimizer))
     if int(state.step) == 0:
         fitted = fitted_continuation(stage, trajectories, state.trainable)

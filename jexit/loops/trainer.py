@@ -60,7 +60,7 @@ class Trainer:
     the log. The metrics `tokens` and `model_flops` of a step are logged as `tokens_per_second` and,
     if the chip's peak is known, `mfu`. `shown` maps metrics to the short names that the progress
     bar shows. Before each checkpoint that gets a score, `measure(state)` is called, and the metrics
-    that it returns are logged as well.
+    that it returns are logged as well. Only steps after `ranked_after` count for the scores.
     """
 
     config: Config
@@ -70,6 +70,7 @@ class Trainer:
     kept: Sequence[Kept] = ()
     measure: Callable[[TrainState], dict[str, float]] | None = None
     steps: int = 0  # 0: config.steps
+    ranked_after: int = 0
 
     def __post_init__(self) -> None:
         self.checkpoints = Checkpoints(self.workdir, self.config.checkpoint)
@@ -228,9 +229,9 @@ class Trainer:
         with waiting(f"the checkpoint of step {step}"):
             self.checkpoints.save(step, self._saved(state), score)
 
-    def _note_score(self, values: dict[str, float]) -> None:
+    def _note_score(self, step: int, values: dict[str, float]) -> None:
         name = self.config.best_metric
-        if name.lstrip("-") not in values:  # not measured at every step
+        if step <= self.ranked_after or name.lstrip("-") not in values:
             return
         score = values[name.lstrip("-")] * (-1.0 if name.startswith("-") else 1.0)
         if math.isfinite(score):
@@ -240,7 +241,7 @@ class Trainer:
         with waiting(f"step {step}"):
             metrics = jax.device_get(metrics)
         values = {name: float(value) for name, value in metrics.items()}
-        self._note_score(values)
+        self._note_score(step, values)
         if "tokens" in values:
             values["tokens_per_second"] = values.pop("tokens") / values["step_seconds"]
         if "model_flops" in values:
@@ -248,7 +249,7 @@ class Trainer:
             values |= mfu(values.pop("model_flops"), values["step_seconds"], devices)
         self._writer.write(step, values | peak_memory())
         self._progress.update(
-            step, **{short: values[name] for name, short in self.shown.items() if name in values}
+            step, **{short: values.get(name) for name, short in self.shown.items()}
         )
         self._skipping = values["skipped"] > 0
         self._skipped += self._skipping

@@ -18,6 +18,7 @@ residuals after later layers.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -33,7 +34,8 @@ from jexit.model.transformer import run
 from jexit.steps.completions import Completions
 from jexit.steps.state import FixedParams, Params, SplitModel
 
-STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, math.inf)
+SMALLEST = 1e-12  # variance of an input, over the largest one, below which it counts as constant
 ORIGINS = ("x_origin_ED", "v_origin_PD")  # fields of RidgeSums
 
 
@@ -196,9 +198,13 @@ class Moments:
     def ridge(self, strength: float) -> tuple[np.ndarray, np.ndarray]:
         """Returns (A, b) of the ridge fit u ≈ x·A + b.
 
-        The penalty `strength` is relative to the variance of each input.
+        The penalty `strength` is relative to the variance of each input; with an infinite one, A is
+        0. So are the rows of A for inputs that are constant.
         """
-        scale_D = np.sqrt(np.maximum(np.diag(self.xx_DD), np.finfo(np.float64).tiny))
+        if math.isinf(strength):
+            return np.zeros_like(self.xu_DD), self.u_D
+        scale_D = np.sqrt(np.diag(self.xx_DD))
+        scale_D = np.where(scale_D > math.sqrt(SMALLEST) * scale_D.max(), scale_D, np.inf)
         correlation_DD = self.xx_DD / scale_D[:, None] / scale_D
         correlation_DD[np.diag_indices(len(scale_D))] += strength
         a_DD = scipy.linalg.solve(
@@ -339,7 +345,9 @@ def factors(a_DD: np.ndarray, xx_DD: np.ndarray, rank: int) -> tuple[np.ndarray,
     `a_DD` is the map A, and `xx_DD` the covariance of its inputs x. The method is reduced-rank
     regression, with the leading right singular vectors of L'A, where L L' = cov(x).
     """
-    left = scipy.linalg.cholesky(xx_DD + 1e-6 * np.diag(np.diag(xx_DD)), lower=True)
+    variance_D = np.diag(xx_DD)
+    jitter_D = 1e-6 * variance_D + SMALLEST * variance_D.max()
+    left = scipy.linalg.cholesky(xx_DD + np.diag(jitter_D), lower=True)
     _, _, right = np.linalg.svd(left.T @ a_DD, full_matrices=False)
     basis_RD = right[:rank]
     return a_DD @ basis_RD.T, basis_RD

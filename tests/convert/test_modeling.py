@@ -19,8 +19,10 @@ from tolerances import LOGITS, LOGITS_REAL
 
 torch = pytest.importorskip("torch")
 hf_models = pytest.importorskip("hf_models")
-from transformers import AutoModelForCausalLM, GenerationConfig  # noqa: E402
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig  # noqa: E402
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer  # noqa: E402
 
+ROOT = Path(__file__).parents[2]
 EXITS, LAYERS = (1, 3), 4
 TOKENS_BT = hf_models.random_tokens(2, 14, seed=8)
 
@@ -247,6 +249,32 @@ def test_a_skipped_layer_needs_the_cache_that_is_in_use(shipped, monkeypatch):
     )
     with pytest.raises(RuntimeError, match="layer 1 was called with use_cache but without cache"):
         theirs(torch.tensor([[5, 6]]), depths=1)
+
+
+def test_a_skipped_layer_writes_where_older_caches_are_told():
+    """Static caches before transformers 5 write to slot 0 unless they are given the position."""
+    module = runpy.run_path(str(ROOT / "convert" / "modeling_jexit.py"))
+    config = LlamaConfig(
+        hidden_size=16, num_attention_heads=2, num_key_value_heads=2, intermediate_size=16,
+        num_hidden_layers=1, vocab_size=10, head_dim=8,
+    )  # fmt: skip
+    layer = type("WithExits", (LlamaDecoderLayer,), {})(config, 0)
+
+    class Static:
+        def __init__(self):
+            self.written = []
+
+        def update(self, keys, values, layer, settings=None):
+            position = (settings or {}).get("cache_position", torch.arange(keys.shape[-2]))
+            self.written += position.tolist()
+
+    angles = torch.ones(1, 1, 8), torch.zeros(1, 1, 8)
+    for given, slot in (({"cache_position": torch.tensor([7])}, 7), ({}, 0)):
+        cache = Static()
+        told = {"past_key_values": cache, "position_embeddings": angles, **given}
+        with torch.no_grad():
+            module["_keys_and_values"](layer, torch.randn(1, 1, 16), told)
+        assert cache.written == [slot]
 
 
 def test_an_old_transformers_is_one_sentence(monkeypatch):

@@ -57,6 +57,12 @@ def test_templates_find_what_transformers_gives_them():
                 assert tokenizer.render(opened, answer=False) == theirs
 
 
+def test_a_template_gets_the_same_date_every_day():
+    """Prompts of a run that goes on tomorrow, and of the model's server, are those of today."""
+    dated = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert with_template(dated).render(MESSAGES).startswith("26 Jul 2024")
+
+
 def test_a_message_is_continued_where_the_template_left_it():
     stripping = "{% for m in messages %}[{{ m.content | trim }}]{% endfor %}"
     opened = [MESSAGES[0], {"role": "assistant", "content": "+3 "}]

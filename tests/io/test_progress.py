@@ -47,6 +47,18 @@ def test_a_log_gets_step_eta_and_values_and_is_not_flooded(monkeypatch):
     assert printed(3, [1, 2, 3]) == ""  # not the first process
 
 
+def test_a_metric_that_a_phase_does_not_have_disappears():
+    console = Console(file=io.StringIO(), width=80, color_system=None)
+    with Progress(3, console=console, interval=0.0) as progress:
+        progress.update(1, loss=0.5, depth=3)
+        progress.update(2, loss=0.25)
+        progress.update(3, depth=None)
+    lines = console.file.getvalue().splitlines()
+    assert [line.partition("loss")[2] for line in lines] == [
+        " 0.500  depth 3", " 0.250  depth 3", " 0.250",
+    ]  # fmt: skip
+
+
 def test_a_terminal_shows_one_live_line():
     shown = {"loss": 0.5} | {f"metric_{i}": 1.0 for i in range(9)}
     for width in (50, 100):

@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 
 import jexit
-from jexit.loops import trajectories
+from jexit.config import CheckpointConfig
+from jexit.io.checkpoint import Checkpoints
+from jexit.loops import sft, trajectories
 from jexit.loops.trainer import Interrupted
 from small_runs import assert_same_model, measured, metrics, parameters, run, stop_after
 
@@ -73,6 +75,32 @@ def test_a_run_stopped_at_any_step_ends_like_one_that_was_not(
     assert measured(tmp_path) == measured(both_phases)
     assert_same_model(tmp_path, both_phases)
     assert any(name.startswith("blocks.continuation") for name in parameters(tmp_path))
+
+
+@pytest.mark.slow
+def test_the_heads_begin_anew_and_only_their_checkpoints_are_ranked(
+    model_dir, tmp_path, monkeypatch
+):
+    """The loss of the first phase is the larger one, and large is said to be good here."""
+    seen, original = [], sft.make_lens_step
+
+    def watched(*arguments):
+        step = original(*arguments)
+
+        def call(state, *rest):
+            seen.append(sum(float(abs(leaf).sum()) for leaf in jax.tree.leaves(state.opt_state)))
+            return step(state, *rest)
+
+        return call
+
+    monkeypatch.setattr(sft, "make_lens_step", watched)
+    settings = SETTINGS | {"checkpoint__keep_best": 1, "checkpoint__best_metric": "loss"}
+    run("sft", model_dir, tmp_path, checkpoint__final="best", **settings)
+    assert seen[0] == 0 < seen[1]
+    losses = [row["loss"] for row in metrics(tmp_path)]
+    assert min(losses[:2]) > max(losses[2:])
+    config = CheckpointConfig(keep_best=1)
+    assert Checkpoints(tmp_path, config).best_step() == 3 + int(np.argmax(losses[2:]))
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The continuation's ridge fit against NumPy's least squares on the tokens themselves."""
 
 import dataclasses
+import math
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from jexit.steps.completions import pad_completions
 from jexit.steps.ridge import (
     STRENGTHS,
     Chain,
+    Moments,
     RidgeSums,
     factors,
     fit,
@@ -74,9 +76,11 @@ def close(found, truth, share=2e-3):
 
 def least_squares(x_ND, u_ND, strength):
     """Ridge regression as least squares with a row more for each dimension."""
+    if math.isinf(strength):
+        return np.zeros((x_ND.shape[1], u_ND.shape[1])), u_ND.mean(0)
     n, scale_D = len(x_ND), x_ND.std(0)
     left = np.concatenate([x_ND - x_ND.mean(0), np.diag(np.sqrt(strength * n) * scale_D)])
-    right = np.concatenate([u_ND - u_ND.mean(0), np.zeros((WIDTH, WIDTH))])
+    right = np.concatenate([u_ND - u_ND.mean(0), np.zeros((x_ND.shape[1], u_ND.shape[1]))])
     a_DD = np.linalg.lstsq(left, right, rcond=None)[0]
     return a_DD, u_ND.mean(0) - x_ND.mean(0) @ a_DD
 
@@ -179,6 +183,25 @@ def test_large_means_cost_no_precision():
             (moments.x_D, x_ND.mean(0)),
         ):
             np.testing.assert_allclose(found, truth, atol=2e-3 * np.median(np.abs(truth)) + 1e-4)
+
+
+def test_inputs_that_are_constant_or_say_nothing_have_no_map():
+    """A dead dimension is none of a real fit's faults; without a relation no map is the best."""
+    rng = np.random.default_rng(0)
+    x_ND, u_ND = rng.normal(size=(300, 6)), rng.normal(size=(300, 5))
+    x_ND[:, 2] = 1e3
+    mean, cov = x_ND.mean(0), np.cov(x_ND.T, bias=True)
+    cross_DD = (x_ND - mean).T @ (u_ND - u_ND.mean(0)) / len(x_ND)
+    moments = Moments(mean, u_ND.mean(0), cov, cross_DD, u_ND.var(0))
+    a_DD, b_D = moments.ridge(1e-4)
+    assert np.isfinite(a_DD).all() and not a_DD[2].any()
+    truth_DD, truth_D = least_squares(np.delete(x_ND, 2, 1), u_ND, 1e-4)
+    close(np.delete(a_DD, 2, 0), truth_DD)
+    np.testing.assert_allclose(b_D, truth_D, atol=1e-9)
+    none_DD, mean_D = moments.ridge(math.inf)
+    assert not none_DD.any() and moments.unexplained(none_DD, mean_D) == pytest.approx(1.0)
+    left, right = factors(a_DD, cov, 2)
+    assert np.isfinite(left).all() and np.isfinite(right).all()
 
 
 def test_factors_are_the_best_of_their_rank():
