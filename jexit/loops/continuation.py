@@ -123,10 +123,11 @@ def _fetched(sums: RidgeSums) -> RidgeSums:
 
     Hosts gather one matrix at a time, because all of them would not fit on a device.
     """
+    matrix_of = jax.jit(lambda stacked, i: stacked[i])  # outside jit a host has only its own part
 
     def fetched(stacked: Array) -> np.ndarray:
         if stacked.ndim < 3:
             return whole(stacked, _WHAT)
-        return np.stack([whole(matrix, _WHAT) for matrix in stacked])
+        return np.stack([whole(matrix_of(stacked, i), _WHAT) for i in range(len(stacked))])
 
     return jax.tree.map(fetched, sums)
