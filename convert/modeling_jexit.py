@@ -255,8 +255,9 @@ def _keys_and_values(layer: nn.Module, h: torch.Tensor, kwargs: Any) -> None:
     rotate = sys.modules[type(layer).__mro__[1].__module__].apply_rotary_pos_emb
     _, keys = rotate(keys, keys, *kwargs["position_embeddings"])
     # Before transformers 5 a static cache needs the position, and would write to slot 0 without it.
-    position = {name: kwargs[name] for name in ("cache_position",) if name in kwargs}
-    cache.update(keys, values, attention.layer_idx, *([position] if position else []))
+    position = kwargs.get("cache_position")
+    told = () if position is None else ({"cache_position": position},)
+    cache.update(keys, values, attention.layer_idx, *told)
 
 
 @functools.cache

@@ -9,10 +9,10 @@ checkout="$(dirname "${BASH_SOURCE[0]}")/.."
 config="$checkout/configs/experiments/qwen.py"
 # --config=FILE [FLAGS]: --config must be the first flag.
 run() { bash "$checkout/launch/run.sh" "$1" --config.task.path=data/gsm8k "${@:2}"; }
-# DIR NAME STAGE [FLAGS]: evaluates the model of a run; STAGE is measure or control.
+# DIR NAME CONFIG [FLAGS]: evaluates the model of a run.
 measured() {
   [[ -e $1/$2/eval.json ]] ||
-    run --config="$config:$3" --config.model.path="$1" --workdir="$1/$2" "${@:4}"
+    run --config="$3" --config.model.path="$1" --workdir="$1/$2" "${@:4}"
 }
 # DIR [FLAGS]: calibrates; the teacher's trajectories are those of the first.
 calibrated() {
@@ -27,14 +27,14 @@ words=(--config.task.name=word_problems --config.task.path= --config.eval.max_ne
 frozen=(--config.exits.continuation=frozen)
 at=(--config.eval.policies="('threshold:0.5',)" --config.eval.problems=100)
 calibrated runs/qwen-lens --config.steps=0
-measured runs/qwen-lens eval measure
-measured runs/qwen-lens controls control
-measured runs/qwen-lens words measure "${words[@]}"
+measured runs/qwen-lens eval "$config:measure"
+measured runs/qwen-lens controls "$config:control"
+measured runs/qwen-lens words "$config:measure" "${words[@]}"
 calibrated runs/qwen-frozen --config.steps=0 "${frozen[@]}"
-measured runs/qwen-frozen eval measure "${frozen[@]}" "${at[@]}"
-measured runs/qwen-frozen words measure "${frozen[@]}" "${words[@]}" "${at[@]}"
+measured runs/qwen-frozen eval "$config:measure" "${frozen[@]}" "${at[@]}"
+measured runs/qwen-frozen words "$config:measure" "${frozen[@]}" "${words[@]}" "${at[@]}"
 [[ -e runs/qwen-rl/after.json ]] || run --config="$config:reinforce" --workdir=runs/qwen-rl
-measured runs/qwen-rl eval measure
-measured runs/qwen-rl controls control
+measured runs/qwen-rl eval "$config:measure"
+measured runs/qwen-rl controls "$config:control"
 calibrated runs/qwen-sft
-measured runs/qwen-sft eval measure
+measured runs/qwen-sft eval "$config:measure"

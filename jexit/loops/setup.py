@@ -33,7 +33,7 @@ def load_model(config: Config, *, trains: bool) -> tuple[Transformer, Tokenizer]
     trained = {"exit_head": config.exit_settings, "lora": config.adapters} if trains else {}
     loaded, tokenizer = load(
         model.path,
-        dtype=config.dtype if trains else model.dtype,
+        dtype=config.dtype,
         exit_layers=config.exits.layers,
         execution=execution_of(config),
         seed=config.seed,

@@ -93,10 +93,9 @@ def split_for_training(
 
     A continuation with the learning rate 0 is labelled `STILL`, and has no gradient.
     """
-    still = () if config.continuation_lr else ("continuation",)
-    labels = jax.tree.map(
-        lambda kind: STILL if kind in still else kind, parameter_labels(model, full=full)
-    )
+    labels = parameter_labels(model, full=full)
+    if not config.continuation_lr:
+        labels = jax.tree.map(lambda kind: STILL if kind == "continuation" else kind, labels)
     trains = jax.tree.map(lambda label: label != STILL, labels)
     split = split_model(model, full=full, keep_teacher=keep_teacher)
     return split._replace(trains=trains), labels
