@@ -9,7 +9,7 @@ from flax import nnx
 
 import jexit
 from jexit.config import ExitSettings
-from jexit.evaluation.confidence import confident, logits_at_exits
+from jexit.evaluation.confidence import confident
 from jexit.model.exits import maps_to_end
 from jexit.model.policies import Threshold
 from jexit.rollout import Request, rollout
@@ -56,11 +56,3 @@ def test_decoding_leaves_at_the_first_exit_over_the_threshold(model):
     made = rollout(parts, **fields)
     assert len(set(made.depths_BT[:, 1:].ravel().tolist()) - {0}) > 1
     assert_as_teacher_forced(nnx.merge(*parts), request, made)
-
-
-def test_every_exit_up_to_a_tokens_depth_computes_logits():
-    result = jexit.results.PolicyResult.model_construct(
-        depth_histogram={"2": 10, "4": 5, "8": 7}, problems=4, tokens=22
-    )
-    # Exits at 2, 4 and 6: one, two and three of them, and none for the four first tokens.
-    assert logits_at_exits(result, (2, 4, 6)) == (10 + 2 * 5 + 3 * 3) / 22
