@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -149,9 +150,16 @@ def _resampled(values: Values, seed: int) -> np.ndarray:
 
     One seed draws the same problems for all `values` of the same length.
     """
-    values_N, rng, count = np.asarray(values, float), np.random.default_rng(seed), len(values)
-    drawn = [values_N[rng.integers(0, count, count)].sum() for _ in range(DRAWS)]
-    return np.asarray(drawn)
+    return _drawn_counts(len(values), seed) @ np.asarray(values, float)
+
+
+@functools.lru_cache(maxsize=1)
+def _drawn_counts(problems: int, seed: int) -> np.ndarray:
+    """Draws `problems` problems with replacement `DRAWS` times; returns how often each occurs."""
+    drawn_IN = np.random.default_rng(seed).integers(0, problems, (DRAWS, problems))
+    drawn_IN += np.arange(DRAWS)[:, None] * problems
+    counts = np.bincount(drawn_IN.ravel(), minlength=DRAWS * problems)
+    return counts.reshape(DRAWS, problems).astype(float)
 
 
 def _with_corners(first: Values, second: Values) -> tuple[np.ndarray, np.ndarray]:
