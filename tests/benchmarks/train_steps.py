@@ -1,10 +1,16 @@
 """Memory and time of both stages' training steps with the vocabulary ops against materialising.
 
     python tests/benchmarks/train_steps.py --model=DIR --rows=2 --length=256 --completion=192
+    python tests/benchmarks/train_steps.py --model=DIR --calibration
 
 `DIR` is a model directory (convert.from_hf writes one). Each variant runs in a process of its own,
-the variants in turn: `peak` is the most memory that the process has held, model included, `temp`
+one after the other: `peak` is the most memory that the process has held, model included, `temp`
 what the compiled step holds beside its arguments. Below 1 the ops are smaller, or faster.
+
+With --calibration, the steps of calibration with a linear continuation are compared instead: those
+that need no backward pass through the trunk (`fit`: the ridge sums of the rows' tokens; `states`:
+the heads' inputs and KLs of the rows; `heads`: a step on 512 of these tokens) against `adapters`,
+the step that trains the adapters on the same rows.
 """
 
 import argparse
@@ -14,8 +20,10 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 VARIANTS = ("reference", "xla")
+CALIBRATION = ("adapters", "fit", "states", "heads")
 
 
 def main() -> None:
@@ -26,6 +34,7 @@ def main() -> None:
     parser.add_argument("--completion", type=int, default=192)
     parser.add_argument("--samples", type=int, default=1, help="depth assignments of calibration")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--calibration", action="store_true", help="compare its phases")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -36,19 +45,26 @@ def main() -> None:
         f"{arguments.completion} of them generated; median of {arguments.repeats} steps"
     )
     print(f"{'step':<6}{'':<16}{'temp GiB':>9}{'peak GiB':>9}{'seconds':>9}")
-    for stage in ("sft", "rl"):
-        rows = {variant: child(f"{stage}:{variant}") for variant in VARIANTS}
-        names = {"reference": "materialising", "xla": "the ops"}
-        for variant, row in rows.items():
-            print(f"{stage:<6}{names[variant]:<16}{row['temp_gib']:>9.2f}{row['peak_gib']:>9.2f}"
-                  f"{row['seconds']:>9.2f}")  # fmt: skip
-        ratios = [rows["xla"][key] / rows["reference"][key] for key in rows["xla"]]
-        print(
-            f"{'':<6}{'ratio':<16}{ratios[0]:>9.2f}{ratios[1]:>9.2f}{ratios[2]:>9.2f}", flush=True
-        )
+    for stage in () if arguments.calibration else ("sft", "rl"):
+        compare(stage, [f"{stage}:{variant}" for variant in VARIANTS], ("materialising", "the ops"))
+    if arguments.calibration:
+        compare("sft", [f"{step}:xla" for step in CALIBRATION], CALIBRATION)
+
+
+def compare(stage: str, children: Sequence[str], names: Sequence[str]) -> None:
+    """Prints the measurements of each child, and their ratios to those of the first one."""
+    first: dict[str, float] | None = None
+    for what, name in zip(children, names, strict=True):
+        row = child(what)
+        print(f"{stage:<6}{name:<16}" + "".join(f"{value:>9.3g}" for value in row.values()))
+        if first is not None:
+            ratios = [row[key] / first[key] for key in row]
+            print(f"{'':<6}{'ratio':<16}" + "".join(f"{x:>9.3g}" for x in ratios), flush=True)
+        first = first or row
 
 
 def child(what: str) -> dict[str, float]:
+    """Returns the measurements of `what` (STEP:IMPLEMENTATION) in a process of its own."""
     command = [sys.executable, os.path.abspath(__file__), *sys.argv[1:], f"--child={what}"]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
 
@@ -56,45 +72,67 @@ def child(what: str) -> dict[str, float]:
 def measure(arguments: argparse.Namespace, stage: str, implementation: str) -> dict[str, float]:
     """Temporaries, the process's peak and the median seconds of a step."""
     import jax
+    import jax.numpy as jnp
 
     import jexit
-    from jexit.config import LoRA, OptimConfig, RLConfig, SFTConfig
+    from jexit.config import ExitSettings, LoRA, OptimConfig, RLConfig, SFTConfig
     from jexit.doctor.speed import random_rollouts
     from jexit.kernels import using
+    from jexit.loops.sft import HEADS_TOKENS
     from jexit.loops.trainer import peak_memory
-    from jexit.steps.optim import make_optimizer
+    from jexit.steps.exit_heads import make_exit_states, make_lens_step
+    from jexit.steps.optim import make_optimizer, split_for_training
+    from jexit.steps.ridge import RidgeSums, make_sums_step
     from jexit.steps.rl import Penalties, make_rl_step
     from jexit.steps.sft import make_sft_step
-    from jexit.steps.state import new_state, parameter_labels, split_model
+    from jexit.steps.state import new_state
 
-    model, _ = jexit.load(arguments.model, lora=LoRA(rank=8, alpha=16.0, targets=("q", "v")))
-    split = split_model(model, full=False)
+    continuation = "linear" if stage in CALIBRATION else "frozen"
+    model, _ = jexit.load(
+        arguments.model,
+        lora=LoRA(rank=8, alpha=16.0, targets=("q", "v")),
+        exit_head=ExitSettings(continuation=continuation),
+    )
+    split, labels = split_for_training(model, OptimConfig(), full=False)
     batch = random_rollouts(
         model,
         rows=arguments.rows,
         prompt=arguments.length - arguments.completion,
         new=arguments.completion,
     )
-    optimizer = make_optimizer(OptimConfig(), 100, parameter_labels(model, full=False))
+    optimizer = make_optimizer(OptimConfig(), 100, labels)
+    state, key = new_state(split.trainable, optimizer), jax.random.key(0)
     with using(implementation):
-        if stage == "sft":
+        if stage in ("sft", "adapters"):
             step = make_sft_step(split, optimizer, SFTConfig(samples=arguments.samples))
-            inputs: tuple = (batch.rows,)
-        else:
+            inputs: tuple = (state, split.fixed, batch.rows, key)
+        elif stage == "rl":
             config = RLConfig(
                 rollouts=arguments.rows, max_new_tokens=arguments.completion, kl_loss_coef=0.1
             )
-            step, inputs = make_rl_step(split, optimizer, config), (batch, Penalties(0.5, 0.0))
-        state = new_state(split.trainable, optimizer)
-        key = jax.random.key(0)
-        compiled = step.lower(state, split.fixed, *inputs, key).compile()
+            step = make_rl_step(split, optimizer, config)
+            inputs = (state, split.fixed, batch, Penalties(0.5, 0.0), key)
+        elif stage == "fit":
+            step = make_sums_step(split)
+            sums = RidgeSums.zero(model.exit_layers, model.arch.layers, model.arch.width)
+            inputs = (sums, split.trainable, split.fixed, batch.rows)
+        else:
+            step = make_exit_states(split)
+            inputs = (split.trainable, split.fixed, batch.rows)
+        if stage == "heads":
+            states = jax.jit(step)(*inputs)
+            step = make_lens_step(split, optimizer, SFTConfig())
+            position_M = jnp.arange(HEADS_TOKENS) % len(states.kl_NE)
+            inputs = (state, split.fixed, states, position_M)
+        compiled = step.lower(*inputs).compile()
 
-    seconds = []
+    seconds, (carried, *others) = [], inputs
     for _ in range(arguments.repeats + 1):
         begin = time.perf_counter()
-        state, metrics = compiled(state, split.fixed, *inputs, key)
-        jax.block_until_ready(metrics)
+        result = jax.block_until_ready(compiled(carried, *others))
         seconds.append(time.perf_counter() - begin)
+        if stage != "states":  # which changes nothing
+            carried = result if stage == "fit" else result[0]
     return {
         "temp_gib": compiled.memory_analysis().temp_size_in_bytes / 2**30,
         "peak_gib": peak_memory()["memory/host_peak_gib"],
