@@ -34,6 +34,10 @@ sweep --config="$config:reinforce" --eval="$config:measure_word_problems" \
   --into=runs/evidence-word_problems --config.task.name=word_problems \
   --config.rl.length_ref=18.0 rl.depth_norm=total rl.depth_coef=0,0.2,0.8,2 $seeds "$@"
 
+# A length penalty that pulls the other way: depth and text compete.
+sweep --config="$config:reinforce" --eval="$config:measure" --into=runs/evidence-length \
+  --config.rl.depth_norm=mean --config.rl.length_coef=0.2 rl.depth_coef=0,1,4 $seeds "$@"
+
 # Smaller models, trained alike: one exit for all tokens, in effect; and all layers.
 for layers in 2 3 4; do
   small="runs/evidence-small-$layers"
