@@ -11,14 +11,16 @@ between the lines
 
 where the labels name the columns. The charts that these pages link to are drawn: NAME-plane.svg
 (accuracy over depth, with the controls), NAME-curves.svg, NAME-measures.svg, NAME-classes.svg
-(depth by class of token) and NAME-tokens.svg (completions, each token with its depth). With --all,
-every chart for which there are numbers is drawn. The same numbers give the same files, byte for
-byte.
+(depth by class of token), NAME-tokens.svg (completions, each token with its depth) and
+NAME+OTHER-cost.svg (accuracy over the compute of a problem, for one or more studies). With --all,
+every chart of one study for which there are numbers is drawn, too. The same numbers give the same
+files, byte for byte.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -26,7 +28,7 @@ from pathlib import Path
 
 from jexit.errors import UserError, command
 from jexit.io.files import write_bytes_atomic
-from studies.charts import CHARTS, drawn
+from studies.charts import CHARTS, JOINT
 from studies.study import COLUMNS, Study
 
 _BLOCK = re.compile(
@@ -70,18 +72,20 @@ def linked_charts(page: Path, directory: Path) -> set[str]:
     return {path.name for path in shown if path.parent.resolve() == directory}
 
 
-def _wanted(shown: set[str], studies: Mapping[str, Study]) -> dict[str, list[str]]:
-    """Returns the charts to draw for each study; raises UserError if a page shows any other."""
-    known = {f"{name}-{chart}.svg": (name, chart) for name in studies for chart in CHARTS}
-    if unknown := sorted(shown - known.keys()):
+def _studies_of(chart: str, studies: Mapping[str, Study]) -> tuple[list[Study], str]:
+    """Returns the studies and the kind of a chart that a page shows.
+
+    Raises UserError if there is no such study or kind.
+    """
+    joint, _, kind = chart.removesuffix(".svg").rpartition("-")
+    names = joint.split("+")
+    if kind not in CHARTS or not {*names} <= {*studies} or (len(names) > 1 and kind != JOINT):
         raise UserError(
-            f"a page shows {unknown[0]}, but a chart must be called NAME-CHART.svg, where NAME.csv "
-            f"exists and CHART is one of {', '.join(CHARTS)}; rename or remove the chart"
+            f"a page shows {chart}, but a chart must be called NAME-CHART.svg, where NAME.csv "
+            f"exists and CHART is one of {', '.join(CHARTS)}, or NAME+OTHER-{JOINT}.svg; rename or "
+            "remove the chart"
         )
-    wanted: dict[str, list[str]] = {name: [] for name in studies}
-    for name, chart in (known[file] for file in sorted(shown)):
-        wanted[name].append(chart)
-    return wanted
+    return [studies[name] for name in names], kind
 
 
 @command
@@ -104,10 +108,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     studies = {path.stem: Study(path) for path in paths}
     pages = [*directory.parent.glob("*.md"), *directory.parent.parent.glob("*.md")]
-    wanted = _wanted({name for p in pages for name in linked_charts(p, directory)}, studies)
     files: dict[Path, str] = {}
-    for name, study in studies.items():
-        files |= drawn(study, directory, None if arguments.all else wanted[name])
+    if arguments.all:
+        every = itertools.product(studies.values(), CHARTS)
+        drawn = {directory / f"{s.name}-{kind}.svg": CHARTS[kind](s) for s, kind in every}
+        files |= {path: text for path, text in drawn.items() if text}
+    for chart in sorted({name for page in pages for name in linked_charts(page, directory)}):
+        shown, kind = _studies_of(chart, studies)
+        files[directory / chart] = text = CHARTS[kind](*shown)
+        if not text:
+            raise UserError(
+                f"a page shows {chart}, but its studies have no numbers for this chart; remove it "
+                "from the page"
+            )
     for page in pages:
         before = page.read_text("utf-8")
         if (after := with_tables(before, studies)) != before:

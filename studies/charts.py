@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePath
+
+import numpy as np
 
 from jexit.config import control_of
-from jexit.errors import UserError
 from jexit.report.charts import Axis, Chart, as_file
 from jexit.report.colours import SERIES, level_class
 from jexit.report.evaluation_charts import policy_marker
@@ -74,6 +76,46 @@ def plane(study: Study) -> list[Chart]:
         chart.explain(told, "s5", shape)
     for group, colour in _colours(study).items():
         chart.explain(study.label(group), colour, "circle")
+    return [chart]
+
+
+def cost(studies: Sequence[Study]) -> list[Chart]:
+    """Returns a chart of accuracy over the compute of a problem, one colour per study.
+
+    A study of several settings is drawn under sampled exits, or at full depth if its models have no
+    exits. A study of one setting is drawn under each of its policies that is not a control.
+    """
+    marks = []
+    for index, study in enumerate(studies):
+        shown = study.policies
+        if len(study.groups) > 1:
+            shown = ["sample"] if "sample" in shown else ["full"]
+        for policy, group in itertools.product(shown, study.groups):
+            text = policy if len(study.groups) == 1 else PurePath(", ".join(group)).name
+            columns = ("compute_per_problem", "accuracy")
+            xs, ys = (study.values(group, f"{policy}/{column}") for column in columns)
+            points = [(x, y) for x, y in zip(xs, ys, strict=True) if math.isfinite(x + y)]
+            if points:
+                marks.append((f"s{index % SERIES}", policy_marker(policy, False), text, points))
+    if not marks:
+        return []
+    xs, ys = zip(*(point for *_, points in marks for point in points), strict=True)
+    chart = Chart(
+        "Accuracy and compute, one mark a seed",
+        Axis.of_numbers("compute of a problem, in layers that run for one token", 0.0, max(xs)),
+        Axis.around_shares("accuracy", ys),
+        width=640.0,
+        height=420.0,
+    )
+    labels = []
+    for colour, shape, text, points in marks:
+        for x, y in points:
+            chart.point(x, y, shape, colour, f"{text}: {per_cent(y)} correct for {x:.1f} layers")
+            chart.keep_clear((x, y), (x, y))
+        labels.append((*np.mean(points, axis=0).tolist(), text, colour))
+    chart.label_points(labels)
+    for index, study in enumerate(studies):
+        chart.explain(study.name, f"s{index % SERIES}", "circle")
     return [chart]
 
 
@@ -227,30 +269,13 @@ def _file(charts: Sequence[Chart], columns: int) -> str:
     return as_file(charts, columns) if charts else ""
 
 
-# What NAME-FIGURE.svg holds, "" for a study without the numbers.
+# What NAME-CHART.svg contains, "" for a study without the numbers.
 CHARTS = {
     "plane": lambda study: _file(plane(study), 1),
+    "cost": lambda *studies: _file(cost(studies), 1),
     "curves": lambda study: _file(curves(study), 2),
     "measures": lambda study: _file(measures(study), 2),
     "classes": lambda study: _file(classes(study), 1),
     "tokens": tokens,
 }
-
-
-def drawn(study: Study, directory: Path, wanted: Collection[str] | None = None) -> dict[Path, str]:
-    """Returns the path and SVG text of each wanted chart, or of every chart that has numbers.
-
-    Raises UserError for a wanted chart without numbers.
-    """
-    files = {}
-    for name in CHARTS if wanted is None else wanted:
-        path = directory / f"{study.name}-{name}.svg"
-        text = CHARTS[name](study)
-        if text:
-            files[path] = text
-        elif wanted is not None:
-            raise UserError(
-                f"a page shows {path.name}, but the study {study.name} has no numbers for this "
-                "chart; remove it from the page"
-            )
-    return files
+JOINT = "cost"  # the chart that can show several studies

@@ -11,6 +11,8 @@ config="$checkout/configs/experiments/evidence.py"
 calibrated=jexit/assets/tiny-calibrated
 trunk=jexit/assets/tiny
 seeds=seed=0,1,2
+thresholds="('full','sample','threshold:0.3','threshold:0.5','threshold:0.7',"
+thresholds+="'confidence:0.5','confidence:0.9','confidence:0.99')"
 
 sweep() { bash "$checkout/launch/sweep.sh" "$@"; }
 jexit() { bash "$checkout/launch/run.sh" "$@"; }
@@ -51,9 +53,10 @@ sweep --config="$config:full_depth" --eval="$config:measure_chain" --into=runs/e
   "model.path=$trunk|$small-2|$small-3|$small-4" $seeds "$@"
 
 # Confidence thresholds on the calibrated exits.
-sweep --config="$config:compare" --into=runs/evidence-confidence "--config.model.path=$calibrated" \
-  --config.eval.policies="('full','sample','threshold:0.3','threshold:0.5','threshold:0.7','confidence:0.5','confidence:0.9','confidence:0.99')" \
-  task.name=sums,word_problems "$@"
+for task in sums word_problems; do
+  sweep --config="$config:compare" --into="runs/evidence-confidence-$task" \
+    --config.model.path="$calibrated" --config.eval.policies="$thresholds" task.name="$task" "$@"
+done
 
 # Does brief fine-tuning restore large steps, at full depth and under the exits?
 sweep --config="$config:relearn" --eval="$config:measure_full" --into=runs/evidence-relearn-full \

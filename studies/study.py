@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from jexit.config import CHAIN_MEASURES
+from jexit.config import CHAIN_MEASURES, control_of
 from jexit.errors import UserError
 from jexit.results import LARGEST
 from jexit.sweep import summary
@@ -141,6 +141,13 @@ class Study:
         columns = self._runs[self.groups[0]].columns
         found = [c for c in columns if c.startswith(ends[0]) and c.endswith(ends[1])]
         return [column.removeprefix(ends[0]).removesuffix(ends[1]) for column in found]
+
+    @property
+    def policies(self) -> list[str]:
+        """The policies whose compute is known, without the controls."""
+        ending = "/compute_per_problem"
+        found = [c.removesuffix(ending) for c in self._runs[self.groups[0]] if c.endswith(ending)]
+        return [p for p in found if p not in ("before", "after") and control_of(p) is None]
 
     def values(self, group: Group, source: str) -> list[float]:
         """Returns the column `source` for each run of a group, or NaN where a run lacks it."""

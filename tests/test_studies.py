@@ -139,11 +139,45 @@ def test_what_a_page_shows_is_drawn_and_all_the_same_each_time(directory, capsys
         page.write_text(f"![a](results/{shown}.svg)")
         assert main([str(directory)]) == 1
     said = capsys.readouterr().err
-    assert "a page shows pressure-tokens.svg, but the study pressure has no numbers for" in said
+    assert "a page shows pressure-tokens.svg, but its studies have no numbers for this" in said
     assert "a page shows other-plane.svg, but a chart must be called NAME-CHART.svg" in said
     assert (
-        said.count("\n") == 3 and "one of plane, curves, measures, classes, tokens; rename" in said
+        said.count("\n") == 3
+        and "one of plane, cost, curves, measures, classes, tokens, or" in said
     )
+
+
+def test_several_studies_are_compared_by_accuracy_and_compute(directory, capsys):
+    def write_study(name, setting, policy, lines):
+        columns = ("depth_mean", "depth_fraction", "completion_length", "compute_fraction")
+        heads = (*setting, "seed", *(f"{policy}/{c}" for c in ("accuracy", *columns)))
+        write(directory / f"{name}.csv", heads, lines)
+
+    # Of 8 layers; 10 tokens at 0.5, 0.25 and 1 of the compute: 40, 20 and 80 layers.
+    lines = [
+        ("0", "0", "1", "4", "0.5", "10", "0.5"),
+        ("2", "0", "0.75", "2", "0.25", "10", "0.25"),
+    ]
+    write_study("priced", ("rl.depth_coef",), "sample", lines)
+    write_study("single", (), "full", [("0", "0.9", "8", "1", "10", "1")])
+    page = directory.parent / "results.md"
+    page.write_text("![a](results/priced+single-cost.svg)")
+    assert main([str(directory)]) == 0
+    made = directory / "priced+single-cost.svg"
+    assert {told.replace("\xa0", " ") for _, told in marks_of(made)[0] if told} == {
+        "0: 100.0 % correct for 40.0 layers",
+        "2: 75.0 % correct for 20.0 layers",
+        "full: 90.0 % correct for 80.0 layers",
+    }
+    assert {"priced", "single", "0", "2", "full"} <= set(text_of(made))
+    for shown, why in (
+        ("priced+single-plane", "or NAME+OTHER-cost.svg; rename or remove"),
+        ("priced+other-cost", "where NAME.csv exists"),
+        ("pressure-cost", "have no numbers for this chart"),
+    ):
+        page.write_text(f"![a](results/{shown}.svg)")
+        assert main([str(directory)]) == 1
+        assert why in capsys.readouterr().err
 
 
 def test_tokens_are_drawn_with_their_depths(directory, capsys):
