@@ -81,8 +81,7 @@ sweep --config="$config:reinforce" --eval="$config:compare" --into=runs/evidence
   --config.rl.depth_coef=0.8 "model.path=$others" $seeds "$@"
 
 # Two other values of each setting of RL, one at a time.
-for setting in rl.kl_coef=0,0.1 optim.lora_lr=3e-4,3e-3 optim.exit_lr=1e-3,2e-2 rl.rollouts=4,16 \
-  rl.temperature=0.7,1.3; do
+for setting in rl.kl_coef=0,0.1 optim.lora_lr=3e-4,3e-3 optim.exit_lr=1e-3,2e-2 rl.rollouts=4,16; do
   sweep --config="$config:reinforce" --eval="$config:compare" \
     --into="runs/evidence-${setting%%=*}" --config.rl.depth_coef=0.8 "$setting" $seeds "$@"
 done
