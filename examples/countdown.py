@@ -5,7 +5,7 @@
 
 The shipped model has never seen such a problem. The command takes some minutes on two CPU cores. In
 the course of the run `reward/uses_them` rises first, and then `reward/makes_it`. The accuracy floor
-withholds the price of depth until three in ten answers are right. Set
+withholds the depth penalty until 30 % of the answers are correct. Set
 `--config.task.options.numbers=3` for harder problems.
 """
 

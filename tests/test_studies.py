@@ -158,21 +158,21 @@ def test_several_studies_are_compared_by_accuracy_and_compute(directory, capsys)
         ("0", "0", "1", "4", "0.5", "10", "0.5"),
         ("2", "0", "0.75", "2", "0.25", "10", "0.25"),
     ]
-    write_study("priced", ("rl.depth_coef",), "sample", lines)
+    write_study("penalised", ("rl.depth_coef",), "sample", lines)
     write_study("single", (), "full", [("0", "0.9", "8", "1", "10", "1")])
     page = directory.parent / "results.md"
-    page.write_text("![a](results/priced+single-cost.svg)")
+    page.write_text("![a](results/penalised+single-cost.svg)")
     assert main([str(directory)]) == 0
-    made = directory / "priced+single-cost.svg"
+    made = directory / "penalised+single-cost.svg"
     assert {told.replace("\xa0", " ") for _, told in marks_of(made)[0] if told} == {
         "0: 100.0 % correct for 40.0 layers",
         "2: 75.0 % correct for 20.0 layers",
         "full: 90.0 % correct for 80.0 layers",
     }
-    assert {"priced", "single", "0", "2", "full"} <= set(text_of(made))
+    assert {"penalised", "single", "0", "2", "full"} <= set(text_of(made))
     for shown, why in (
-        ("priced+single-plane", "or NAME+OTHER-cost.svg; rename or remove"),
-        ("priced+other-cost", "where NAME.csv exists"),
+        ("penalised+single-plane", "or NAME+OTHER-cost.svg; rename or remove"),
+        ("penalised+other-cost", "where NAME.csv exists"),
         ("pressure-cost", "have no numbers for this chart"),
     ):
         page.write_text(f"![a](results/{shown}.svg)")
