@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.extend import core
+from jax.sharding import AbstractMesh, use_abstract_mesh
 
 from jexit.model.policies import Full
 from jexit.model.transformer import Transformer, logits_of, run
@@ -150,13 +151,16 @@ def _depth_of_pass(model: Transformer, layers: int, length: int) -> int:
         return jnp.where(leaves_BT[..., None], logits_BTV, 0.0)
 
     width = arch.width
-    closed = jax.make_jaxpr(logits)(
+    inputs = (
         states,
         exits_state,
         jax.ShapeDtypeStruct((1, length), jnp.int32),
         jax.ShapeDtypeStruct((width, width), jnp.float32),
         jax.ShapeDtypeStruct((width,), jnp.float32),
     )
+    inputs = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), inputs)
+    with use_abstract_mesh(AbstractMesh((), ())):  # a mesh would add the operations of its layout
+        closed = jax.make_jaxpr(logits)(*inputs)
     return max(serial_depth(closed.jaxpr))
 
 

@@ -8,6 +8,7 @@ import pytest
 
 import jexit
 from jexit.config import TINY_CALIBRATED_PATH, ExitSettings
+from jexit.dist import make_mesh
 from jexit.evaluation.serial_depth import depth_of_passes, opaque_serial_depth, serial_depth
 from jexit.tasks import Attempt
 from small_runs import ARCHITECTURE, random_model
@@ -71,6 +72,14 @@ def test_a_layer_adds_the_same_depth_each_time():
     assert a_layer > 2 * 7 + 7 * 6
     longer = depth_of_passes(model, 128)
     assert 2 <= longer[2] - longer[1] - a_layer <= 3  # maximum, sum, and values of the attention
+
+
+def test_a_mesh_changes_no_depth():
+    model = random_model(ARCHITECTURE, 0.1, exit_layers=(1, 2))
+    alone = depth_of_passes(model, 16)
+    for axes in ({"data": 2}, {"fsdp": 2}, {"tensor": 2}):
+        with jax.set_mesh(make_mesh(**axes)):
+            assert depth_of_passes(model, 16) == alone
 
 
 def test_a_continuation_is_one_map_beside_the_exit_head():
