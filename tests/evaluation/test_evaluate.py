@@ -19,19 +19,45 @@ POLICIES = (
 )
 
 
-@pytest.fixture(scope="module")
-def workdir(model_dir, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("eval") / "run"
+def evaluate(model_dir, workdir, **settings):
     run(
         "eval", model_dir, workdir, eval__policies=POLICIES, eval__measures=EVAL_MEASURES,
-        eval__measured="threshold:0.2", eval__problems=12, exits__layers=(),
+        eval__measured="threshold:0.2", eval__problems=12, exits__layers=(), **settings,
     )  # fmt: skip
     return workdir
 
 
 @pytest.fixture(scope="module")
+def workdir(model_dir, tmp_path_factory):
+    return evaluate(model_dir, tmp_path_factory.mktemp("eval") / "run")
+
+
+@pytest.fixture(scope="module")
 def evaluation(workdir):
     return Evaluation.read(workdir / "eval.json")
+
+
+@pytest.mark.slow
+def test_a_mesh_measures_what_one_device_does(evaluation, model_dir, tmp_path):
+    axes = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
+    sharded = Evaluation.read(evaluate(model_dir, tmp_path / "run", **axes) / "eval.json")
+    assert_same(evaluation.model_dump(), sharded.model_dump())
+
+
+def assert_same(first, second, name="eval.json"):
+    """All numbers are equal up to rounding, except for wall-clock times."""
+    if isinstance(first, dict):
+        assert first.keys() == second.keys(), name
+        for key in first.keys() - {"tokens_per_second"}:
+            assert_same(first[key], second[key], f"{name}/{key}")
+    elif isinstance(first, list | tuple):
+        assert len(first) == len(second), name
+        for index, pair in enumerate(zip(first, second, strict=True)):
+            assert_same(*pair, f"{name}/{index}")
+    elif isinstance(first, float):
+        assert second == pytest.approx(first, rel=1e-4, abs=1e-5, nan_ok=True), name
+    else:
+        assert first == second, name
 
 
 def test_controls_run_at_the_depth_of_what_they_control(evaluation):
