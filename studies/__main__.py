@@ -109,14 +109,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     studies = {path.stem: Study(path) for path in paths}
     pages = [*directory.parent.glob("*.md"), *directory.parent.parent.glob("*.md")]
     files: dict[Path, str] = {}
-    if arguments.all:
-        every = itertools.product(studies.values(), CHARTS)
-        drawn = {directory / f"{s.name}-{kind}.svg": CHARTS[kind](s) for s, kind in every}
-        files |= {path: text for path, text in drawn.items() if text}
-    for chart in sorted({name for page in pages for name in linked_charts(page, directory)}):
+    linked = {name for page in pages for name in linked_charts(page, directory)}
+    pairs = itertools.product(studies, CHARTS) if arguments.all else ()
+    for chart in sorted(linked | {f"{name}-{kind}.svg" for name, kind in pairs}):
         shown, kind = _studies_of(chart, studies)
-        files[directory / chart] = text = CHARTS[kind](*shown)
-        if not text:
+        text = CHARTS[kind](*shown)
+        if text:
+            files[directory / chart] = text
+        elif chart in linked:
             raise UserError(
                 f"a page shows {chart}, but its studies have no numbers for this chart; remove it "
                 "from the page"

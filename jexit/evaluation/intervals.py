@@ -156,10 +156,10 @@ def _resampled(values: Values, seed: int) -> np.ndarray:
 @functools.lru_cache(maxsize=1)
 def _drawn_counts(problems: int, seed: int) -> np.ndarray:
     """Draws `problems` problems with replacement `DRAWS` times; returns how often each occurs."""
-    drawn_IN = np.random.default_rng(seed).integers(0, problems, (DRAWS, problems))
-    drawn_IN += np.arange(DRAWS)[:, None] * problems
-    counts = np.bincount(drawn_IN.ravel(), minlength=DRAWS * problems)
-    return counts.reshape(DRAWS, problems).astype(float)
+    rng, counts_IN = np.random.default_rng(seed), np.empty((DRAWS, problems))
+    for counts_N in counts_IN:
+        counts_N[:] = np.bincount(rng.integers(0, problems, problems), minlength=problems)
+    return counts_IN
 
 
 def _with_corners(first: Values, second: Values) -> tuple[np.ndarray, np.ndarray]:

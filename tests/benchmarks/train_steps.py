@@ -120,7 +120,7 @@ def measure(arguments: argparse.Namespace, stage: str, implementation: str) -> d
             step = make_exit_states(split)
             inputs = (split.trainable, split.fixed, batch.rows)
         if stage == "heads":
-            states = jax.jit(step)(*inputs)
+            states = step(*inputs)
             step = make_lens_step(split, optimizer, SFTConfig())
             position_M = jnp.arange(HEADS_TOKENS) % len(states.kl_NE)
             inputs = (state, split.fixed, states, position_M)
