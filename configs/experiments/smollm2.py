@@ -80,7 +80,7 @@ def get_config(variant: str = "measure"):
     if variant == "reinforce":
         config.model.path = "runs/smollm2-sft/seed=0"
         config.model.remat = "none"
-        config.steps = 48
+        config.steps = 96
         config.batch_size = 16
         config.rl.rollouts = 6
         config.rl.max_new_tokens = 48
