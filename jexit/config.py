@@ -555,7 +555,7 @@ class GenerateConfig:
     prompts: Annotated[tuple[MessageText, ...], Length(10_000)] = ()
     """The user's messages, each in a conversation of its own."""
     policy: Name = "sample"
-    """The halting policy: full, sample, threshold:X or fixed:LAYERS."""
+    """The halting policy: full, sample, threshold:X, fixed:LAYERS or speculate:LAYER."""
     temperature: TemperatureOrGreedy = 0.0
     """The sampling temperature of the tokens; 0 means greedy decoding."""
     top_p: Annotated[float, Bounds(1e-6, 1)] = 1.0
@@ -641,6 +641,13 @@ class Config:
         return self.lora if self.lora.rank else None
 
     @property
+    def micro_batch_rows(self) -> int:
+        """The number of rows in a micro-batch of a training step; in RL, of completions."""
+        samples = self.rl.rollouts if self.command == "rl" else 1
+        together = self.sft.completions if self.command == "sft" else 1
+        return self.batch_size * samples // (together * self.optim.accumulate)
+
+    @property
     def exit_settings(self) -> ExitSettings:
         """The settings of the exit heads and the continuation that a run trains."""
         trained = {
@@ -708,9 +715,7 @@ def _sizes(config: Config) -> Iterator[str]:
             + (f" × config.sft.completions={together}" if together > 1 else "")
             + f"; set it to a multiple of {accumulate * together}"
         )
-    shares = mesh.data * mesh.fsdp
-    rows = config.batch_size * (config.rl.rollouts if config.command == "rl" else 1)
-    rows //= together * accumulate
+    shares, rows = mesh.data * mesh.fsdp, config.micro_batch_rows
     if config.command in TRAINING and rows % shares:
         yield (
             f"a micro-batch has {rows} rows, but the number of rows must be a multiple of "

@@ -182,6 +182,10 @@ def test_rows_divide_over_the_mesh_that_is_filled_in():
     for config, said in (
         (generation, "--config.mesh.data=2 --config.mesh.tensor=4"),
         (config_of("pretrain", batch_size=2), "--config.mesh.fsdp=2 --config.mesh.tensor=4 (fsdp"),
+        (
+            config_of("sft", batch_size=16, sft__completions=4),
+            "--config.mesh.fsdp=4 --config.mesh.tensor=2 (fsdp divides the 4 rows",
+        ),
     ):
         filled, (note,) = preflight_module._on_mesh(config, topology)
         assert math.prod(dataclasses.astuple(filled.mesh)) == 8

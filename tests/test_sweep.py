@@ -14,6 +14,7 @@ import time
 import pytest
 
 from jexit.errors import INTERRUPTED
+from jexit.main import _without_task_options
 from jexit.sweep.__main__ import main
 from jexit.sweep.plan import Sweep
 from jexit.sweep.runner import Runner, shares
@@ -22,6 +23,7 @@ from small_runs import ROOT, saved_small_model, small_settings
 
 GIVEN = ("--config=a.py:tiny", "--into=runs/x")
 RL, EVAL = f"--config={ROOT}/configs/rl.py", f"{ROOT}/configs/eval.py"
+PRETRAIN = f"--config={ROOT}/configs/pretrain.py"
 
 # Stands for Python: ends at once with results, fails without a model, or waits to be stopped.
 STAND_IN = """#!/bin/sh
@@ -29,6 +31,7 @@ for argument; do case $argument in --workdir=*) workdir=${argument#*=} ;; esac; 
 mkdir -p "$workdir"
 echo "$JAX_COMPILATION_CACHE_DIR" > "$workdir/compiled"
 case "$*" in
+  *checkpoint.every=2*) cp "$RESULT" "$workdir/after.json"; echo "jexit: collapsed"; exit 1 ;;
   *model.path=nowhere*) echo "jexit: no model directory at 'nowhere'"; exit 1 ;;
   *steps=7*) if [ ! -e "$workdir/begun" ]; then
     trap 'exit 3' TERM; touch "$workdir/begun"; while :; do sleep 0.05; done; fi ;;
@@ -115,6 +118,10 @@ def test_an_evaluation_gets_the_runs_model_and_task(tmp_path):
         "--config.eval.problems=9",
     ]
     write_result(workdir / "after.json")
+    for value, flag in (("3", "'3'"), ("None", "'None'"), (3, "3"), ("mixed", "mixed")):
+        task["options"] = {"steps": value}
+        assert f"--config.task.options.steps={flag}" in grid.evaluating(cell, task)
+        assert _without_task_options(grid.evaluating(cell, task))[1] == {"steps": value}
     assert list(grid.commands(cell)) == [evaluating]  # the run is over, its evaluation is not
     for complete in (False, True):  # unless its measures are done
         write_json(workdir / "eval" / "eval.json", evaluation() | {"complete": complete})
@@ -196,8 +203,16 @@ def test_wrong_arguments_are_refused_in_a_sentence(capsys, tmp_path, monkeypatch
             [RL, GIVEN[1], "rl.dept_coef=0,1"],
             "rl.dept_coef=0 cannot start: config.rl.dept_coef does",
         ),
+        (
+            [PRETRAIN, GIVEN[1]],
+            "cannot start: pretrain measures no model, but a sweep compares",
+        ),
         ([RL, GIVEN[1], "--eval=e.py"], "run cannot start: the config file e.py does not exist"),
         ([RL, GIVEN[1], f"--eval={EVAL}", "--eval.eval.problemz=3"], "config.eval.problemz does"),
+        (
+            [RL, GIVEN[1], f"--eval={EVAL}", "--config.task.name=word_problems"],
+            "cannot start: config.eval.measures contains capacity, but task 'word_problems' cannot",
+        ),
     ):
         assert main(arguments) == 1
         text = capsys.readouterr().err
@@ -275,6 +290,20 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path, capfd, monkeypatch,
     assert [line["model.path"] for line in table(into)] == ["there"]
     cores = os.sched_getaffinity(0)  # several jobs have cores of their own
     assert sorted(core for share in shares(len(cores)) for core in share) == sorted(cores)
+
+
+def test_a_run_that_collapses_is_measured_and_reported(tmp_path, capfd, monkeypatch, stand_in):
+    """It ends with an error, but leaves the model from before and what this model reaches."""
+    monkeypatch.setattr(sys, "executable", stand_in)
+    into = tmp_path / "sweep"
+    given = [RL, f"--eval={EVAL}", f"--into={into}", "seed=0", "--config.checkpoint.every=2"]
+    write_json(into / "seed=0" / "config.json", {"task": {"name": "sums"}})
+    write_json(into / "seed=0" / "eval" / "eval.json", evaluation() | {"complete": False})
+    assert main(given) == 1
+    assert "jexit: seed=0 ended with exit code 1: collapsed" in capfd.readouterr().err
+    assert json.loads((into / "seed=0.json").read_text())["eval"]  # was begun
+    (line,) = table(into)
+    assert float(line["after/accuracy"]) >= 0
 
 
 def test_runs_share_what_they_compile(tmp_path, monkeypatch, stand_in):

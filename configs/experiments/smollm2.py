@@ -102,6 +102,7 @@ def get_config(variant: str = "measure"):
         config.optim.warmup_steps = 5
         config.checkpoint.every = 10
         return config
+    config.exits.layers = ()  # the model's own
     if variant == "chain":
         config.eval.problems = 128
         config.eval.policies = ("full", "threshold:0.5")

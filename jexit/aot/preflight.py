@@ -16,7 +16,7 @@ from rich.table import Table
 from jexit.aot.cost import Cost, cost_of, largest_arrays
 from jexit.aot.hlo import Array, parse
 from jexit.aot.program import Program, device_bytes, on_devices
-from jexit.aot.programs import architecture, exit_share, programs, rows_of
+from jexit.aot.programs import architecture, exit_share, programs
 from jexit.aot.topologies import Topology, get_topology
 from jexit.config import Config
 from jexit.dist import make_mesh
@@ -107,7 +107,7 @@ def _on_mesh(config: Config, topology: Topology) -> tuple[Config, list[str]]:
         tensor = math.gcd(architecture(config).query_heads, count)
         mesh, why = dataclasses.replace(mesh, data=count // tensor, tensor=tensor), ""
     else:
-        rows = rows_of(config)
+        rows = config.micro_batch_rows
         fsdp = math.gcd(rows, count)
         mesh = dataclasses.replace(mesh, fsdp=fsdp, tensor=count // fsdp)
         why = f" (fsdp divides the {rows} rows of a micro-batch)" if mesh.tensor > 1 else ""
@@ -318,7 +318,7 @@ def _footnotes(reports: list[Report]) -> list[str]:
                 notes.append(f"{report.step}: loops of unknown length count once: {unknown}")
             if at_most:
                 notes.append(
-                    f"{report.step}: the figures are upper bounds, because these loops may end "
+                    f"{report.step}: the numbers are upper bounds, because these loops may end "
                     f"earlier: {at_most}"
                 )
         if cost.kernels:

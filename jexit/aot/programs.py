@@ -25,7 +25,7 @@ from jexit.evaluation.hazards import decisions_and_targets
 from jexit.evaluation.loglikelihood import token_scores
 from jexit.evaluation.planning import residuals_at
 from jexit.evaluation.replay import batch_rows
-from jexit.io.model_source import open_model
+from jexit.io.model_source import find_model, open_model
 from jexit.loops.continuation import rows_at_a_time
 from jexit.loops.pretrain import GROUPS, new_model
 from jexit.loops.setup import execution_of, sample_policy
@@ -47,12 +47,6 @@ from jexit.steps.sft import make_sft_step
 from jexit.steps.state import FixedParams, SplitModel, new_state, parameter_labels, split_model
 
 
-def rows_of(config: Config) -> int:
-    """Returns the number of sequences (in RL, completions) in a micro-batch of a training step."""
-    samples = config.rl.rollouts if config.command == "rl" else 1
-    return config.batch_size * samples // config.optim.accumulate
-
-
 def exit_share(config: Config) -> float:
     """Returns the fraction of the model's layers that have an exit, a number from 0 to 1."""
     layers = config.pretrain.layers if config.command == "pretrain" else architecture(config).layers
@@ -71,7 +65,7 @@ def programs(config: Config, mesh: Mesh) -> Iterator[Program]:
         split, _, optimizer = trained_parts(model, config, config.steps)
         state = _state(mesh, split, optimizer)
     else:
-        split = split_model(model, full=config.lora.rank == 0)
+        split = split_model(model, full=False)
     fixed = FixedParams(*(placed_parameters(part, mesh) for part in split.fixed))
     trainable = placed_parameters(split.trainable, mesh)
     split = split._replace(trainable=trainable, fixed=fixed)
@@ -242,7 +236,7 @@ def _state(mesh: Mesh, split: SplitModel, optimizer: Any) -> Any:
 
 
 def _pretraining(config: Config, mesh: Mesh) -> Program:
-    tokenizer = Tokenizer.load(config.model.path)
+    tokenizer = Tokenizer.load(find_model(config.model.path))
     model = nnx.eval_shape(lambda: new_model(config, tokenizer))
     split = split_model(model, full=True, keep_teacher=False)
     split = SplitModel(split.graphdef, placed_parameters(split.trainable, mesh), split.fixed)

@@ -15,7 +15,7 @@ import grain
 import numpy as np
 
 from jexit.data.tokenizer import Tokenizer
-from jexit.errors import UserError
+from jexit.errors import SharedUserError, UserError
 from jexit.tasks.base import Draw, Problem, Split, Task, stable_hash
 
 # The number of indices in each seed's own stream of generated problems.
@@ -159,6 +159,24 @@ def encode_references(
             )
     texts = tokenizer.encode_batch([problem.completion or "" for problem in problems])
     return [[*ids, tokenizer.eos_id] for ids in texts]
+
+
+def references_within(
+    tokenizer: Tokenizer, problems: Sequence[Problem], limit: int
+) -> list[list[int]]:
+    """Returns what `encode_references` does, for fine-tuning on the same problems on all hosts.
+
+    Raises SharedUserError if a reference has more tokens than `limit`, the setting
+    `finetune.max_new_tokens`.
+    """
+    references = encode_references(tokenizer, problems)
+    for problem, ids in zip(problems, references, strict=True):
+        if len(ids) > limit:
+            raise SharedUserError(
+                f"the reference completion of {problem.prompt[:60]!r} has {len(ids)} tokens, "
+                f"but the limit is {limit}; raise config.finetune.max_new_tokens"
+            )
+    return references
 
 
 def _encoded(

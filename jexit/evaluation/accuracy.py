@@ -22,7 +22,7 @@ from jexit.model.policies import Policy
 from jexit.results import PolicyResult
 from jexit.tasks import Attempt, Problem, Task, Verdict
 from jexit.tasks.base import VERDICT_KINDS
-from jexit.tasks.streams import NoMoreProblems
+from jexit.tasks.streams import ATTEMPTS, NoMoreProblems
 from jexit.tasks.user_code import guarded_judge
 
 
@@ -156,15 +156,18 @@ def held_out(
     """Returns the first `count` problems of the evaluation split, and their prompts as token ids.
 
     With `config.task.skip_long`, problems with more than `config.task.max_prompt_tokens` tokens in
-    the prompt are skipped; otherwise such a problem raises UserError. If fewer than `count`
-    problems are left, all of them are returned and a warning is logged. Raises UserError if none is
-    left.
+    the prompt are skipped; otherwise such a problem raises UserError. A generated split ends if
+    `ATTEMPTS` problems in a row are skipped. If fewer than `count` problems are left, all of them
+    are returned and a warning is logged. Raises UserError if none is left.
     """
     split, limit = config.eval.split, config.task.max_prompt_tokens
     size = task.size(split)
     require_problems(task, split)
-    problems, prompts, index = [], [], 0
+    problems, prompts, index, skipped = [], [], 0, 0
     while len(problems) < count and (size is None or index < size):
+        if skipped == ATTEMPTS and size is None:  # generated problems would not end
+            size = index
+            break
         try:
             problem = task.problem(split, index)
         except NoMoreProblems:
@@ -173,7 +176,9 @@ def held_out(
         ids = tokenizer.encode_prompt(problem.messages)
         index += 1
         if len(ids) > limit and config.task.skip_long:
+            skipped += 1
             continue
+        skipped = 0
         check_prompt_length(problem, ids, limit)
         problems.append(problem)
         prompts.append(ids)

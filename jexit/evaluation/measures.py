@@ -11,7 +11,6 @@ from absl import logging
 from flax import nnx
 
 from jexit.config import Config
-from jexit.errors import UserError
 from jexit.evaluation.accuracy import Examination, evaluate_policy, policy_result
 from jexit.evaluation.capacity import begun_steps, less_full, prescribed, scores_of
 from jexit.evaluation.completer import ModelCompleter
@@ -27,28 +26,9 @@ from jexit.evaluation.transcripts import Transcripts
 from jexit.model.policies import Sample
 from jexit.results import Completion, Faithfulness, Planning, Record
 from jexit.steps.state import SplitModel
-from jexit.tasks import Attempt, ChainTask, Task
+from jexit.tasks import Attempt, ChainTask
 
 DIRECT = "at_once"  # the value of `task.steps` that requests an answer without a chain
-
-
-def check_measures(task: Task, names: tuple[str, ...]) -> None:
-    """Raises UserError if a measure in `names` cannot be applied to the task.
-
-    The measures of faithfulness need a `ChainTask`, and `capacity` needs one whose prompts can
-    prescribe the size of a step.
-    """
-    chains = [name for name in names if name in MEASURES]
-    if chains and not isinstance(task, ChainTask):
-        raise UserError(
-            f"config.eval.measures contains {chains[0]!r}, but the completions of task "
-            f"{task.name!r} are not divided into steps; remove {chains[0]!r}"
-        )
-    if "capacity" in names and not (isinstance(task, ChainTask) and task.granularities):
-        raise UserError(
-            f"config.eval.measures contains 'capacity', but task {task.name!r} cannot prescribe "
-            "the size of a step; remove 'capacity'"
-        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

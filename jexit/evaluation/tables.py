@@ -52,7 +52,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
     for entry in evaluation.faithfulness:
         _print_table(
             f"under {entry.policy} | value | 95 % interval | n",
-            "{0.name} | {0.value:.2f} | {0.ci95[0]:.1%} – {0.ci95[1]:.1%} | {0.problems}",
+            "{0.name} | {0.value:.2f} | {0.ci95[0]:.2f} – {0.ci95[1]:.2f} | {0.problems}",
             entry.measures,
         )
         for measure in entry.measures:
@@ -61,7 +61,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
     _print_table(
         "same problems | policy | value | full | less full | 95 % interval | n",
         "{0.measure} | {0.policy} | {0.value:.2f} | {0.against_value:.2f} | {0.difference:+.2f} | "
-        "{0.difference_ci95[0]:.1%} – {0.difference_ci95[1]:.1%} | {0.problems}",
+        "{0.difference_ci95[0]:+.2f} – {0.difference_ci95[1]:+.2f} | {0.problems}",
         evaluation.faithfulness_paired,
     )
     for head, entries in (

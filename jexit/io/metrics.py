@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 TENSORBOARD_DIR = "tensorboard"
+WANDB_ID = "wandb_id.txt"  # of the W&B run, which a resumed run continues
 
 # Anything that float() accepts (Python, NumPy and JAX scalars), or a sequence of them.
 MetricValue = Any
@@ -197,9 +199,13 @@ def import_wandb() -> Any:
 
 def _start_wandb(workdir: Path, project: str) -> Any:
     wandb = import_wandb()
-    with disk_errors(workdir):
+    path = workdir / WANDB_ID
+    with disk_errors(path):
         workdir.mkdir(parents=True, exist_ok=True)
-    return wandb.init(project=project, dir=str(workdir), resume="allow")
+        if not path.exists():
+            write_bytes_atomic(path, secrets.token_hex(8).encode())
+        run_id = path.read_text()
+    return wandb.init(project=project, dir=str(workdir), id=run_id, resume="allow")
 
 
 def _to_floats(name: str, value: MetricValue) -> float | list[float]:

@@ -28,7 +28,10 @@ CODE = "task.sha256"  # of the file with a user's own task
 LOCK = ".lock"  # the locked file, which names the process that holds the lock
 
 # Settings that may change when a run is continued, as they do not affect the finished steps.
-CONTINUABLE = ("steps", "mesh", "checkpoint", "log", "task.time_limit")
+CONTINUABLE = (
+    *("steps", "mesh", "log", "task.time_limit"),
+    *(f"checkpoint.{name}" for name in ("every", "keep", "keep_best", "final")),
+)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from jexit.evaluation.accuracy import Examination, check_room, evaluate_policy
 from jexit.evaluation.compare import PROBLEMS, write_problems
 from jexit.evaluation.completer import ModelCompleter
 from jexit.evaluation.controls import compared, evaluate_control
-from jexit.evaluation.measures import Measurer, check_measures
+from jexit.evaluation.measures import Measurer
 from jexit.evaluation.tables import print_evaluation
 from jexit.io.files import write_json_atomic
 from jexit.io.progress import Progress
@@ -23,6 +23,7 @@ from jexit.loops.setup import load_model, load_task, make_decoder, with_trained_
 from jexit.model.policies import check_policy
 from jexit.results import VERSION, Evaluation
 from jexit.steps.state import split_model
+from jexit.tasks import check_measures
 
 
 def evaluate(config: Config, workdir: pathlib.Path) -> None:

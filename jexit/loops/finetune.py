@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 
 from jexit.config import Config
-from jexit.data.loader import encode_references, prepared
+from jexit.data.loader import prepared, references_within
 from jexit.dist import HostRows, waiting
-from jexit.errors import UserError
 from jexit.loops.flops import PassSize
 from jexit.loops.packing import Lengths
 from jexit.loops.setup import sample_policy, with_trained_exits
@@ -47,17 +46,10 @@ def finetune(config: Config, workdir: pathlib.Path) -> None:
     def batch_of(step: int) -> tuple[list[list[int]], list[list[int]]]:
         """Returns (prompts, references), the token ids of the whole batch of step `step`.
 
-        Raises UserError if a reference has more than `finetune.max_new_tokens` tokens.
+        Raises SharedUserError if a reference has more than `finetune.max_new_tokens` tokens.
         """
         prompts, limit = stage.prompts(step, every), config.finetune.max_new_tokens
-        references = encode_references(stage.tokenizer, prompts.problems)
-        for problem, ids in zip(prompts.problems, references, strict=True):
-            if len(ids) > limit:
-                raise UserError(
-                    f"the reference completion of {problem.prompt[:60]!r} has {len(ids)} tokens, "
-                    f"but the limit is {limit}; raise config.finetune.max_new_tokens"
-                )
-        return prompts.tokens, references
+        return prompts.tokens, references_within(stage.tokenizer, prompts.problems, limit)
 
     batches = prepared(batch_of, int(state.step), config.steps)
 

@@ -186,7 +186,12 @@ class FailureWatch:
         self.failing = self.failing + 1 if failed else 0
         if accuracy >= 0.8 * self.best_accuracy and self.length >= 0.6 * due_length:
             self.good_step = step
-        return failed[0] if self.stops and self.failing >= PATIENCE else ""
+        return failed[0] if self.must_stop else ""
+
+    @property
+    def must_stop(self) -> bool:
+        """Whether the run should stop, also after it was resumed."""
+        return self.stops and self.failing >= PATIENCE
 
 
 def _moved(average: float, value: float) -> float:

@@ -161,7 +161,7 @@ def pretrain(config: Config, workdir: pathlib.Path) -> None:
         groups=tuple(GROUPS),
         micro_batches=config.optim.accumulate,
     )
-    shown = {"loss": "loss", **{f"p_right/{name}": name for name in GROUPS}}
+    shown = {"loss": "loss", **{f"p_correct/{name}": name for name in GROUPS}}
     trainer = Trainer(config, workdir, "pretrain", shown)
     state = trainer.restore(new_state(split.trainable, optimizer))
     rate = schedule(config.optim, config.optim.full_lr, config.steps)

@@ -64,7 +64,7 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
 
     here, policy = host_rows(config.batch_size), sample_policy(config)
     batches = prepared(lambda step: stage.prompts(step, here), int(state.step), config.steps)
-    failure = ""
+    failure = "it had collapsed before it was resumed" if watch.must_stop else ""
 
     def one_step(state: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
         nonlocal failure

@@ -9,7 +9,7 @@ from typing import Any
 import optax
 
 from jexit.config import Config
-from jexit.data.loader import PromptBatch, encode_references, prompt_batch
+from jexit.data.loader import PromptBatch, prompt_batch, references_within
 from jexit.data.tokenizer import Tokenizer
 from jexit.dist import HostRows, data_shards, from_primary, is_primary
 from jexit.errors import UserError
@@ -61,14 +61,13 @@ class Stage:
         task = load_task(config.task, "train")
         model, tokenizer = load_model(config, trains=True)
         check_prompts(task, tokenizer, config, model.arch.max_positions)
-        if config.command == "finetune":
-            encode_references(tokenizer, [task.problem("train", 0)])
-            if config.finetune.policy == "sample" and not open_model(config.model.path).exit_layers:
-                raise UserError(
-                    "config.finetune.policy is 'sample', but the model in "
-                    f"{config.model.path} has no trained exits; calibrate the model first "
-                    "(configs/sft.py), or set config.finetune.policy=full"
-                )
+        sampled = config.command == "finetune" and config.finetune.policy == "sample"
+        if sampled and not open_model(config.model.path).exit_layers:
+            raise UserError(
+                f"config.finetune.policy is 'sample', but the model in {config.model.path} has no "
+                "trained exits; calibrate the model first (configs/sft.py), or set "
+                "config.finetune.policy=full"
+            )
         start_run(workdir, config)
         split, labels, optimizer = trained_parts(model, config, updates)
         return cls(
@@ -260,11 +259,12 @@ def trained_parts(
 
 
 def check_prompts(task: Task, tokenizer: Tokenizer, config: Config, positions: int) -> None:
-    """Raises UserError if a prompt is too long for `config` or for the model.
+    """Raises UserError if a prompt or a reference is too long for `config` or for the model.
 
     A prompt is too long if it exceeds `task.max_prompt_tokens`, or if it and the longest allowed
-    completion together exceed the model's `positions`. Checks the held-out problems, and the
-    training problems: all of a finite task, otherwise those of the first batch.
+    completion together exceed the model's `positions`. In fine-tuning, a reference is too long if
+    it exceeds `finetune.max_new_tokens`. Checks the held-out problems, and the training problems:
+    all of a finite task, otherwise those of the first batch.
     """
     _, held_out_prompts = held_out(task, tokenizer, config, config.eval.problems)
     check_room(held_out_prompts, "eval", config.eval.max_new_tokens, positions)
@@ -281,3 +281,5 @@ def check_prompts(task: Task, tokenizer: Tokenizer, config: Config, positions: i
     )
     limit = getattr(config, config.command).max_new_tokens
     check_room(batch.tokens, config.command, limit, positions)
+    if config.command == "finetune":
+        references_within(tokenizer, batch.problems, limit)

@@ -194,7 +194,7 @@ def main_results(runs: Sequence[ReportedRun]) -> Markup | None:
         _problems,
     )
     caption = (
-        "Key figures: share of correct answers, share of all layers run per token, tokens per "
+        "Main results: share of correct answers, share of all layers run per token, tokens per "
         "completion, and layers run per completion"
     )
     columns = [*_ready(("run", "measured")), *results]

@@ -110,6 +110,7 @@ class JexitAPI(ModelAPI):
                 "layers_run": used["layers_run"],
                 "layers": layers,
                 "exit_layers": exits,
+                "opening": self._opened.tokenizer.completion_text([]),  # of what a task judges
             },
         )
 

@@ -115,7 +115,7 @@ def verdicts(made: tasks.Task, split: str) -> Scorer:
         known = state.output.metadata or {}
         depths = known.get("depths", [])
         attempt = Attempt(
-            text=state.output.completion,
+            text=known.get("opening", "") + state.output.completion,
             depths=depths,
             truncated=state.output.stop_reason == "max_tokens",
         )

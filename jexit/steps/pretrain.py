@@ -46,7 +46,7 @@ def make_pretrain_step(
     The loss is C + `exit_loss` / E · Σ_e C_e over the E exits. C = Σ w_t · −log p(x_t) / Σ w_t is
     the cross-entropy of the tokens x_t with weights w_t, and C_e is C with the probabilities of the
     logit lens at exit e. `groups` are the names of the groups 1, 2, … in the batch; the metric
-    `p_right/NAME` is the mean of p(x_t) over a group.
+    `p_correct/NAME` is the mean of p(x_t) over a group.
     """
     exits = len(split.student(split.trainable).exit_layers)
 
@@ -77,8 +77,8 @@ def make_pretrain_step(
                 loss += exit_loss * metrics["loss/exits"]
             for number, name in enumerate(groups, start=1):
                 members = jnp.maximum(jnp.sum(batch.group_BT[:, 1:] == number), 1)
-                right = jnp.sum(jnp.where(group_BT == number, jnp.exp(logprob_BT), 0.0))
-                metrics[f"p_right/{name}"] = right / members
+                correct = jnp.sum(jnp.where(group_BT == number, jnp.exp(logprob_BT), 0.0))
+                metrics[f"p_correct/{name}"] = correct / members
             metrics["loss"] = loss
             return loss, metrics
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -12,10 +14,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from jexit.config import TaskConfig
 from jexit.errors import UserError
 from jexit.main import parse
 from jexit.results import REMEDY, Evaluation, PolicyResult, Record, numbers
-from jexit.tasks import make_task
+from jexit.tasks import Task, check_measures, make_task
 from jexit.untrusted import read_json, read_object
 
 FINISHED = "after.json"  # the last measurement of a training run
@@ -244,10 +247,10 @@ class Sweep:
         UserError if the file lacks the section.
         """
         task = _task(cell.workdir / "config.json") if task is None else task
-        own = {f"task.{key}": value for key, value in task.items() if key != "options"}
-        own |= {f"task.options.{key}": value for key, value in task.get("options", {}).items()}
-        given = {"model.path": str(cell.workdir), **self.evaluation_settings}
-        settings = {key: _flag(value) for key, value in own.items()} | given
+        own = {f"task.{key}": _flag(value) for key, value in task.items() if key != "options"}
+        options = task.get("options", {})
+        own |= {f"task.options.{key}": _option(value) for key, value in options.items()}
+        settings = {**own, "model.path": str(cell.workdir), **self.evaluation_settings}
         return _arguments(self.evaluation, cell.workdir / "eval", settings)
 
     def commands(self, cell: Cell) -> Iterator[list[str]]:
@@ -266,12 +269,23 @@ class Sweep:
         """Raises UserError if a config file or a setting for the combination `cell` is invalid."""
         try:
             config = parse(["jexit.main", *self.training(cell)]).config
-            task = config.task
-            make_task(task.name, task.path or None, **task.options)
+            if config.command in ("pretrain", "generate"):
+                raise UserError(
+                    f"{config.command} measures no model, but a sweep compares measurements; use "
+                    "finetune, sft, rl or eval, or run jexit.main for each setting"
+                )
+            task = _made(config.task)
             if self.evaluation:
-                parse(["jexit.main", *self.evaluating(cell, config.to_dict()["task"])])
+                section = config.to_dict()["task"]
+                config = parse(["jexit.main", *self.evaluating(cell, section)]).config
+                task = _made(config.task)
+            check_measures(task, config.eval.measures)
         except ValueError as error:
             raise UserError(f"the run in {cell.workdir} cannot start: {error}") from error
+
+
+def _made(task: TaskConfig) -> Task:
+    return make_task(task.name, task.path or None, **task.options)
 
 
 def _filled(value: str, settings: Mapping[str, str]) -> str:
@@ -326,6 +340,14 @@ def _rank(value: str) -> tuple[float, str]:
 def _flag(value: Any) -> str:
     """Formats a value of `config.json` for a command-line flag; lists become tuples."""
     return str(tuple(value)) if isinstance(value, list) else str(value)
+
+
+def _option(value: Any) -> str:
+    """Formats a task's option for a command-line flag, quoted if it would be read as a literal."""
+    with contextlib.suppress(ValueError, SyntaxError):
+        if isinstance(value, str) and ast.literal_eval(value) != value:
+            return repr(value)
+    return _flag(value)
 
 
 def _arguments(config: str, workdir: pathlib.Path, settings: Mapping[str, str]) -> list[str]:

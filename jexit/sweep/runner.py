@@ -77,14 +77,17 @@ class Runner:
                     return f"{cell.name} is being run by another command; wait for it, or stop it"
             except UserError as error:
                 return str(error)
+            failure = None
             commands = self.sweep.commands(cell)
             while not self.stopped and (arguments := next(commands, None)):
                 with self._lock:  # a line of its own
                     print(f"{cell.name}: {arguments[0]}", flush=True)
                 code = self._process(arguments, log, cores)
                 if code and not self.stopped:
-                    return f"{cell.name} ended with exit code {code}: {cell.last_word}"
-        return None
+                    failure = f"{cell.name} ended with exit code {code}: {cell.last_word}"
+                    if not cell.finished:
+                        break
+        return failure
 
     def _process(self, arguments: Sequence[str], log: IO[str], cores: Sequence[int]) -> int:
         # In its own process group, so that it gets a Ctrl-C only once, from here.

@@ -1,7 +1,7 @@
 """Tasks, which provide prompts and judge completions; this package does not import jax."""
 
 from jexit.tasks.base import Attempt, Draw, Problem, Rewards, Split, Task, Verdict
-from jexit.tasks.chains import ChainTask
+from jexit.tasks.chains import ChainTask, check_measures
 from jexit.tasks.references import make_task
 from jexit.tasks.rows import rows_task
 
@@ -14,6 +14,7 @@ __all__ = [
     "Split",
     "Task",
     "Verdict",
+    "check_measures",
     "make_task",
     "rows_task",
 ]

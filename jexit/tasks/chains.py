@@ -11,6 +11,8 @@ import re
 from collections.abc import Sequence
 from typing import ClassVar
 
+from jexit.config import CHAIN_MEASURES
+from jexit.errors import UserError
 from jexit.tasks import answers
 from jexit.tasks.base import Draw, Problem, Task
 
@@ -126,3 +128,24 @@ class ChainTask(Task):
     @abc.abstractmethod
     def wrong_answer(self, problem: Problem, draw: Draw) -> str:
         """Returns a plausible wrong answer to `problem`, in the format of `problem.answer`."""
+
+
+def check_measures(task: Task, names: Sequence[str]) -> None:
+    """Raises UserError if a measure of `config.eval.measures`, `names`, does not fit the task.
+
+    The measures of faithfulness need a `ChainTask`, and `capacity` needs one whose prompts can
+    prescribe the size of a step.
+    """
+    unfit: tuple[str, ...] = ()
+    if not isinstance(task, ChainTask):
+        unfit = (*CHAIN_MEASURES, "capacity")
+        reason = f"the completions of task {task.name!r} are not divided into steps"
+    elif not task.granularities:
+        unfit = ("capacity",)
+        reason = f"task {task.name!r} cannot prescribe the size of a step"
+    if found := [name for name in names if name in unfit]:
+        others = tuple(name for name in names if name not in unfit)
+        raise UserError(
+            f"config.eval.measures contains {', '.join(found)}, but {reason}; set "
+            f'--config.eval.measures="{others}"'
+        )

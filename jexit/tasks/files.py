@@ -36,7 +36,8 @@ class FileTask(Task):
     A split is held out by groups: problems of one group, by default those with the same prompt, go
     to the same split. If rows are not divided into splits, every `test_every`-th group of them is
     held out for the test split (0: none). Training rows whose group also occurs in the data's own
-    validation or test split are left out. If the data contains no validation split, every sixteenth
+    validation or test split are left out, and so are validation rows whose group occurs in its
+    test split. If the data contains no validation split, every sixteenth
     group of the training rows is held out for validation. If there are only two to fifteen groups,
     the last one is held out; a single group stays in training.
 
@@ -101,28 +102,30 @@ class FileTask(Task):
 
     def _load(self, split: Split) -> list[Problem]:
         if "whole" in self._sources():
-            rest, test = self._hold_out(self._source("whole"), self.test_every)
             val = self._source("val")
-            rest = self._apart(rest, val)
+            rest, test = self._hold_out(self._apart("whole", val), self.test_every)
         elif split == "test":
             return self._source("test")
         else:
-            val, test = self._source("val"), []
-            rest = self._apart(self._source("train"), [*val, *self._source("test")])
+            test = self._source("test")
+            val = self._apart("val", test)
+            rest = self._apart("train", [*val, *test])
         if not val:
             groups = len({self._group(problem) for problem in rest})
             rest, val = self._hold_out(rest, min(_VAL_EVERY, groups) if groups > 1 else 0)
         return {"train": rest, "val": val, "test": test}[split]
 
-    def _apart(self, train: list[Problem], held_out: list[Problem]) -> list[Problem]:
-        """Returns `train` without problems whose group is also in `held_out`; logs a warning."""
+    def _apart(self, source: Source, held_out: list[Problem]) -> list[Problem]:
+        """Returns the problems of `source` whose group is not in `held_out`; counts the others."""
+        rows = self._source(source)
         taken = {self._group(problem) for problem in held_out}
-        rest = [problem for problem in train if self._group(problem) not in taken]
-        if len(rest) < len(train):
+        rest = [problem for problem in rows if self._group(problem) not in taken]
+        if len(rest) < len(rows):
             _log.warning(
-                "left out %d of %d training rows because they are also in the val or test split",
-                len(train) - len(rest),
-                len(train),
+                "left out %d of %d %s rows because they are also in the val or test split",
+                len(rows) - len(rest),
+                len(rows),
+                "validation" if source == "val" else "training",
             )
         return rest
 

@@ -191,13 +191,27 @@ def test_what_cannot_be_measured_is_refused_before_anything_runs(model_dir, tmp_
         ({"eval__measured": "shuffled"}, "policy 'shuffled' is not known"),
         ({"eval__max_new_tokens": 250}, "together exceed the model's 256 positions; lower config"),
         (
-            {"eval__measures": ("capacity",), "task__name": "word_problems"},
-            "task 'word_problems' cannot prescribe the size of a step; remove 'capacity'",
+            {"eval__measures": ("exits", "capacity"), "task__name": "word_problems"},
+            r"contains capacity, but task 'word_problems' cannot .* step; set .*\('exits',\)",
+        ),
+        (
+            {"eval__measures": ("hint", "capacity"), "task__name": "blend"},
+            r"contains hint, capacity, but the completions of task 'blend' are not .*\(\)",
         ),
     ):
         with pytest.raises(ValueError, match=says):
             run("eval", model_dir, tmp_path / "run", **settings)
         assert not (tmp_path / "run").exists()
+
+
+def test_a_generated_split_of_which_every_prompt_is_too_long_is_refused():
+    config = make_config(
+        "eval", TINY_CALIBRATED_PATH, task__name="sums", task__max_prompt_tokens=2,
+        task__skip_long=True, eval__split="test",
+    )  # fmt: skip
+    task, tokenizer = load_task(config.task, "test"), Tokenizer.load(TINY_CALIBRATED_PATH)
+    with pytest.raises(ValueError, match="every prompt in the 'test' split of task 'sums' is lon"):
+        held_out(task, tokenizer, config, 4)
 
 
 def test_a_split_with_fewer_problems_than_asked_for_is_measured_whole_and_said(caplog):

@@ -127,6 +127,7 @@ def test_wandb_gets_flat_values_under_their_step(tmp_path, monkeypatch):
     class Recorder(list):
         def init(self, **arguments):
             self.append(arguments["project"])
+            ids.append(arguments["id"])
             return self
 
         def log(self, values, step):
@@ -135,9 +136,12 @@ def test_wandb_gets_flat_values_under_their_step(tmp_path, monkeypatch):
         def finish(self):
             self.append("finish")
 
-    recorder = Recorder()
+    recorder, ids = Recorder(), []
     monkeypatch.setitem(sys.modules, "wandb", recorder)
     with MetricsWriter(tmp_path, tensorboard=False, wandb="early-exits") as writer:
         writer.write(3, {"loss": 0.5, "share": [0.25, 0.75]})
     flat = {"loss": 0.5, "share/0": 0.25, "share/1": 0.75}
     assert recorder == ["early-exits", (3, flat), "finish"]
+    for workdir in (tmp_path, tmp_path / "other"):  # resumes W&B's run, and begins another
+        MetricsWriter(workdir, tensorboard=False, wandb="early-exits").close()
+    assert ids[0] == ids[1] != ids[2]

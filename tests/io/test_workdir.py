@@ -62,6 +62,12 @@ def test_another_config_is_refused_by_its_first_difference(tmp_path, full_disk):
         ({"rl__depth_coef": 0.9}, "config.rl.depth_coef=0.5, but this run has 0.9"),
         ({"exits__layers": (2, 4)}, "config.exits.layers=[], but this run has [2, 4]"),
         ({"task__options": {"steps": 3}}, "config.task.options.steps=unset, but this run has 3"),
+        (
+            {
+                "checkpoint__best_metric": "val/accuracy"
+            },  # kept checkpoints have the scores of the other
+            "config.checkpoint.best_metric=, but this run has val/accuracy",
+        ),
         ({"seed": 1, "batch_size": 4}, "config.batch_size=32, but this run has 4"),
     ):
         words = f"{tmp_path} contains a run with {re.escape(words)}; choose another --workdir, or"

@@ -42,7 +42,7 @@ def trunk(model_dir, tmp_path_factory):
 def test_training_goes_on_from_another_runs_trunk(trunk, model_dir, tmp_path):
     (row,) = metrics(trunk)
     for name in ("step_2", "story"):
-        assert 0 < row[f"p_right/{name}"] < 0.1, name
+        assert 0 < row[f"p_correct/{name}"] < 0.1, name
     still = {"pretrain__start": str(trunk), "optim__full_lr": 0.0, "seed": 5}
     run("pretrain", model_dir, tmp_path / "on", **SMALL, **still)
     assert_same_model(trunk, tmp_path / "on")

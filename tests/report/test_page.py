@@ -196,7 +196,7 @@ def test_runs_stand_side_by_side_under_their_shortest_names(workdirs, tmp_path):
     config = json.loads((other / "config.json").read_text())
     write_json(other / "config.json", config | {"command": "sft"})
     tree = parse(page(read_runs([workdirs["rl"], other, workdirs["eval"]])))
-    rows = rows_of(tree, "Key figures")
+    rows = rows_of(tree, "Main results")
     trained = ["before training", "after training"]
     assert column(rows, "measured") == [*trained * 2, "sample", "full"]
     assert column(rows, "accuracy")[0] == "73.4\u00a0%"

@@ -70,6 +70,21 @@ def test_the_provider_decodes_and_the_task_measures(wanted):
     assert metrics["layers_per_problem"] == pytest.approx(layers / COUNT)
 
 
+def test_a_thought_that_was_cut_off_is_no_answer():
+    """If the prompt opens the thought, the completion alone would look like an answer."""
+    task = make_task("word_problems")
+    text, answer = "so\n#### 7\nwait", task.problem("test", 0).answer
+    for opening, kind in (("", "wrong" if answer != "7" else "strict"), ("<think>\n", "none")):
+        output = inspect_ai.model.ModelOutput.from_content("jexit/x", text)
+        output.metadata = {"opening": opening}
+        state = inspect_ai.solver.TaskState(
+            model="jexit/x", sample_id=1, epoch=1, input="", messages=[], output=output
+        )
+        score = inspect_registry.verdicts(task, "test")
+        found = asyncio.run(score(state, inspect_ai.scorer.Target(answer)))
+        assert found.metadata["kind"] == kind
+
+
 def test_only_text_reaches_the_model(served, monkeypatch):
     """The provider refuses images and the like; it leaves out the reasoning of earlier answers."""
     from inspect_ai import model as inspect

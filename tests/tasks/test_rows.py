@@ -174,7 +174,14 @@ def test_splits_share_no_prompt_and_rows_that_cannot_be_used_are_counted(caplog)
     sizes = [made().size(split) for split in ("train", "val", "test")]
     assert sizes == [50, 3, 7] and sum(sizes) == 60
     assert [made(test=ROWS[:5]).size(s) for s in ("train", "val", "test")] == [52, 3, 5]
-    assert [made(val=ROWS[:5]).size(s) for s in ("train", "val", "test")] == [48, 5, 7]
+    for given in ({"val": ROWS[5:10]}, {"val": ROWS[:9], "test": ROWS[5:20]}):  # 7: held out else
+        task = made(**given)
+        shown = [
+            {task.problem(split, index).prompt for index in range(task.size(split))}
+            for split in ("train", "val", "test")
+        ]
+        assert sum(map(len, shown)) == len(set.union(*shown)) == 60
+        assert task.size("test") == len(given.get("test", range(55 // 8)))
     broken = [
         *ROWS[:9], {"question": 7}, {"question": " "}, {"other": 1}, "text",
         {"question": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]},
