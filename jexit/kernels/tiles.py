@@ -109,6 +109,21 @@ def logits(h: jax.Array, head_CD: jax.Array) -> jax.Array:
     return product(h, head_CD, (h.ndim - 1, 1))
 
 
+def tempered(array: jax.Array, temperature: float) -> jax.Array:
+    """Divides logits, or the gradient with respect to the quotient, by the sampling temperature."""
+    return array if temperature == 1.0 else array * (1.0 / temperature)
+
+
+def sums_gradient_online(h_ND: jax.Array, head_VD: jax.Array, *, head_trains: bool) -> bool:
+    """Returns whether an op's forward pass sums the gradient of the hidden states itself.
+
+    It weights the rows of the head by float32 numbers, as rounding would spoil differences of large
+    sums. With a bfloat16 head these products would not run at the speed of bfloat16, so the
+    backward pass recomputes the logits instead, as it does if the head's gradient is needed.
+    """
+    return not head_trains and jnp.promote_types(h_ND.dtype, head_VD.dtype) == jnp.float32
+
+
 def over_tokens(function: Callable[..., Any], arguments: tuple[Any, ...], chunk: int) -> Any:
     """Applies `function` to chunks of at most `chunk` tokens, and concatenates the results.
 
@@ -196,7 +211,8 @@ def gradients(
     Args:
       dlogits: takes `(start, size, *arguments of a chunk of tokens)` and returns two arrays: the
         gradient of the loss with respect to a tile's logits, dz_NC, and the tile's rows of the
-        head. The tile has the vocabulary entries `start` … `start + size − 1`.
+        head. The tile has the vocabulary entries `start` … `start + size − 1`. As in the kernels,
+        dz_NC is rounded to the dtype in which the logits are multiplied.
       arguments: pytrees with tokens as the first axis; the first pytree is the hidden states.
       head_VD: the output head.
       chunks: the numbers of tokens and vocabulary entries in a tile.
@@ -216,6 +232,7 @@ def gradients(
             dh_SND, dhead_CD = carry
             part = _pick(parts, step)
             dz_NC, head_CD = dlogits(start, size, *part)
+            dz_NC = dz_NC.astype(jnp.promote_types(part[0].dtype, head_CD.dtype))
             dh_SND = dh_SND.at[step].add(product(dz_NC, head_CD, (1, 0)))
             if dhead_CD is not None:
                 dhead_CD += product(dz_NC, part[0], (0, 0))

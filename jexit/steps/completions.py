@@ -191,14 +191,14 @@ def pack_completions(
 
 
 def token_logprobs(
-    head_VD: Array, hidden_BCD: Array, tokens_BC: Int[Array, "B C"]
+    head_VD: Array, hidden_BCD: Array, tokens_BC: Int[Array, "B C"], *, temperature: float = 1.0
 ) -> tuple[Float[Array, "B C"], Float[Array, "B C"]]:
     """Returns the log-probability of each token, and the entropy of its distribution, in nats.
 
     `head_VD` is the output head, and `hidden_BCD` are the hidden states, after the final norm, that
-    predict the tokens.
+    predict the tokens. Logits are divided by `temperature`.
     """
-    result = linear_logprob(flat(hidden_BCD), head_VD, flat(tokens_BC))
+    result = linear_logprob(flat(hidden_BCD), head_VD, flat(tokens_BC), temperature=temperature)
     return result.logprob_N.reshape(tokens_BC.shape), result.entropy_N.reshape(tokens_BC.shape)
 
 

@@ -197,16 +197,18 @@ def teacher_scores(
 ) -> tuple[Float[Array, "B C"], Array | None]:
     """Returns log π_teacher of every token and the teacher's final hidden states [B, C, D].
 
-    Both are at the sampling temperature, by which the hidden states are divided. The hidden states
-    are None unless the loss contains a KL over the whole vocabulary.
+    log π_teacher is at the sampling temperature. The states are None unless the loss contains a KL
+    over the whole vocabulary.
     """
     wants_hidden = config.kl_loss_coef > 0 and config.kl_loss in EXACT_KL
 
     def one(index: Array) -> tuple[Array, Array | None]:
         part = micro_batch(rows, index, micro_batches)
         taught = run(teacher, part.tokens_BT, policy=Full(), **part.layout, adapters=False)
-        hidden_BCD = tempered(part.window(taught.hidden_BTD), config.temperature)
-        logprob_BC, _ = token_logprobs(teacher.head_VD, hidden_BCD, part.completion_tokens_BC)
+        hidden_BCD = part.window(taught.hidden_BTD)
+        logprob_BC, _ = token_logprobs(
+            teacher.head_VD, hidden_BCD, part.completion_tokens_BC, temperature=config.temperature
+        )
         return logprob_BC, hidden_BCD if wants_hidden else None
 
     if micro_batches == 1:
@@ -267,8 +269,10 @@ def policy_loss(
         **rows.layout,
         hazards=True,
     )
-    hidden_BCD = tempered(rows.window(result.hidden_BTD), config.temperature)
-    logprob_BC, entropy_BC = token_logprobs(student.head_VD, hidden_BCD, rows.completion_tokens_BC)
+    hidden_BCD = rows.window(result.hidden_BTD)
+    logprob_BC, entropy_BC = token_logprobs(
+        student.head_VD, hidden_BCD, rows.completion_tokens_BC, temperature=config.temperature
+    )
     z_BCE = rows.window(result.hazard_logits_BTE)
     depth_logprob_BC = jnp.where(
         rows.action_BC, depth_log_prob(depth_BC, z_BCE, exit_layers, layers, **hazards), 0.0
@@ -326,17 +330,8 @@ def kl_terms(
         head_VD,
         direction=EXACT_KL[config.kl_loss],
         head_teacher_VD=teacher_head_VD,
+        temperature=config.temperature,
     ).reshape(logprob_BC.shape)
-
-
-def tempered(hidden_BCD: Array, temperature: float) -> Array:
-    """Returns the hidden states divided by the sampling temperature, in float32.
-
-    This divides the logits, which are linear in the hidden states. The sampler divides float32
-    logits, so a quotient rounded to bfloat16 would lead to different log-probabilities. At
-    temperature 1, the hidden states stay unchanged.
-    """
-    return hidden_BCD if temperature == 1.0 else hidden_BCD.astype(jnp.float32) / temperature
 
 
 def depth_metrics(batch: RLBatch, exit_layers: tuple[int, ...], layers: int) -> Metrics:

@@ -41,21 +41,23 @@ SHAPES = {  # tokens, width, vocabulary, exits
 Case = tuple[Callable[..., Any], tuple[str, ...], int, int]
 
 
-def cases(implementation: str | None) -> dict[str, Case]:
+def cases(implementation: str | None, temperature: float) -> dict[str, Case]:
     """For each: the function, its operands, its sets of hidden states, its matrix products.
 
     Products with the head as the TPU kernels do them, which recompute the logits once for each
     gradient; the others do it once for both.
     """
 
+    chosen_by: Any = {"temperature": temperature, "implementation": implementation}
+
     def exit_kl(h: Any, exits: Any, head: Any) -> Any:
         return kernels.exit_kl(h, exits, head, implementation=implementation)
 
     def kl(h: Any, other: Any, head: Any, direction: str = "student_teacher") -> Any:
-        return kernels.linear_kl(h, other, head, direction=direction, implementation=implementation)
+        return kernels.linear_kl(h, other, head, direction=direction, **chosen_by)
 
     def logprob(h: Any, head: Any, targets: Any) -> Any:
-        return kernels.linear_logprob(h, head, targets, implementation=implementation)
+        return kernels.linear_logprob(h, head, targets, **chosen_by)
 
     def gradient(function: Callable[..., Any], argnums: Any) -> Callable[..., Any]:
         def loss(*arguments: Any) -> Any:
@@ -87,7 +89,7 @@ def main() -> None:
     parser.add_argument("--topologies", default="v5e:2x2")
     parser.add_argument("--shapes", default="qwen3-4b", help=f"of {', '.join(SHAPES)}; or N,D,V,E")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--head-dtype", choices=("float32", "bfloat16"), help="default: the same")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of KL and log-probability")
     parser.add_argument("--implementation", help="default: what is picked for the platform")
     parser.add_argument("--ops", default="", help="parts of cases' names")
     parser.add_argument("--vmem", action="store_true")
@@ -107,7 +109,7 @@ def main() -> None:
                     f"N, D, V, E = {', '.join(map(str, shape))}"
                 )
                 print(f"  {'op':<30}{'compile s':>10}{'temp MB':>9}{'share':>8}{'GFLOP':>9}  tiles")
-            for case in cases(arguments.implementation):
+            for case in cases(arguments.implementation, arguments.temperature):
                 if not any(part in case for part in arguments.ops.split(",")):
                     continue
                 row = compile_case(case, topology, shape, arguments)
@@ -132,7 +134,9 @@ def compile_case(
     case: str, topology: Topology, shape: tuple[int, ...], arguments: argparse.Namespace
 ) -> dict[str, Any]:
     """Compiles one case; errors of the compiler are raised."""
-    function, operands, sets, products = cases(arguments.implementation)[case]
+    function, operands, sets, products = cases(arguments.implementation, arguments.temperature)[
+        case
+    ]
     tokens, width, vocab, exits = shape
     sets, products = sets or exits + 1, products or exits + 1
     sharding = SingleDeviceSharding(topology.devices[0])
@@ -144,8 +148,7 @@ def compile_case(
             "head": (vocab, width),
             "targets": (tokens,),
         }[name]
-        own = arguments.head_dtype if name == "head" else None
-        dtype = jnp.int32 if name == "targets" else own or arguments.dtype
+        dtype = jnp.int32 if name == "targets" else arguments.dtype
         return jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
 
     chosen, module = [], gpu if topology.platform == "gpu" else tpu

@@ -15,12 +15,18 @@ truth.register_small_tiles(api.OPERATION, xla.linear_kl, pallas_tpu.linear_kl, p
 
 
 def expected(
-    student_ND: Any, teacher_ND: Any, head_VD: Any, teacher_head_VD: Any, direction: str, g_N: Any
+    student_ND: Any,
+    teacher_ND: Any,
+    head_VD: Any,
+    teacher_head_VD: Any,
+    direction: str,
+    g_N: Any,
+    temperature: float = 1.0,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """KL per token, and the gradients of Σ g kl to the student's states and head."""
-    log_p_NV = truth.log_softmax(truth.logits(student_ND, head_VD))
+    log_p_NV = truth.log_softmax(truth.logits(student_ND, head_VD) / temperature)
     teacher_head_VD = head_VD if teacher_head_VD is None else teacher_head_VD
-    log_q_NV = truth.log_softmax(truth.logits(teacher_ND, teacher_head_VD))
+    log_q_NV = truth.log_softmax(truth.logits(teacher_ND, teacher_head_VD) / temperature)
     p_NV, q_NV = np.exp(log_p_NV), np.exp(log_q_NV)
     kl_N, dz_NV = np.zeros(len(p_NV)), np.zeros_like(p_NV)
     if direction != "teacher_student":
@@ -30,12 +36,12 @@ def expected(
     if direction != "student_teacher":
         kl_N += truth.kl(log_q_NV, log_p_NV)
         dz_NV += p_NV - q_NV
-    dz_NV *= truth.float64(g_N)[:, None]
+    dz_NV *= truth.float64(g_N)[:, None] / temperature
     return kl_N, dz_NV @ truth.float64(head_VD), dz_NV.T @ truth.float64(student_ND)
 
 
 @functools.cache
-def compiled(implementation: str, direction: str) -> Any:
+def compiled(implementation: str, direction: str, temperature: float = 1.0) -> Any:
     """KL, KL beside a gradient, the gradient to the states alone, and to states and head."""
 
     def loss(
@@ -47,6 +53,7 @@ def compiled(implementation: str, direction: str) -> Any:
             head_VD,
             direction=direction,
             head_teacher_VD=teacher_head_VD,
+            temperature=temperature,
             implementation=implementation,
         )
         return jnp.sum(jnp.where(g_N != 0, g_N * kl_N, 0)), kl_N
@@ -66,6 +73,7 @@ def check(
     head_VD: jax.Array,
     direction: str,
     teacher_head_VD: jax.Array | None = None,
+    temperature: float = 1.0,
 ) -> np.ndarray:
     """Forward and gradients against the truth.
 
@@ -75,12 +83,12 @@ def check(
     g_N = truth.normal(9, student_ND.shape[0]).at[1::4].set(0)
     dtype, live_N = student_ND.dtype.name, np.asarray(g_N) != 0
     arguments = (student_ND, teacher_ND, head_VD, teacher_head_VD, direction, g_N)
-    wanted_N, wanted_ND, wanted_VD = expected(*arguments)
+    wanted_N, wanted_ND, wanted_VD = expected(*arguments, temperature)
     if implementation != "reference":
         student_ND, teacher_ND = (
             jnp.where(live_N[:, None], h_ND, jnp.nan) for h_ND in (student_ND, teacher_ND)
         )
-    found = compiled(implementation, direction)
+    found = compiled(implementation, direction, temperature)
     plain_N, kl_N, alone_ND, dh_ND, dhead_VD = found(
         student_ND, head_VD, teacher_ND, teacher_head_VD, g_N
     )
@@ -95,21 +103,23 @@ def check(
 
 
 SHAPES = [  # tokens, width, vocabulary, width of a teacher with a head of its own
-    (13, 24, 97, None, "float32", "student_teacher"),
-    (13, 24, 97, None, "bfloat16", "teacher_student"),
-    (37, 16, 129, 10, "float32", "jeffreys"),
-    (1, 7, 2, None, "float32", "jeffreys"),
+    (13, 24, 97, None, "float32", "student_teacher", 1.0),
+    (13, 24, 97, None, "bfloat16", "teacher_student", 0.7),
+    (37, 16, 129, 10, "float32", "jeffreys", 1.5),
+    (1, 7, 2, None, "float32", "jeffreys", 1.0),
 ]
 
 
 @truth.every
 def test_every_direction_and_its_gradients_at_any_shape(implementation):
-    for tokens, width, vocab, own, dtype, direction in SHAPES:
+    for tokens, width, vocab, own, dtype, direction, temperature in SHAPES:
         student_ND = truth.normal(0, tokens, width, dtype=dtype)
         teacher_ND = truth.normal(1, tokens, own or width, dtype=dtype)
         teacher_head_VD = None if own is None else truth.normal(3, vocab, own)
         head_VD = truth.normal(2, vocab, width, dtype=dtype)
-        check(implementation, student_ND, teacher_ND, head_VD, direction, teacher_head_VD)
+        check(
+            implementation, student_ND, teacher_ND, head_VD, direction, teacher_head_VD, temperature
+        )
     empty_ND, head_VD = jnp.zeros((0, 8)), jnp.zeros((9, 8))
     assert linear_kl(empty_ND, empty_ND, head_VD, implementation=implementation).shape == (0,)
 

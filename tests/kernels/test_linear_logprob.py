@@ -22,13 +22,13 @@ OUTPUTS = LinearLogprob._fields
 
 
 def expected(
-    h_ND: Any, head_VD: Any, targets_N: Any, weights: dict[str, Any]
+    h_ND: Any, head_VD: Any, targets_N: Any, weights: dict[str, Any], temperature: float = 1.0
 ) -> tuple[LinearLogprob, np.ndarray, np.ndarray]:
     """Outputs, and the gradients of their weighted sum to the states and the head.
 
     A target that does not exist contributes minus the normaliser.
     """
-    z_NV = truth.logits(h_ND, head_VD)
+    z_NV = truth.logits(h_ND, head_VD) / temperature
     log_NV = truth.log_softmax(z_NV)
     p_NV, entropy_N = np.exp(log_NV), truth.entropy(log_NV)
     hit_NV = np.asarray(targets_N)[:, None] == np.arange(z_NV.shape[1])
@@ -38,16 +38,19 @@ def expected(
     )
     dz_NV = of_target_N1 * (hit_NV - p_NV) + of_logsumexp_N1 * p_NV
     dz_NV -= of_entropy_N1 * p_NV * (log_NV + entropy_N[:, None])
+    dz_NV /= temperature
     out = LinearLogprob(target_N, entropy_N, truth.logsumexp(z_NV))
     return out, dz_NV @ truth.float64(head_VD), dz_NV.T @ truth.float64(h_ND)
 
 
 @functools.cache
-def compiled(implementation: str) -> Any:
+def compiled(implementation: str, temperature: float = 1.0) -> Any:
     """Outputs, those beside a gradient, gradient to the states alone, to states and head."""
 
     def loss(h_ND: Any, head_VD: Any, targets_N: Any, weights: Any) -> Any:
-        out = linear_logprob(h_ND, head_VD, targets_N, implementation=implementation)
+        out = linear_logprob(
+            h_ND, head_VD, targets_N, temperature=temperature, implementation=implementation
+        )
         return sum(masked_sum(getattr(out, name), w_N) for name, w_N in weights.items()), out
 
     def everything(*arguments: Any) -> Any:
@@ -64,6 +67,7 @@ def check(
     head_VD: jax.Array,
     targets_N: Any,
     outputs: tuple[str, ...] = OUTPUTS,
+    temperature: float = 1.0,
 ) -> LinearLogprob:
     """Outputs, and the gradients of a weighted sum of `outputs`, against the truth.
 
@@ -73,10 +77,10 @@ def check(
     count, dtype = h_ND.shape[0], h_ND.dtype.name
     weights = {name: truth.normal(i, count).at[1::4].set(0) for i, name in enumerate(outputs)}
     live_N = np.arange(count) % 4 != 1
-    wanted, wanted_ND, wanted_VD = expected(h_ND, head_VD, targets_N, weights)
+    wanted, wanted_ND, wanted_VD = expected(h_ND, head_VD, targets_N, weights, temperature)
     if implementation != "reference":
         h_ND = jnp.where(live_N[:, None], h_ND, jnp.nan)
-    found = compiled(implementation)(h_ND, head_VD, targets_N, weights)
+    found = compiled(implementation, temperature)(h_ND, head_VD, targets_N, weights)
     plain, out, alone_ND, dh_ND, dhead_VD = found
     assert alone_ND.dtype == dh_ND.dtype == h_ND.dtype and dhead_VD.dtype == head_VD.dtype
     for name, value_N in zip(OUTPUTS, wanted, strict=True):
@@ -95,16 +99,16 @@ TARGETS_13 = (0, 96, 96, 31, 32, 33, 63, 64, 65, 95, 5, 5, 5)
 
 @truth.every
 def test_every_output_and_its_gradients_at_any_shape(implementation):
-    for tokens, width, vocab, dtype, of_head, outputs in (
-        (13, 24, 97, "float32", "float32", OUTPUTS),
-        (13, 24, 97, "bfloat16", "bfloat16", ("logprob_N",)),
-        (37, 16, 129, "float32", "bfloat16", ("logprob_N", "entropy_N")),
-        (1, 7, 2, "float32", "float32", OUTPUTS),
+    for tokens, width, vocab, dtype, of_head, outputs, temperature in (
+        (13, 24, 97, "float32", "float32", OUTPUTS, 1.0),
+        (13, 24, 97, "bfloat16", "bfloat16", ("logprob_N",), 0.7),
+        (37, 16, 129, "float32", "bfloat16", ("logprob_N", "entropy_N"), 1.0),
+        (1, 7, 2, "float32", "float32", OUTPUTS, 1.5),
     ):
         targets_N = np.resize(np.asarray(TARGETS_13) % vocab, tokens)
         h_ND = truth.normal(0, tokens, width, dtype=dtype)
         head_VD = truth.normal(1, vocab, width, dtype=of_head)
-        check(implementation, h_ND, head_VD, targets_N, outputs)
+        check(implementation, h_ND, head_VD, targets_N, outputs, temperature)
     nothing = (jnp.zeros((0, 8)), jnp.zeros((9, 8)), jnp.zeros(0, jnp.int32))
     out = linear_logprob(*nothing, implementation=implementation)
     assert [value.shape for value in out] == [(0,)] * 3

@@ -22,13 +22,14 @@ def linear_kl(
     *,
     direction: str = STUDENT_TEACHER,
     head_teacher_VD: jax.Array | None = None,
+    temperature: float = 1.0,
     implementation: str | None = None,
 ) -> jax.Array:
     """Computes the KL between the student's and the teacher's next-token distributions, in nats.
 
-    With p = softmax(head · h_student) and q = softmax(head_teacher · h_teacher), `student_teacher`
-    is `KL(p ‖ q) = Σ_v p_v (log p_v − log q_v)`, `teacher_student` is `KL(q ‖ p)`, and `jeffreys`
-    is the sum of both. To apply a temperature, scale the hidden states.
+    With p = softmax(head · h_student / τ) and q = softmax(head_teacher · h_teacher / τ),
+    `student_teacher` is `KL(p ‖ q) = Σ_v p_v (log p_v − log q_v)`, `teacher_student` is
+    `KL(q ‖ p)`, and `jeffreys` is the sum of both.
 
     Gradients flow to `h_student_ND` and to `head_VD` as the student's head. The teacher's
     distribution carries no gradient, even if student and teacher share the head. The gradient of
@@ -40,6 +41,7 @@ def linear_kl(
       head_VD: the student's output head [V, D], which is also the teacher's by default.
       direction: `"student_teacher"`, `"teacher_student"` or `"jeffreys"`.
       head_teacher_VD: the teacher's own output head, for the same vocabulary (None: `head_VD`).
+      temperature: τ, above 0; float32 logits are divided by it, as in the sampler.
       implementation: `None` (by platform), `"reference"`, `"xla"`, `"pallas_tpu"` or `"pallas_gpu"`
         (the last two are interpreted on a CPU, for tests).
 
@@ -71,5 +73,11 @@ def linear_kl(
         )
     h_teacher_ND, head_teacher_VD = jax.lax.stop_gradient((h_teacher_ND, head_teacher_VD))
     return OPERATION(
-        implementation, h_student_ND, h_teacher_ND, head_VD, head_teacher_VD, direction=direction
+        implementation,
+        h_student_ND,
+        h_teacher_ND,
+        head_VD,
+        head_teacher_VD,
+        direction=direction,
+        temperature=temperature,
     )

@@ -1,5 +1,6 @@
 """The GPU kernels of `linear_kl`, which loop over tiles of logits with statistics in registers."""
 
+from collections.abc import Iterator
 from functools import partial
 
 import jax
@@ -10,6 +11,7 @@ from jexit.kernels.gpu import BY_CHIP, MASKED, Blocks, GpuOperands, GpuTile, Set
 from jexit.kernels.linear_kl import reference, statistics, tiled
 from jexit.kernels.linear_kl.reference import JEFFREYS, STUDENT_TEACHER, TEACHER_STUDENT
 from jexit.kernels.linear_kl.statistics import FinishedKL, KLStatistics
+from jexit.kernels.tiles import tempered
 
 
 def linear_kl(
@@ -19,13 +21,16 @@ def linear_kl(
     head_teacher_VD: jax.Array | None = None,
     *,
     direction: str = STUDENT_TEACHER,
+    temperature: float = 1.0,
     tile: GpuTile = BY_CHIP,
 ) -> jax.Array:
     """Implements `jexit.kernels.linear_kl` on GPUs; sizes set in `tile` override the defaults."""
     arguments = (h_student_ND, h_teacher_ND, head_VD, head_teacher_VD)
     if h_student_ND.shape[0] == 0:
-        return reference.linear_kl(*arguments, direction=direction)
-    kernels = tiled.TiledKL(partial(_statistics, tile), partial(_gradients, tile))
+        return reference.linear_kl(*arguments, direction=direction, temperature=temperature)
+    kernels = tiled.TiledKL(
+        partial(_statistics, tile, temperature), partial(_gradients, tile, temperature)
+    )
     return tiled.linear_kl(kernels, *arguments, direction)
 
 
@@ -43,6 +48,11 @@ def _operands(
     return GpuOperands((h_student_ND, h_teacher_ND), heads, (Set(0), Set(1, head=len(heads) - 1)))
 
 
+def _logits(blocks: Blocks, temperature: float) -> Iterator[jax.Array]:
+    """Yields the student's and the teacher's logits [T, C] of a tile."""
+    return (tempered(z_TC, temperature) for z_TC in blocks.logits)
+
+
 def _neutral(direction: str) -> KLStatistics:
     """Returns the statistics of an empty vocabulary, which change nothing when merged."""
     of_student = 0.0 if direction in (STUDENT_TEACHER, JEFFREYS) else None
@@ -50,10 +60,12 @@ def _neutral(direction: str) -> KLStatistics:
     return KLStatistics(MASKED, MASKED, 0.0, 0.0, of_student, of_student, of_teacher)
 
 
-def _statistics(tile: GpuTile, direction: str, *arrays: jax.Array | None) -> KLStatistics:
+def _statistics(
+    tile: GpuTile, temperature: float, direction: str, *arrays: jax.Array | None
+) -> KLStatistics:
     """Returns one device's statistics [N], as `tiled.TiledKL` describes."""
     return gpu.statistics(
-        lambda blocks: statistics.of_tile(*blocks.logits, direction, axis=1)[0],
+        lambda blocks: statistics.of_tile(*_logits(blocks, temperature), direction, axis=1)[0],
         lambda left, right: statistics.merge(left, right)[0],
         _neutral(direction),
         _operands(*arrays),
@@ -63,6 +75,7 @@ def _statistics(tile: GpuTile, direction: str, *arrays: jax.Array | None) -> KLS
 
 def _gradients(
     tile: GpuTile,
+    temperature: float,
     direction: str,
     h_student_ND: jax.Array,
     h_teacher_ND: jax.Array,
@@ -79,8 +92,8 @@ def _gradients(
 
     def dlogits(blocks: Blocks) -> jax.Array:
         g_T1, finished = blocks.rows
-        dz_TC = g_T1 * statistics.dlogits(*blocks.logits, finished, direction)
-        return jnp.where(g_T1 != 0, dz_TC, 0)
+        dz_TC = g_T1 * statistics.dlogits(*_logits(blocks, temperature), finished, direction)
+        return jnp.where(g_T1 != 0, tempered(dz_TC, temperature), 0)
 
     operands = _operands(h_student_ND, h_teacher_ND, head_VD, head_teacher_VD)
     return gpu.gradients(dlogits, operands._replace(rows=(g_N, finished)), tile, head_dtype)

@@ -9,6 +9,7 @@ from jexit.kernels import tpu
 from jexit.kernels.linear_kl import reference, statistics, tiled
 from jexit.kernels.linear_kl.reference import STUDENT_TEACHER
 from jexit.kernels.linear_kl.statistics import FinishedKL, KLStatistics
+from jexit.kernels.tiles import tempered
 from jexit.kernels.tpu import BY_CHIP, TpuOperands, TpuTile
 
 
@@ -19,14 +20,17 @@ def linear_kl(
     head_teacher_VD: jax.Array | None = None,
     *,
     direction: str = STUDENT_TEACHER,
+    temperature: float = 1.0,
     tile: TpuTile = BY_CHIP,
 ) -> jax.Array:
     """Implements `jexit.kernels.linear_kl` on TPUs; sizes set in `tile` override the defaults."""
     arguments = (h_student_ND, h_teacher_ND, head_VD, head_teacher_VD)
     if h_student_ND.shape[0] == 0:
-        return reference.linear_kl(*arguments, direction=direction)
+        return reference.linear_kl(*arguments, direction=direction, temperature=temperature)
     tpu.check_covers(_operands(*arguments))
-    kernels = tiled.TiledKL(partial(_statistics, tile), partial(_gradients, tile))
+    kernels = tiled.TiledKL(
+        partial(_statistics, tile, temperature), partial(_gradients, tile, temperature)
+    )
     return tiled.linear_kl(kernels, *arguments, direction)
 
 
@@ -40,19 +44,23 @@ def _operands(
     return TpuOperands((h_student_ND, h_teacher_ND), heads)
 
 
-def _logits(blocks: TpuOperands) -> tuple[jax.Array, jax.Array]:
+def _logits(blocks: TpuOperands, temperature: float) -> tuple[jax.Array, jax.Array]:
     """Returns the student's and the teacher's logits [C, T] of a tile.
 
     The teacher uses the last head, which is the only one if student and teacher share it.
     """
     student, teacher = blocks.hidden
-    return blocks.logits(student[...]), blocks.logits(teacher[...], head=len(blocks.heads) - 1)
+    z_student_CT = blocks.logits(student[...])
+    z_teacher_CT = blocks.logits(teacher[...], head=len(blocks.heads) - 1)
+    return tempered(z_student_CT, temperature), tempered(z_teacher_CT, temperature)
 
 
-def _statistics(tile: TpuTile, direction: str, *arrays: jax.Array | None) -> KLStatistics:
+def _statistics(
+    tile: TpuTile, temperature: float, direction: str, *arrays: jax.Array | None
+) -> KLStatistics:
     """Returns one device's statistics [N], as `tiled.TiledKL` describes."""
     total = tpu.statistics(
-        lambda blocks: statistics.of_tile(*_logits(blocks), direction, axis=0)[0],
+        lambda blocks: statistics.of_tile(*_logits(blocks, temperature), direction, axis=0)[0],
         lambda left, right: statistics.merge(left, right)[0],
         _operands(*arrays),
         tile,
@@ -62,6 +70,7 @@ def _statistics(tile: TpuTile, direction: str, *arrays: jax.Array | None) -> KLS
 
 def _gradients(
     tile: TpuTile,
+    temperature: float,
     direction: str,
     h_student_ND: jax.Array,
     h_teacher_ND: jax.Array,
@@ -75,8 +84,8 @@ def _gradients(
 
     def dlogits(blocks: TpuOperands) -> jax.Array:
         g_1T, finished = blocks.rows
-        dz_CT = g_1T * statistics.dlogits(*_logits(blocks), finished, direction)
-        return jnp.where(g_1T != 0, dz_CT, 0)
+        dz_CT = g_1T * statistics.dlogits(*_logits(blocks, temperature), finished, direction)
+        return jnp.where(g_1T != 0, tempered(dz_CT, temperature), 0)
 
     operands = _operands(h_student_ND, h_teacher_ND, head_VD, head_teacher_VD)
     return tpu.gradients(dlogits, operands._replace(rows=(g_N, finished)), tile, head_dtype)

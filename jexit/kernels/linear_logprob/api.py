@@ -21,19 +21,21 @@ def linear_logprob(
     head_VD: jax.Array,
     targets_N: jax.Array,
     *,
+    temperature: float = 1.0,
     implementation: str | None = None,
 ) -> LinearLogprob:
-    """Computes log-probabilities of targets, entropy and log-sum-exp under softmax(head · h).
+    """Computes log-probabilities of targets, entropy and log-sum-exp under softmax(head · h / τ).
 
-    With z = head · h and p = softmax(z), the log-probability of target t is
-    `log p_t = z_t − log Σ_v exp z_v`, and the entropy is `H = −Σ_v p_v log p_v`. To apply a
-    temperature, scale the hidden states. All three outputs carry gradients to `h_ND` and `head_VD`.
-    The gradient of the head is computed only if the head itself is differentiated.
+    With z = head · h / τ and p = softmax(z), the log-probability of target t is
+    `log p_t = z_t − log Σ_v exp z_v`, and the entropy is `H = −Σ_v p_v log p_v`. All three outputs
+    carry gradients to `h_ND` and `head_VD`. The gradient of the head is computed only if the head
+    itself is differentiated.
 
     Args:
       h_ND: the final hidden states of N tokens [N, D], after the final norm.
       head_VD: the output head [V, D].
       targets_N: token ids [N]. An id that is not in the vocabulary gets log-probability −∞.
+      temperature: τ, above 0; float32 logits are divided by it, as in the sampler.
       implementation: `None` (by platform), `"reference"`, `"xla"`, `"pallas_tpu"` or `"pallas_gpu"`
         (the last two are interpreted on a CPU, for tests).
 
@@ -51,4 +53,6 @@ def linear_logprob(
             "int32"
         )
     # Narrow integers cannot count the vocabulary.
-    return OPERATION(implementation, h_ND, head_VD, targets_N.astype(jnp.int32))
+    return OPERATION(
+        implementation, h_ND, head_VD, targets_N.astype(jnp.int32), temperature=temperature
+    )

@@ -10,27 +10,41 @@ from jexit.kernels.gpu import BY_CHIP, MASKED, Blocks, GpuOperands, GpuTile, Set
 from jexit.kernels.linear_logprob import reference, statistics, tiled
 from jexit.kernels.linear_logprob.reference import LinearLogprob
 from jexit.kernels.linear_logprob.statistics import FinishedLogprob, LogprobStatistics
+from jexit.kernels.tiles import tempered
 
 NEUTRAL = LogprobStatistics(MASKED, 0.0, 0.0, float("-inf"))  # for an empty vocabulary
 
 
 def linear_logprob(
-    h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array, *, tile: GpuTile = BY_CHIP
+    h_ND: jax.Array,
+    head_VD: jax.Array,
+    targets_N: jax.Array,
+    *,
+    temperature: float = 1.0,
+    tile: GpuTile = BY_CHIP,
 ) -> LinearLogprob:
     """Implements `jexit.kernels.linear_logprob` on GPUs; sizes in `tile` override the defaults."""
     if h_ND.shape[0] == 0:
-        return reference.linear_logprob(h_ND, head_VD, targets_N)
-    kernels = tiled.TiledLogprob(partial(_statistics, tile), partial(_gradients, tile))
+        return reference.linear_logprob(h_ND, head_VD, targets_N, temperature=temperature)
+    kernels = tiled.TiledLogprob(
+        partial(_statistics, tile, temperature), partial(_gradients, tile, temperature)
+    )
     return tiled.linear_logprob(kernels, h_ND, head_VD, targets_N)
 
 
 def _statistics(
-    tile: GpuTile, h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array
+    tile: GpuTile,
+    temperature: float,
+    h_ND: jax.Array,
+    head_VD: jax.Array,
+    targets_N: jax.Array,
 ) -> LogprobStatistics:
     """Returns one device's statistics [N], as `tiled.TiledLogprob` describes."""
 
     def of_tile(blocks: Blocks) -> LogprobStatistics:
-        return statistics.of_tile(*blocks.logits, blocks.index == blocks.rows, axis=1)[0]
+        (z_TC,) = blocks.logits
+        hit_TC = blocks.index == blocks.rows
+        return statistics.of_tile(tempered(z_TC, temperature), hit_TC, axis=1)[0]
 
     # A target beyond the vocabulary must not hit a masked column of the last tile.
     targets_N = jnp.where(targets_N < head_VD.shape[0], targets_N, -1)
@@ -45,6 +59,7 @@ def _statistics(
 
 def _gradients(
     tile: GpuTile,
+    temperature: float,
     h_ND: jax.Array,
     head_VD: jax.Array,
     targets_N: jax.Array,
@@ -56,9 +71,9 @@ def _gradients(
 
     def dlogits(blocks: Blocks) -> jax.Array:
         targets_T1, finished, g = blocks.rows
-        hit_TC = blocks.index == targets_T1
-        dz_TC = statistics.dlogits(*blocks.logits, hit_TC, g, finished)
-        return jnp.where(tiled.live(g), dz_TC, 0)
+        (z_TC,), hit_TC = blocks.logits, blocks.index == targets_T1
+        dz_TC = statistics.dlogits(tempered(z_TC, temperature), hit_TC, g, finished)
+        return jnp.where(tiled.live(g), tempered(dz_TC, temperature), 0)
 
     operands = GpuOperands((h_ND,), (head_VD,), (Set(0),), (targets_N, finished, g))
     return gpu.gradients(dlogits, operands, tile, head_dtype)

@@ -20,10 +20,12 @@ class LinearLogprob(NamedTuple):
     logsumexp_N: jax.Array
 
 
-def linear_logprob(h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array) -> LinearLogprob:
+def linear_logprob(
+    h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array, *, temperature: float = 1.0
+) -> LinearLogprob:
     """Implements `jexit.kernels.linear_logprob` directly by its formula, for tests."""
     vocab = head_VD.shape[0]
-    logits_NV = h_ND.astype(jnp.float32) @ head_VD.astype(jnp.float32).T
+    logits_NV = h_ND.astype(jnp.float32) @ head_VD.astype(jnp.float32).T / temperature
     log_NV = jax.nn.log_softmax(logits_NV)
     logsumexp_N = jax.nn.logsumexp(logits_NV, axis=-1)
     exists_N = (targets_N >= 0) & (targets_N < vocab)

@@ -1,10 +1,9 @@
 """The plain XLA implementation of `linear_logprob`: vocabulary tiles with online statistics.
 
-If only the hidden states are differentiated, the forward pass sums the derivatives of each token's
-outputs online, while the logits are in memory, and the head's gradient is not computed. Derivatives
-of outputs that the loss does not use are dead code, which XLA removes with their matrix products.
-If the head is differentiated too, or if a mesh shards the op, the backward pass recomputes the
-logits tile by tile.
+If only the hidden states are differentiated, and products are float32, the forward pass sums the
+derivatives of each token's outputs online, while the logits are in memory. Derivatives of outputs
+that the loss does not use are dead code, which XLA removes with their matrix products. Otherwise,
+and if a mesh shards the op, the backward pass recomputes the logits tile by tile.
 """
 
 from functools import partial
@@ -22,6 +21,11 @@ from jexit.kernels.linear_logprob.statistics import (
     LogprobWeights,
 )
 from jexit.kernels.shards import Shards
+
+
+class _Static(NamedTuple):
+    requested: tiles.Requested
+    temperature: float
 
 
 class _LogprobTotal(NamedTuple):
@@ -45,6 +49,7 @@ def linear_logprob(
     head_VD: jax.Array,
     targets_N: jax.Array,
     *,
+    temperature: float = 1.0,
     chunk_tokens: int | None = None,
     chunk_vocab: int | None = None,
 ) -> LinearLogprob:
@@ -54,50 +59,53 @@ def linear_logprob(
     None lets shapes and platform determine them.
     """
     if h_ND.shape[0] == 0:
-        return reference.linear_logprob(h_ND, head_VD, targets_N)
-    requested = tiles.Requested(chunk_tokens, chunk_vocab)
+        return reference.linear_logprob(h_ND, head_VD, targets_N, temperature=temperature)
+    static = _Static(tiles.Requested(chunk_tokens, chunk_vocab), temperature)
     if Shards.current(head_VD.shape[0]).divides:
-        functions = tiled.TiledLogprob(partial(_of_all, requested), partial(_gradients, requested))
+        functions = tiled.TiledLogprob(partial(_of_all, static), partial(_gradients, static))
         return tiled.linear_logprob(functions, h_ND, head_VD, targets_N)
-    return _linear_logprob(requested, h_ND, head_VD, targets_N)
+    return _linear_logprob(static, h_ND, head_VD, targets_N)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _linear_logprob(
-    requested: tiles.Requested, h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array
+    static: _Static, h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array
 ) -> LinearLogprob:
-    return statistics.finish(_of_all(requested, h_ND, head_VD, targets_N)).out
+    return statistics.finish(_of_all(static, h_ND, head_VD, targets_N)).out
 
 
-def _forward(requested: tiles.Requested, *arguments: Any) -> tuple[LinearLogprob, tuple[Any, ...]]:
+def _forward(static: _Static, *arguments: Any) -> tuple[LinearLogprob, tuple[Any, ...]]:
     """Returns the outputs for N tokens, [N] each, and the residuals for `_backward`.
 
     This is the forward rule of the custom VJP `_linear_logprob`. Because of `symbolic_zeros`, each
     argument is a pair: `value` is the array, and `perturbed` is True if it is differentiated. The
-    residuals are (`_Units`, arrays, None) or, if the head is differentiated, (None, arrays,
-    statistics).
+    residuals are (`_Units`, arrays, None, False) or, where the logits are to be recomputed, (None,
+    arrays, statistics, whether the head is differentiated).
     """
     h_ND, head_VD, targets_N = values = tuple(pair.value for pair in arguments)
-    if arguments[1].perturbed:
-        finished = statistics.finish(_of_all(requested, *values))
-        return finished.out, (None, values, finished)
+    head_trains = arguments[1].perturbed
+    if not tiles.sums_gradient_online(h_ND, head_VD, head_trains=head_trains):
+        finished = statistics.finish(_of_all(static, *values))
+        return finished.out, (None, values, finished, head_trains)
 
     # The sums over rows of the head take memory besides the logits.
-    chunks = requested.override(tiles.choose_chunks(h_ND.shape[0], head_VD.shape[0], 2))
+    chunks = static.requested.override(tiles.choose_chunks(h_ND.shape[0], head_VD.shape[0], 2))
 
     def of_chunk(h_ND: jax.Array, targets_N: jax.Array) -> tuple[LinearLogprob, _Units]:
-        total = _of_chunk(h_ND, targets_N, head_VD, chunks.vocab, with_gradient=True)
+        total = _of_chunk(
+            static.temperature, h_ND, targets_N, head_VD, chunks.vocab, with_gradient=True
+        )
         out = jax.tree.map(lambda a: a[:, 0], statistics.finish(total.statistics).out)
         return out, _Units(*(unit_ND.astype(h_ND.dtype) for unit_ND in _units(total)))
 
     out, units = tiles.over_tokens(of_chunk, (h_ND, targets_N), chunks.tokens)
-    return out, (units, (None, head_VD, targets_N), None)
+    return out, (units, (None, head_VD, targets_N), None, False)
 
 
 def _backward(
-    requested: tiles.Requested, residuals: tuple[Any, ...], g: LinearLogprob
+    static: _Static, residuals: tuple[Any, ...], g: LinearLogprob
 ) -> tuple[jax.Array, jax.Array | None, None]:
-    units, (h_ND, head_VD, targets_N), finished = residuals
+    units, (h_ND, head_VD, targets_N), finished, head_trains = residuals
     g, live_N = tiled.used(g)
     if units is not None:
         dtype = units.logsumexp_ND.dtype
@@ -111,10 +119,12 @@ def _backward(
             dh_ND += g.entropy_N[:, None] * units.entropy_ND
         if g.logsumexp_N is not None:
             dh_ND += g.logsumexp_N[:, None] * units.logsumexp_ND
+        dh_ND = tiles.tempered(dh_ND, static.temperature)
         # A row that the loss masks out must not bring in its NaN.
         return jnp.where(live_N[:, None], dh_ND, 0).astype(dtype), None, None
     h_ND = jnp.where(live_N[:, None], h_ND, 0)
-    dh_ND, dhead_VD = _gradients(requested, h_ND, head_VD, targets_N, finished, g, head_VD.dtype)
+    head_dtype = head_VD.dtype if head_trains else None
+    dh_ND, dhead_VD = _gradients(static, h_ND, head_VD, targets_N, finished, g, head_dtype)
     return dh_ND.astype(h_ND.dtype), dhead_VD, None
 
 
@@ -122,20 +132,20 @@ _linear_logprob.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _of_all(
-    requested: tiles.Requested, h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array
+    static: _Static, h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array
 ) -> LogprobStatistics:
     """Returns the statistics [N] of all tokens over the whole vocabulary of the head."""
-    chunks = requested.override(tiles.choose_chunks(h_ND.shape[0], head_VD.shape[0], 1))
+    chunks = static.requested.override(tiles.choose_chunks(h_ND.shape[0], head_VD.shape[0], 1))
 
     def of_chunk(h_ND: jax.Array, targets_N: jax.Array) -> LogprobStatistics:
-        total = _of_chunk(h_ND, targets_N, head_VD, chunks.vocab)
+        total = _of_chunk(static.temperature, h_ND, targets_N, head_VD, chunks.vocab)
         return jax.tree.map(lambda array_N1: array_N1[:, 0], total.statistics)
 
     return tiles.over_tokens(of_chunk, (h_ND, targets_N), chunks.tokens)
 
 
 def _gradients(
-    requested: tiles.Requested,
+    static: _Static,
     h_ND: jax.Array,
     head_VD: jax.Array,
     targets_N: jax.Array,
@@ -156,14 +166,16 @@ def _gradients(
         head_CD = tiles.slice_head(head_VD, start, size)
         finished, g = jax.tree.map(lambda array_N: array_N[:, None], (finished, g))
         hit_NC = _hits(targets_N - start, size)
-        dz_NC = statistics.dlogits(tiles.logits(h_ND, head_CD), hit_NC, g, finished)
+        z_NC = tiles.tempered(tiles.logits(h_ND, head_CD), static.temperature)
+        dz_NC = tiles.tempered(statistics.dlogits(z_NC, hit_NC, g, finished), static.temperature)
         return jnp.where(tiled.live(g), dz_NC, 0), head_CD
 
-    chunks = requested.override(tiles.choose_chunks(h_ND.shape[0], head_VD.shape[0], 2))
+    chunks = static.requested.override(tiles.choose_chunks(h_ND.shape[0], head_VD.shape[0], 2))
     return tiles.gradients(dlogits, (h_ND, targets_N, finished, g), head_VD, chunks, head_dtype)
 
 
 def _of_chunk(
+    temperature: float,
     h_ND: jax.Array,
     targets_N: jax.Array,
     head_VD: jax.Array,
@@ -173,9 +185,8 @@ def _of_chunk(
 ) -> _LogprobTotal:
     def tile(start: jax.Array | int, size: int) -> _LogprobTotal:
         head_CD = tiles.slice_head(head_VD, start, size)
-        part, weights = statistics.of_tile(
-            tiles.logits(h_ND, head_CD), _hits(targets_N - start, size), axis=-1
-        )
+        z_NC = tiles.tempered(tiles.logits(h_ND, head_CD), temperature)
+        part, weights = statistics.of_tile(z_NC, _hits(targets_N - start, size), axis=-1)
         if not with_gradient:
             return _LogprobTotal(part, None)
         rows = LogprobWeights(*(tiles.product(weight, head_CD, (1, 0)) for weight in weights))
