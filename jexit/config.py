@@ -54,6 +54,7 @@ TINY_CALIBRATED_PATH = "jexit/assets/tiny-calibrated"
 
 Layer = Annotated[int, Bounds(1, 1_000)]
 MessageText = Annotated[str, Length(1_000_000)]
+HazardTarget = Literal["teacher", "student", "own"]
 Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]
 PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
 ChainMeasure = Literal[  # of whether the answer depends on the chain of thought
@@ -206,7 +207,7 @@ class ExitSettings(ExitHead, ContinuationSettings):
     hazard_temperature: Temperature | None = None
     min_hazard: ShareBelowOne | None = None
     sharpness: Positive | None = None
-    target: Literal["teacher", "student"] | None = None
+    target: HazardTarget | None = None
 
     def __post_init__(self) -> None:
         check(self)
@@ -398,9 +399,10 @@ class SFTConfig:
     explore: Share = 0.0
     """The probability that a depth is drawn uniformly, so that the student also learns to finish at
     exits where the teacher could not; published: 0. A value above 0 requires exit_loss=expected."""
-    target: Literal["teacher", "student"] = "teacher"
+    target: HazardTarget = "teacher"
     """The model at whose exits the target hazards are measured: the teacher, as published, or the
-    student, whose exits improve."""
+    student, whose exits improve. They are compared with the teacher's last layer; with own, exits
+    of the student are compared with its own, as in the phase of lens_steps always."""
     direction: Literal["student_teacher", "teacher_student", "jeffreys"] = "student_teacher"
     """The direction of the KL between student and teacher: KL(student ‖ teacher),
     KL(teacher ‖ student), or the sum of both (jeffreys)."""
@@ -656,6 +658,8 @@ class Config:
             if self.command in ("sft", section)
             for name in names
         }
+        if self.command == "sft" and self.sft.lens_steps:
+            trained["target"] = "own"  # of the heads' phase, which is the last
         return ExitSettings(
             **dataclasses.asdict(self.exit_head),
             continuation=self.exits.continuation,
@@ -779,9 +783,9 @@ def _calibration(config: Config) -> Iterator[str]:
         )
     if config.lora.rank == 0 and sft.target == "student":
         yield (
-            "config.sft.target=student measures exits with the teacher's output head, but "
-            "config.lora.rank=0 trains that head; set config.sft.target=teacher or "
-            "config.lora.rank above 0"
+            "config.sft.target=student compares exits of the student with the teacher's last layer "
+            "through one output head, but config.lora.rank=0 trains that head; set "
+            "config.sft.target=teacher or own, or config.lora.rank above 0"
         )
 
 

@@ -225,7 +225,7 @@ CONTRADICTIONS = [
     ("sft", {"sft__completions": 3}, "config.optim.accumulate=1 × config.sft.completions=3"),
     ("sft", {"batch_size": 12, "sft__completions": 3}, "sft.generate_batch is 64, but it must be"),
     ("sft", {"sft__completions": 2, "sft__trajectories": "dataset"}, "one completion per prompt"),
-    ("sft", {"lora__rank": 0, "sft__target": "student"}, "set config.sft.target=teacher or config"),
+    ("sft", {"lora__rank": 0, "sft__target": "student"}, "set config.sft.target=teacher or own"),
     ("rl", {"batch_size": 100_000, "rl__rollouts": 11}, "is 100000 × 11 = 1100000, but the"),
     ("rl", {"rl__max_new_tokens": 10**6, "batch_size": 1000}, "× rl.max_new_tokens is 1000 ×"),
     ("eval", {"eval__problems": 10**5, "eval__max_new_tokens": 10**5}, "eval.problems × eval.ma"),

@@ -14,14 +14,16 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec as P
 
+from jexit.kernels.shards import TOKEN_AXES, VOCAB_AXIS
+
 AXES = ("data", "fsdp", "tensor")
 
-# Keys are letters of jexit.axes; an axis with a dot, or a letter missing here, is not divided.
-# Rows lie over both data axes. Weights lie over fsdp along the model width and over tensor along
-# what the width is projected to, so that one all-reduce follows each pair of projections.
+# Keys are letters of jexit.axes. A dot, or a letter that is missing here, is never sharded. Batch
+# rows are sharded over both data axes; weights over fsdp along the model width, and over tensor
+# along the other axis, so that each pair of projections needs one all-reduce.
 RULES: dict[str, tuple[str, ...]] = {
-    "B": ("data", "fsdp"),
-    "V": ("tensor",),
+    "B": TOKEN_AXES,
+    "V": (VOCAB_AXIS,),
     "D": ("fsdp",),
     "N": ("tensor",),
     "K": ("tensor",),
@@ -32,7 +34,7 @@ RULES: dict[str, tuple[str, ...]] = {
 PARAMETERS: dict[tuple[str, ...], str] = {
     ("embed", "embedding"): "VD",
     ("head", "kernel"): "VD",
-    ("update", "kernel"): "LDF",  # of continuations, or [L, R, D] with a rank
+    ("update", "kernel"): "LDF",  # of continuations; with a rank it is [L, R, D]
     ("reduce", "kernel"): "LDR",
     ("exits", "w1"): "EDF",
     ("exits", "b1"): "EF",

@@ -23,7 +23,7 @@ The count of a step contains, in
 - pretraining: a forward and backward pass of all layers, and the logits of every position; if the
   exits have a loss, also the logits of every position at each exit;
 - fine-tuning: a forward and backward pass, and the logits of the references' tokens;
-- calibration: the teacher's pass, with `sft.target=student` also a pass of the student, the logits
+- calibration: the teacher's pass, without `sft.target=teacher` also one of the student, the logits
   of the final states and of every exit (with a linear continuation, after one map of D² to the
   end) at the completions' tokens, and for each of the S = `sft.samples` student runs a forward and
   backward pass with the logits of the completions;
@@ -161,7 +161,7 @@ class ModelFlops:
         tokens in all, and `target` is the setting `sft.target`.
         """
         measured = self.forward(size, adapters=False)
-        if target == "student":
+        if target != "teacher":
             measured += self.forward(size)
         exits = len(self.exit_layers)
         measured += (1 + exits) * self.logits(completion_tokens)

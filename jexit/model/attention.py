@@ -23,7 +23,7 @@ from jexit.presets import Architecture
 PLATFORMS = {"cudnn": "gpu", "splash": "tpu"}
 # Positions from which `auto` takes splash attention on a TPU.
 SPLASH_FROM = 2048
-# Texts n · BRANCHES + b share the prefix n · BRANCHES, which each of them sees beside itself.
+# Text n · BRANCHES + b, with b > 0, attends to itself and to text n · BRANCHES, its prompt.
 BRANCHES = 1 << 12
 
 

@@ -95,7 +95,10 @@ def maps_to_end(
 
 
 class ExitHeads(nnx.Module):
-    """The exit heads, in float32: each of the E heads maps the residual h to a hazard logit z.
+    """The exit heads: each of the E heads maps the residual h to a hazard logit z.
+
+    Parameters and arithmetic are float32; accelerators multiply in their default precision, with
+    float32 sums, since a head in full precision would take as long as a layer.
 
     With kind "mlp", z = w2 · relu(W1 · norm(h) + b1) + b2; otherwise the head is linear, z = w2 ·
     norm(h) + b2. Here norm is an RMS norm with a scale per exit, or the identity. The bias b2

@@ -24,7 +24,7 @@ def merge_adapters(model: nnx.Module) -> None:
     """
     for _, part in nnx.iter_modules(model):
         if isinstance(part, StackedLinear) and part.lora_a is not None:
-            product = jax.vmap(lambda a, b: jnp.tensordot(a, b, 1))
+            product = jax.vmap(lambda a, b: jnp.tensordot(a, b, 1, precision="highest"))
             update = part.lora_scale * product(part.lora_a[...], part.lora_b[...])
             kernel = part.kernel[...]
             part.kernel[...] = (kernel.astype(jnp.float32) + update).astype(kernel.dtype)
@@ -69,7 +69,7 @@ class StackedLinear(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.inputs, self.outputs = inputs, outputs
-        self.turned = False  # whether the kernel lies as [*outputs, *inputs]
+        self.transposed = False  # whether the kernel lies as [*outputs, *inputs]
         scale = math.prod(inputs) ** -0.5
         shape = (layers, *inputs, *outputs)
         self.kernel = param(jax.random.normal(rngs.params(), shape, dtype) * scale)
@@ -92,7 +92,10 @@ class StackedLinear(nnx.Module):
         """
         axes = len(self.inputs)
         kernel = self.kernel[...].astype(x.dtype)
-        y = self._turned_product(x, kernel) if self.turned else jnp.tensordot(x, kernel, axes)
+        if self.transposed:
+            y = self._transposed_product(x, kernel)
+        else:
+            y = jnp.tensordot(x, kernel, axes)
         if self.bias is not None:
             y += self.bias[...].astype(x.dtype)
         if adapters and self.lora_a is not None:
@@ -104,17 +107,17 @@ class StackedLinear(nnx.Module):
             y += self.lora_scale * up
         return y
 
-    def turn(self) -> None:
+    def transpose(self) -> None:
         """Transposes the kernel of a single layer to [*outputs, *inputs].
 
         This makes products with few rows, as in decoding, faster on CPUs.
         """
         ahead = tuple(range(-len(self.outputs), 0))
-        turned = jnp.moveaxis(self.kernel[...], ahead, tuple(range(len(ahead))))
-        self.kernel = type(self.kernel)(turned)
-        self.turned = True
+        transposed = jnp.moveaxis(self.kernel[...], ahead, tuple(range(len(ahead))))
+        self.kernel = type(self.kernel)(transposed)
+        self.transposed = True
 
-    def _turned_product(self, x: Array, kernel: Array) -> Array:
+    def _transposed_product(self, x: Array, kernel: Array) -> Array:
         inputs, outputs = (tuple(range(-len(axes), 0)) for axes in (self.inputs, self.outputs))
         y = jnp.tensordot(kernel, x, (inputs, inputs))
         y = jax.lax.optimization_barrier(y)  # XLA would transpose the product back

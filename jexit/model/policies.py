@@ -289,7 +289,8 @@ class Threshold(Policy):
 class Mixed(Policy):
     """A separate policy for each completion, stored as arrays, so one compiled program runs all.
 
-    A completion leaves at random (as under `Sample`), at a threshold, or at a fixed depth.
+    It is for decoding only, where arrays have one entry per completion. A completion leaves at
+    random (as under `Sample`), at a threshold, or at a fixed depth.
     """
 
     reads_hazards: ClassVar[bool] = True

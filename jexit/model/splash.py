@@ -21,8 +21,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jexit.axes import Array, Float, MaskBT, SegmentBT
 
 LANES = 128
-# Queries and keys of a block, from the largest: 512 × 512 float32 scores and what the backward
-# kernel keeps beside them stay under the 16 MiB of VMEM that a kernel may take by default.
+# Queries and keys of a block, from the largest: 512 × 512 float32 scores and the backward kernel's
+# other buffers stay under the 16 MiB of VMEM that a kernel may take by default.
 BLOCKS = (512, 384, 256)
 
 

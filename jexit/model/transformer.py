@@ -171,7 +171,9 @@ def run(
     )
 
     block_def, block_state = nnx.split(model.blocks)
-    reads_hazards = hazards or policy.reads_hazards
+    # Heads that decide nothing run after the scan, which would keep memory for them in every layer.
+    heads_follow = hazards and not policy.reads_hazards
+    kept_layers = tuple(sorted({*residual_layers, *(model.exit_layers if heads_follow else ())}))
     by_row = key is not None and key.ndim == 1 and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     keys_L = None
     if key is not None:
@@ -192,13 +194,13 @@ def run(
         h_BTD = constrain(h_BTD, "B..")
         params, layer, exit_index, kept_index, layer_key, dropout, seen = xs
         z_BT = None
-        if reads_hazards:
+        if policy.reads_hazards:
             z_BT, depth_BT = jax.lax.cond(
                 exit_index >= 0,
                 lambda: at_exit(h_BTD, depth_BT, exit_index, layer, layer_key),
                 lambda: (jnp.zeros((batch, length), jnp.float32), depth_BT),
             )
-        if residual_layers:
+        if kept_layers:
             residual_RBTD = jax.lax.cond(
                 kept_index >= 0,
                 lambda: jax.lax.dynamic_update_index_in_dim(residual_RBTD, h_BTD, kept_index, 0),
@@ -213,10 +215,12 @@ def run(
         return (new_BTD, depth_BT, residual_RBTD), (z_BT, kv if keys_values else None, seen)
 
     if execution.remat != "none":
-        body = jax.checkpoint(body, policy=REMAT_POLICIES[execution.remat])
+        # In a loop, nothing is recomputed in the forward pass, so no barrier has to separate both.
+        unrolled = execution.scan_unroll >= arch.layers
+        body = jax.checkpoint(body, policy=REMAT_POLICIES[execution.remat], prevent_cse=unrolled)
 
     h_BTD = constrain(model.embed(tokens_BT), "B..")
-    kept = len(residual_layers)
+    kept = len(kept_layers)
     buffer = jnp.zeros((kept, *h_BTD.shape), h_BTD.dtype) if kept else None
     start_BT = policy.start((batch, length), arch.layers)
     if action_BT is not None:
@@ -225,7 +229,7 @@ def run(
         block_state,
         jnp.arange(arch.layers),
         jnp.asarray(_index_of_layer(model.exit_layers, arch.layers)),
-        jnp.asarray(_index_of_layer(residual_layers, arch.layers)),
+        jnp.asarray(_index_of_layer(kept_layers, arch.layers)),
         keys_L,
         dropout_L,
         observed,
@@ -237,9 +241,18 @@ def run(
     if arch.layers in residual_layers:
         buffer = buffer.at[-1].set(h_BTD)
     hazard_logits_BTE = None
-    if reads_hazards:
+    if policy.reads_hazards:
         hazard_logits_BTE = jnp.moveaxis(z_LBT[jnp.asarray(model.exit_layers)], 0, -1)
-    return Run(model.final_norm(h_BTD), depth_BT, hazard_logits_BTE, buffer, kv, observed)
+    elif heads_follow:
+        head = model.exits if execution.remat == "none" else jax.checkpoint(model.exits.__call__)
+        at_exits = (buffer[kept_layers.index(layer)] for layer in model.exit_layers)
+        z_E = [head(h_BTD, jnp.int32(index)) for index, h_BTD in enumerate(at_exits)]
+        hazard_logits_BTE = jnp.stack(z_E, -1) if z_E else jnp.zeros((batch, length, 0))
+    residual_RBTD = buffer if residual_layers else None
+    if residual_layers and residual_layers != kept_layers:
+        residual_RBTD = buffer[jnp.asarray([kept_layers.index(r) for r in residual_layers])]
+    final_BTD = model.final_norm(h_BTD)
+    return Run(final_BTD, depth_BT, hazard_logits_BTE, residual_RBTD, kv, observed)
 
 
 def _index_of_layer(chosen: tuple[int, ...], layers: int) -> Int[np.ndarray, "L"]:

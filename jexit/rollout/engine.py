@@ -63,7 +63,9 @@ class Engine:
     def __init__(self, model: Transformer | Decodable, *, adapters: bool, hazards: bool) -> None:
         self.compiling = 0.0
         self.graphdef, *states = nnx.split(model) if isinstance(model, nnx.Module) else model
-        self.states, self.adapters, self.hazards = tuple(states), adapters, hazards
+        # Plain arrays: in a state of variables, the paths would not end in the parameters' names.
+        self.states = tuple(nnx.as_pure(state) for state in states)
+        self.adapters, self.hazards = adapters, hazards
         mesh = jax.sharding.get_abstract_mesh()
         if not mesh.empty and mesh.shape["fsdp"] > 1:  # gather the weights along the model width
             self.states = self._timed(gathered_width, lambda: gathered_width(self.states))

@@ -49,7 +49,7 @@ def apart(
         block = nnx.merge(blocks_def, jax.tree.map(lambda leaf: leaf[layer], stacked))
         for _, part in nnx.iter_modules(block):
             if isinstance(part, StackedLinear):
-                part.turn()
+                part.transpose()
         return nnx.split(block)
 
     return tuple(one(layer) for layer in range(model.arch.layers))
@@ -74,7 +74,7 @@ class Copy:
                 return kept[2]
             kept = self._kept = None  # free the old copy first: memory need not fit both
             layers = apart(graphdef, states, adapters=adapters)
-            # The copy of arrays that can change in place is not kept: it would not change.
+            # NumPy arrays can change in place, which would leave a cached copy behind.
             if all(isinstance(array, jax.Array) for array in arrays):
                 refs = [weakref.ref(array, self._forget) for array in arrays]
                 self._kept = (graphdef, adapters), refs, layers

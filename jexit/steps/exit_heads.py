@@ -1,11 +1,12 @@
 """The last phase of calibration, in which only the exit heads train.
 
-Nothing else changes, so the model runs over the trajectories once, at full depth and without a
-backward pass. `ExitStates` stores the heads' inputs and the KLs that determine their targets. The
-heads can then train for many steps, because a step on stored inputs costs a thousandth of a pass of
-the model. The continuation does not train either: if it were trained only on the KL after the last
-layer, the residuals between the layers would drift away from those that the keys and values of
-skipped layers need.
+Their targets compare each exit with the last layer of the same model, since that is what a token
+that stays will get (the setting `sft.target=own`). Nothing but the heads changes, so the model runs
+over the trajectories once, at full depth and without a backward pass. `ExitStates` stores the
+heads' inputs and the KLs that determine their targets. The heads can then train for many steps,
+because a step on stored inputs costs a thousandth of a pass of the model. The continuation does not
+train either: if it were trained only on the KL after the last layer, the residuals between the
+layers would drift away from those that the keys and values of skipped layers need.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class ExitStates:
     """The training data of the exit heads: N completion positions, at each of the E exits."""
 
     residual_NED: Array  # the heads' inputs
-    kl_NE: Float[Array, "N E"]  # KL(π_L ‖ π_e) in nats, π_e with the continuation from exit e
+    kl_NE: Float[Array, "N E"]  # KL(π_L ‖ π_e) in nats, of one model; π_e with the continuation
 
 
 def make_exit_states(split: SplitModel) -> Callable[[Params, FixedParams, Completions], ExitStates]:

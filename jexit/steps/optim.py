@@ -187,6 +187,10 @@ def _all_finite(tree: Any) -> Array:
     return jnp.all(jnp.stack(leaves))
 
 
+def _is_schedule(part: Any) -> bool:
+    return isinstance(part, optax.ScaleByScheduleState)
+
+
 def apply_gradients(
     state: TrainState,
     optimizer: optax.GradientTransformation,
@@ -196,9 +200,9 @@ def apply_gradients(
     """Takes one optimiser step, or skips it; returns the new state and metrics.
 
     A step is skipped if the loss, the gradients, the new parameters or the new optimiser state are
-    not finite. A skipped step changes only the counters. Parameters with None as their gradient
-    stay as they are. The metrics are `grad_norm`, before clipping, and `skipped`, the number of
-    consecutive skipped steps up to this one.
+    not finite. A skipped step changes only the counters, those of the learning rates included.
+    Parameters with None as their gradient stay as they are. The metrics are `grad_norm`, before
+    clipping, and `skipped`, the number of consecutive skipped steps up to this one.
     """
     norm = optax.tree.norm(gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
@@ -210,9 +214,10 @@ def apply_gradients(
     )
     finite = jnp.isfinite(loss) & jnp.isfinite(norm) & _all_finite((trainable, opt_state))
     trainable, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old),
+        lambda new, old: new if _is_schedule(new) else jnp.where(finite, new, old),
         (trainable, opt_state),
         (state.trainable, state.opt_state),
+        is_leaf=_is_schedule,
     )
     trainable, opt_state = constrain_parameters((trainable, opt_state))
     skipped = jnp.where(finite, 0, state.skipped + 1)

@@ -87,16 +87,19 @@ def target_hazards(
     """Returns the teacher's final hidden states [B, C, D], and log h* and log(1 − h*), [B, C, E].
 
     The target hazard at exit e is h* = 1 − tanh(k·KL_e / 2), where k is `sharpness` and KL_e is
-    KL(teacher's final distribution ‖ distribution at exit e). With `target="teacher"`, the exits
-    are those of the teacher; with `"student"`, those of the student at full depth. No gradient
-    flows through the results.
+    KL(distribution after the last layer ‖ distribution at exit e). `target` is `"teacher"` if both
+    are the teacher's; `"student"` if the last layer is the teacher's and the exits are the
+    student's at full depth; and `"own"` if both are the student's. No gradient flows through the
+    results.
     """
     continuation = student.blocks.continuation
     if target == "teacher":
         found = exits_against_last_layer(teacher, rows, continuation, adapters=False)
+        final_BCD = found.final_BCD
     else:
         taught = run(teacher, rows.tokens_BT, policy=Full(), **rows.layout, adapters=False)
         final_BCD = rows.window(taught.hidden_BTD)
-        found = exits_against_last_layer(student, rows, continuation, final_BCD=final_BCD)
+        last_BCD = final_BCD if target == "student" else None
+        found = exits_against_last_layer(student, rows, continuation, final_BCD=last_BCD)
     leave_BCE, stay_BCE = target_log_hazards(found.kl_BCE, sharpness)
-    return jax.lax.stop_gradient((found.final_BCD, leave_BCE, stay_BCE))
+    return jax.lax.stop_gradient((final_BCD, leave_BCE, stay_BCE))

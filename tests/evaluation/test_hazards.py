@@ -106,15 +106,18 @@ def by_hand(split, recorded, target, sharpness):
             teacher, tokens, policy=Full(), adapters=False, residual_layers=student.exit_layers
         )
         lens, speaker = taught, teacher
-        if target == "student":
+        if target != "teacher":
             lens = run(student, tokens, policy=Full(), residual_layers=student.exit_layers)
             speaker = student
         final = jax.nn.log_softmax(logits_of(taught.hidden_BTD, teacher.head_VD))
         hidden = exit_hidden_states(speaker, lens.residual_RBTD, None)
         exits = jax.nn.log_softmax(logits_of(hidden, speaker.head_VD))
+        last = final
+        if target == "own":
+            last = jax.nn.log_softmax(logits_of(lens.hidden_BTD, student.head_VD))
         shallow = jax.nn.log_softmax(logits_of(made.hidden_BTD, student.head_VD))
         kl_BT = jnp.sum(jnp.exp(shallow) * (shallow - final), -1)
-        kl_EBT = jnp.sum(jnp.exp(final) * (final - exits), -1)
+        kl_EBT = jnp.sum(jnp.exp(last) * (last - exits), -1)
         hazard_BTE = jax.nn.sigmoid(made.hazard_logits_BTE)
         return kl_BT[0], 1 - jnp.tanh(sharpness * kl_EBT[:, 0] / 2), hazard_BTE[0]
 
@@ -136,7 +139,9 @@ def by_hand(split, recorded, target, sharpness):
     return decisions, divergences
 
 
-@pytest.mark.parametrize("target", [pytest.param("teacher", marks=pytest.mark.slow), "student"])
+@pytest.mark.parametrize(
+    "target", [pytest.param("teacher", marks=pytest.mark.slow), "student", "own"]
+)
 def test_reliability_of_a_model(split, recorded, target):
     student = split.decodable(split.trainable)
     made = hazard_calibration(

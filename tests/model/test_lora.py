@@ -130,15 +130,15 @@ def test_adapters_and_heads_are_float32_over_bfloat16_weights(tokens_BT):
     assert (z != np.asarray(z.astype(jnp.bfloat16), np.float32)).mean() > 0.9
 
 
-def test_a_turned_kernel_projects_the_same():
+def test_a_transposed_kernel_projects_the_same():
     for inputs, outputs in (((6,), (4, 3)), ((4, 3), (6,))):
         linear = StackedLinear(
             2, inputs, outputs, use_bias=True, lora=LoRA(rank=2, alpha=3.0), dtype=jnp.float32,
             rngs=nnx.Rngs(0),
         )  # fmt: skip
         state = jax.tree.map(lambda leaf: leaf[1] + 0.1, nnx.state(linear))
-        one, turned = (nnx.merge(nnx.graphdef(linear), state) for _ in range(2))
-        turned.turn()
-        assert turned.kernel.shape == (*outputs, *inputs)
+        one, transposed = (nnx.merge(nnx.graphdef(linear), state) for _ in range(2))
+        transposed.transpose()
+        assert transposed.kernel.shape == (*outputs, *inputs)
         x = jax.random.normal(jax.random.key(1), (5, 1, *inputs))
-        np.testing.assert_allclose(turned(x), one(x), rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(transposed(x), one(x), rtol=1e-6, atol=1e-6)

@@ -77,6 +77,27 @@ def test_program_does_not_grow_with_depth():
     assert small > 500 and large == small
 
 
+@pytest.mark.parametrize("remat", ["none", "block"])
+def test_heads_that_decide_nothing_take_memory_only_at_the_exits(remat):
+    """Of their backward pass. In the scan over layers they would take it in every layer."""
+
+    def temporaries(layers, hazards):
+        model = random_model(layers=layers, width=64, execution=Execution(remat=remat))
+        graphdef, state = nnx.split(model)
+
+        def loss(state, tokens_BT):
+            model, policy = nnx.merge(graphdef, state), jexit.Prescribed(tokens_BT % 5)
+            out = run(model, tokens_BT, policy=policy, hazards=hazards)
+            return out.hidden_BTD.sum() + (out.hazard_logits_BTE.sum() if hazards else 0.0)
+
+        arguments = state, jax.ShapeDtypeStruct((4, 64), jnp.int32)
+        compiled = jax.jit(jax.grad(loss)).lower(*arguments).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    few, many = (temporaries(n, True) - temporaries(n, False) for n in (6, 18))
+    assert abs(many - few) < 0.2 * few
+
+
 @pytest.mark.parametrize(
     "execution",
     [

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
 
 import jexit
 from jexit.dist import make_mesh
@@ -361,6 +362,14 @@ def test_forced_prefixes_go_on_as_if_decoding_had_never_stopped(model, prompts, 
         prompt = rollout(model, begun, **asked)
         assert prompt.depths_BT[:, 0].tolist() == [LAYERS] * 3
         assert np.abs(prompt.logprobs_BT - made.logprobs_BT).max() > 100 * LOGPROBS
+
+
+def test_a_model_on_a_mesh_stays_divided_along_its_heads(model):
+    """Gathered along the width alone, also if it is given as a module, not as its parts."""
+    with jax.set_mesh(make_mesh(fsdp=2, tensor=2)):
+        for given in (model, nnx.split(model)):
+            up = engine.Engine(given, adapters=True, hazards=False).model.blocks.mlp.up
+            assert up.kernel[...].sharding.spec == P(None, None, "tensor")
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from jexit.kernels.linear_kl.statistics import FinishedKL, KLStatistics
 from jexit.kernels.shards import Shards
 
 
-class _Static(NamedTuple):
+class _KLChoices(NamedTuple):
     requested: tiles.Requested
     temperature: float
 
@@ -65,7 +65,7 @@ def linear_kl(
     arguments = (h_student_ND, h_teacher_ND, head_VD, head_teacher_VD)
     if h_student_ND.shape[0] == 0:
         return reference.linear_kl(*arguments, direction=direction, temperature=temperature)
-    static = _Static(tiles.Requested(chunk_tokens, chunk_vocab), temperature)
+    static = _KLChoices(tiles.Requested(chunk_tokens, chunk_vocab), temperature)
     if Shards.current(head_VD.shape[0]).divides:
         functions = tiled.TiledKL(partial(_of_all, static), partial(_gradients, static))
         return tiled.linear_kl(functions, *arguments, direction)
@@ -73,11 +73,13 @@ def linear_kl(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _linear_kl(static: _Static, direction: str, *arguments: Any) -> jax.Array:
+def _linear_kl(static: _KLChoices, direction: str, *arguments: Any) -> jax.Array:
     return statistics.finish(_of_all(static, direction, *arguments)).kl
 
 
-def _forward(static: _Static, direction: str, *arguments: Any) -> tuple[jax.Array, tuple[Any, ...]]:
+def _forward(
+    static: _KLChoices, direction: str, *arguments: Any
+) -> tuple[jax.Array, tuple[Any, ...]]:
     """Returns the KL [N] of N tokens in nats, and the residuals for `_backward`.
 
     This is the forward rule of the custom VJP `_linear_kl`, with the KL in `direction`.
@@ -111,7 +113,7 @@ def _forward(static: _Static, direction: str, *arguments: Any) -> tuple[jax.Arra
 
 
 def _backward(
-    static: _Static, direction: str, residuals: tuple[Any, ...], g_N: jax.Array
+    static: _KLChoices, direction: str, residuals: tuple[Any, ...], g_N: jax.Array
 ) -> tuple[Any, ...]:
     unit_ND, arguments, finished, head_trains = residuals
     live_N1 = (g_N != 0)[:, None]  # a row that the loss masks out must not bring in its NaN
@@ -137,7 +139,7 @@ _linear_kl.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _of_all(
-    static: _Static,
+    static: _KLChoices,
     direction: str,
     h_student_ND: jax.Array,
     h_teacher_ND: jax.Array,
@@ -156,7 +158,7 @@ def _of_all(
 
 
 def _gradients(
-    static: _Static,
+    static: _KLChoices,
     direction: str,
     h_student_ND: jax.Array,
     h_teacher_ND: jax.Array,

@@ -23,7 +23,7 @@ from jexit.kernels.linear_logprob.statistics import (
 from jexit.kernels.shards import Shards
 
 
-class _Static(NamedTuple):
+class _LogprobChoices(NamedTuple):
     requested: tiles.Requested
     temperature: float
 
@@ -60,7 +60,7 @@ def linear_logprob(
     """
     if h_ND.shape[0] == 0:
         return reference.linear_logprob(h_ND, head_VD, targets_N, temperature=temperature)
-    static = _Static(tiles.Requested(chunk_tokens, chunk_vocab), temperature)
+    static = _LogprobChoices(tiles.Requested(chunk_tokens, chunk_vocab), temperature)
     if Shards.current(head_VD.shape[0]).divides:
         functions = tiled.TiledLogprob(partial(_of_all, static), partial(_gradients, static))
         return tiled.linear_logprob(functions, h_ND, head_VD, targets_N)
@@ -69,12 +69,12 @@ def linear_logprob(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _linear_logprob(
-    static: _Static, h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array
+    static: _LogprobChoices, h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array
 ) -> LinearLogprob:
     return statistics.finish(_of_all(static, h_ND, head_VD, targets_N)).out
 
 
-def _forward(static: _Static, *arguments: Any) -> tuple[LinearLogprob, tuple[Any, ...]]:
+def _forward(static: _LogprobChoices, *arguments: Any) -> tuple[LinearLogprob, tuple[Any, ...]]:
     """Returns the outputs for N tokens, [N] each, and the residuals for `_backward`.
 
     This is the forward rule of the custom VJP `_linear_logprob`. Because of `symbolic_zeros`, each
@@ -103,7 +103,7 @@ def _forward(static: _Static, *arguments: Any) -> tuple[LinearLogprob, tuple[Any
 
 
 def _backward(
-    static: _Static, residuals: tuple[Any, ...], g: LinearLogprob
+    static: _LogprobChoices, residuals: tuple[Any, ...], g: LinearLogprob
 ) -> tuple[jax.Array, jax.Array | None, None]:
     units, (h_ND, head_VD, targets_N), finished, head_trains = residuals
     g, live_N = tiled.used(g)
@@ -132,7 +132,7 @@ _linear_logprob.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _of_all(
-    static: _Static, h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array
+    static: _LogprobChoices, h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array
 ) -> LogprobStatistics:
     """Returns the statistics [N] of all tokens over the whole vocabulary of the head."""
     chunks = static.requested.override(tiles.choose_chunks(h_ND.shape[0], head_VD.shape[0], 1))
@@ -145,7 +145,7 @@ def _of_all(
 
 
 def _gradients(
-    static: _Static,
+    static: _LogprobChoices,
     h_ND: jax.Array,
     head_VD: jax.Array,
     targets_N: jax.Array,
