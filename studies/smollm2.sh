@@ -22,7 +22,7 @@ bash "$checkout/launch/sweep.sh" --config="$config:calibrate" --eval="$config:me
   --into=runs/smollm2-sft seed=0,1,2 "$@"
 bash "$checkout/launch/sweep.sh" --config="$config:reinforce" --eval="$config:measure" \
   --into=runs/smollm2-rl --config.model.path=runs/smollm2-sft/seed={seed} \
-  rl.depth_coef=0,1,8 seed=0,1,2 "$@"
+  rl.depth_coef=0,8,16 seed=0,1,2 "$@"
 (IFS='|' && chain smollm2-sft-chain "${calibrated[*]}" "$@")
 (IFS='|' && chain smollm2-rl-chain "${reinforced[*]}" "$@")
 bash "$checkout/launch/sweep.sh" --config="$config:published_calibrate" --eval="$config:measure" \
