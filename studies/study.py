@@ -51,7 +51,11 @@ COLUMNS: dict[str, Column] = {
     **{f"planning, {k} ahead": Column(f"sample/planning/{k}") for k in range(1, 5)},
     "KL to the teacher": Column("sample/hazards/kl_student_teacher_nats", share=False),
 }
-for _policy, _ending in (("sample", ""), ("threshold:0.5", ", threshold")):
+for _policy, _ending in (
+    ("sample", ""),
+    ("threshold:0.5", ", threshold"),
+    ("threshold:0.8", ", threshold 0.8"),
+):
     for _label, _name in (
         ("over initial", "accuracy_difference"),
         ("saved per token", "saved_per_token"),
