@@ -171,8 +171,10 @@ def run(
     )
 
     block_def, block_state = nnx.split(model.blocks)
-    # Heads that decide nothing run after the scan, which would keep memory for them in every layer.
-    heads_follow = hazards and not policy.reads_hazards
+    # Heads that decide nothing run after the scan, which would store their activations for every
+    # layer. Where layers are recomputed it stores none, and the exits' residuals would be more.
+    heads_in_scan = policy.reads_hazards or (hazards and execution.remat != "none")
+    heads_follow = hazards and not heads_in_scan
     kept_layers = tuple(sorted({*residual_layers, *(model.exit_layers if heads_follow else ())}))
     by_row = key is not None and key.ndim == 1 and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     keys_L = None
@@ -194,7 +196,7 @@ def run(
         h_BTD = constrain(h_BTD, "B..")
         params, layer, exit_index, kept_index, layer_key, dropout, seen = xs
         z_BT = None
-        if policy.reads_hazards:
+        if heads_in_scan:
             z_BT, depth_BT = jax.lax.cond(
                 exit_index >= 0,
                 lambda: at_exit(h_BTD, depth_BT, exit_index, layer, layer_key),
@@ -241,12 +243,11 @@ def run(
     if arch.layers in residual_layers:
         buffer = buffer.at[-1].set(h_BTD)
     hazard_logits_BTE = None
-    if policy.reads_hazards:
+    if heads_in_scan:
         hazard_logits_BTE = jnp.moveaxis(z_LBT[jnp.asarray(model.exit_layers)], 0, -1)
     elif heads_follow:
-        head = model.exits if execution.remat == "none" else jax.checkpoint(model.exits.__call__)
         at_exits = (buffer[kept_layers.index(layer)] for layer in model.exit_layers)
-        z_E = [head(h_BTD, jnp.int32(index)) for index, h_BTD in enumerate(at_exits)]
+        z_E = [model.exits(h_BTD, jnp.int32(index)) for index, h_BTD in enumerate(at_exits)]
         hazard_logits_BTE = jnp.stack(z_E, -1) if z_E else jnp.zeros((batch, length, 0))
     residual_RBTD = buffer if residual_layers else None
     if residual_layers and residual_layers != kept_layers:
