@@ -42,7 +42,7 @@ def write_problems(
     number of layers run and the number of tokens. `attempts` contains, for each policy, an attempt
     per problem.
     """
-    names = [f"{stable_hash(problem.messages, problem.answer):016x}" for problem in problems]
+    names = problem_names(problems)
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     lines.writerow(FIELDS)
@@ -51,6 +51,11 @@ def write_problems(
             correct = int(attempt.correct)
             lines.writerow((policy, name, correct, attempt.layers_run, len(attempt.depths)))
     write_bytes_atomic(path, text.getvalue().encode())
+
+
+def problem_names(problems: Sequence[Problem]) -> list[str]:
+    """Returns a hash of each problem's messages and answer, as 16 hex digits."""
+    return [f"{stable_hash(problem.messages, problem.answer):016x}" for problem in problems]
 
 
 class Outcomes(NamedTuple):

@@ -94,6 +94,10 @@ class Progress(contextlib.AbstractContextManager):
         if due or self._task.finished:
             self._print_line()
 
+    def extend(self, total: int) -> None:
+        """Goes on to `total` steps. The time left is then estimated from the following steps."""
+        self._bar.reset(self._task.id, total=total, completed=int(self._task.completed))
+
     def __enter__(self) -> Self:
         if self._live:
             self._bar.start()

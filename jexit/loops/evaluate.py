@@ -12,9 +12,11 @@ from jexit.evaluation.accuracy import Examination, check_room, evaluate_policy
 from jexit.evaluation.compare import PROBLEMS, write_problems
 from jexit.evaluation.completer import ModelCompleter
 from jexit.evaluation.controls import compared, evaluate_control
+from jexit.evaluation.finished import FinishedPolicies
 from jexit.evaluation.measures import Measurer
 from jexit.evaluation.tables import print_evaluation
 from jexit.io.files import write_json_atomic
+from jexit.io.fingerprint import fingerprint
 from jexit.io.progress import Progress
 from jexit.io.workdir import start_run
 from jexit.loops.flops import ModelFlops
@@ -38,16 +40,22 @@ def evaluate(config: Config, workdir: pathlib.Path) -> None:
     decoder, examination, attempts = measurer.decoder, measurer.examination, measurer.attempts
     start_run(workdir, given)
     policies, parts = config.eval.policies, measurer.parts()
+    finished = FinishedPolicies(workdir / "policies", fingerprint(decoder.parts), examination)
     with Progress(len(policies) + len(parts), description="eval") as progress:
         results = []
         for policy in policies:
-            if of := control_of(policy):
-                made = evaluate_control(decoder, examination, policy, attempts[of])
+            if known := finished.read(policy):
+                result, attempts[policy] = known
             else:
-                made = evaluate_policy(decoder, examination, policy)
-            result, attempts[policy] = made
-            compute = flops.compute_fraction(result)
-            results.append(result.model_copy(update={"compute_fraction": compute}))
+                if of := control_of(policy):
+                    made = evaluate_control(decoder, examination, policy, attempts[of])
+                else:
+                    made = evaluate_policy(decoder, examination, policy)
+                result, attempts[policy] = made
+                compute = flops.compute_fraction(result)
+                result = result.model_copy(update={"compute_fraction": compute})
+                finished.write(policy, result, attempts[policy])
+            results.append(result)
             shown = {"accuracy": result.accuracy, "depth/fraction": result.depth_fraction}
             progress.update(len(results), policy=policy, **shown)
         written: dict[str, Any] = {
@@ -77,6 +85,7 @@ def evaluate(config: Config, workdir: pathlib.Path) -> None:
     if not is_primary():
         return
     evaluation.write(workdir / "eval.json")
+    finished.clear()
     print_evaluation(evaluation)
     print(f"Wrote {workdir / 'eval.json'}")
     print(f"Drew {draw(workdir)}")

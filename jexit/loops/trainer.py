@@ -60,7 +60,8 @@ class Trainer:
     the log. The metrics `tokens` and `model_flops` of a step are logged as `tokens_per_second` and,
     if the chip's peak is known, `mfu`. `shown` maps metrics to the short names that the progress
     bar shows. Before each checkpoint that gets a score, `measure(state)` is called, and the metrics
-    that it returns are logged as well. Only steps after `ranked_after` count for the scores.
+    that it returns are logged as well. Steps up to `ranked_after` are a phase of their own, without
+    scores.
     """
 
     config: Config
@@ -143,7 +144,8 @@ class Trainer:
         start, total = int(state.step), self.steps or self.config.steps
         stop = _StopSignals()
         pending: Pending | None = None
-        progress = Progress(total, start=start, description=self.description)
+        phase = self.ranked_after if start < self.ranked_after else total
+        progress = Progress(phase, start=start, description=self.description)
         with stop, progress as self._progress:
             last = time.monotonic()
             for step in range(start, total):
@@ -251,6 +253,8 @@ class Trainer:
         self._progress.update(
             step, **{short: values.get(name) for name, short in self.shown.items()}
         )
+        if step == self.ranked_after:
+            self._progress.extend(self.steps or self.config.steps)
         self._skipping = values["skipped"] > 0
         self._skipped += self._skipping
         if values["skipped"] >= self.config.optim.max_skipped:

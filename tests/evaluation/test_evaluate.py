@@ -1,16 +1,20 @@
 """Evaluation end to end on a small random model."""
 
+import dataclasses
 import json
+import math
 
 import pytest
 
 from jexit.config import EVAL_MEASURES, TINY_CALIBRATED_PATH
 from jexit.data.tokenizer import Tokenizer
-from jexit.evaluation.accuracy import held_out
+from jexit.evaluation.accuracy import Examination, evaluate_policy, held_out, policy_result
 from jexit.evaluation.faithfulness import LIKELIHOODS
+from jexit.evaluation.finished import FinishedPolicies
 from jexit.evaluation.measures import Measurer
 from jexit.loops.setup import load_task
 from jexit.results import VERSION, Evaluation
+from jexit.tasks import Attempt, Verdict
 from small_runs import make_config, run
 
 POLICIES = (
@@ -42,6 +46,63 @@ def test_a_mesh_measures_what_one_device_does(evaluation, model_dir, tmp_path):
     axes = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
     sharded = Evaluation.read(evaluate(model_dir, tmp_path / "run", **axes) / "eval.json")
     assert_same(evaluation.model_dump(), sharded.model_dump())
+
+
+def test_an_evaluation_that_was_stopped_continues_after_its_finished_policies(
+    evaluation, workdir, model_dir, tmp_path, monkeypatch
+):
+    stopped, decoded = tmp_path / "run", []
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    def recorded(decoder, examination, policy):
+        decoded.append(policy)
+        return evaluate_policy(decoder, examination, policy)
+
+    with monkeypatch.context() as stopping, pytest.raises(KeyboardInterrupt):
+        stopping.setattr("jexit.loops.evaluate.evaluate_control", stop)
+        evaluate(model_dir, stopped)
+    assert sorted(path.stem for path in (stopped / "policies").iterdir()) == sorted(POLICIES[:2])
+    monkeypatch.setattr("jexit.loops.evaluate.evaluate_policy", recorded)
+    resumed = Evaluation.read(evaluate(model_dir, stopped) / "eval.json")
+    assert decoded == [*POLICIES[4:]]
+    assert_same(evaluation.model_dump(), resumed.model_dump())
+    for name in ("problems.csv", "completions.json"):
+        assert (stopped / name).read_bytes() == (workdir / name).read_bytes()
+    assert not (stopped / "policies").exists()
+
+
+def test_what_another_model_or_other_problems_gave_is_not_finished(tmp_path, model_dir):
+    config = make_config("eval", model_dir, task__name="sums", eval__problems=3)
+    tokenizer = Tokenizer.load(TINY_CALIBRATED_PATH)
+    examination = Examination.of(load_task(config.task, "test"), tokenizer, config)
+    attempts = [
+        Attempt(
+            text=tokenizer.completion_text(ids),
+            ids=ids,
+            depths=[3, 1],
+            truncated=cut,
+            verdict=Verdict(kind=kind, reward=reward, parts={"style": 0.5}),
+        )
+        for ids, kind, reward, cut in (
+            ([5, 2], "strict", 1.0, False),
+            ([6, 2], "wrong", 0.0, True),
+            ([7, 2], "none", -1.0, False),
+        )
+    ]
+    result = policy_result("full", examination, attempts, 3, tokens_per_second=math.nan)
+    finished = FinishedPolicies(tmp_path / "policies", "0123abcd", examination)
+    assert finished.read("full") is None
+    finished.write("full", result, attempts)
+    assert finished.read("sample") is None
+    found, replies = finished.read("full")
+    assert replies == attempts and str(found) == str(result)
+    assert dataclasses.replace(finished, model="4567cdef").read("full") is None
+    fewer = dataclasses.replace(examination, problems=examination.problems[:2])
+    assert dataclasses.replace(finished, examination=fewer).read("full") is None
+    finished.clear()
+    assert finished.read("full") is None
 
 
 def assert_same(first, second, name="eval.json"):

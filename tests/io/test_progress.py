@@ -47,6 +47,21 @@ def test_a_log_gets_step_eta_and_values_and_is_not_flooded(monkeypatch):
     assert printed(3, [1, 2, 3]) == ""  # not the first process
 
 
+def test_each_phase_has_its_own_total_and_speed():
+    now, console = [0.0], Console(file=io.StringIO(), width=80, color_system=None)
+    with Progress(3, console=console, interval=0.0, clock=lambda: now[0]) as progress:
+        for step, seconds in ((1, 60), (2, 10), (3, 10), (4, 60), (5, 1), (6, 1)):
+            now[0] += seconds
+            progress.update(step)
+            if step == 3:
+                progress.extend(100)
+    found = [line.split(maxsplit=1) for line in console.file.getvalue().splitlines()]
+    assert found == [
+        ["1/3"], ["2/3", "ETA 0:10"], ["3/3"],
+        ["4/100"], ["5/100", "ETA 1:35"], ["6/100", "ETA 1:34"],
+    ]  # fmt: skip
+
+
 def test_a_metric_that_a_phase_does_not_have_disappears():
     console = Console(file=io.StringIO(), width=80, color_system=None)
     with Progress(3, console=console, interval=0.0) as progress:
