@@ -203,6 +203,7 @@ def test_the_readme_example_prints_what_it_says(monkeypatch):
     texts, depths = zip(*(pair.rsplit(":", 1) for pair in printed.getvalue().split()), strict=True)
     said = [pair.rsplit(":", 1)[0] for pair in blocks(README, "")[1].split()]
     assert "".join(texts) == "".join(said) == "+45+9####9"
+    # The depths are drawn: rounding on another processor may change them.
     assert depths[0] == "8" and set(depths) <= {"1", "2", "3", "4", "6", "8"}
 
 

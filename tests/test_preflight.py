@@ -120,6 +120,7 @@ def test_every_jitted_step_of_a_command_can_be_lowered():
         sizes = (2, 1, 4) if command in ("eval", "generate") else (1, 8, 1)
         found = list(programs(config, make_mesh(*sizes)))
         assert [program.name for program in found] == steps
+        with_head = set()
         for program in found:
             assert device_bytes(program.inputs) > 0
             text = program.lower().as_text()
@@ -127,7 +128,9 @@ def test_every_jitted_step_of_a_command_can_be_lowered():
                 continue  # has no logits, but hidden layers as wide as the vocabulary
             for line in re.findall(r"stablehlo\.dot_general .*", text):
                 if re.search(rf"[<x]{vocabulary}x", line):
+                    with_head.add(program.name)
                     assert "precision = [HIGHEST, HIGHEST]" in line, (program.name, line)
+        assert with_head, f"no step of {command} computes logits"
 
 
 def test_weights_that_train_are_of_a_type_that_keeps_small_updates():

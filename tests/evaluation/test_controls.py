@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from jexit.evaluation.controls import mean_depth, mixed, shuffled_depths
-from jexit.evaluation.decoder import Attempt
+from jexit.evaluation.controls import compared, mean_depth, mixed, shuffled_depths
+from jexit.tasks import Attempt, Verdict
 
 
 def attempt(depths):
@@ -37,6 +37,32 @@ def test_a_mixture_of_two_exits_has_the_mean_asked_for_whatever_the_lengths():
     assert all(abs(mean_depth(made) - mean) < 0.5 * 53 / 2200 for made in mixtures)
     assert len({tuple(map(id, made)) for made in mixtures}) == 20  # seeds draw other problems
     assert mixed(shallow, deep, mean, seed=3) == mixtures[3]
+
+
+def test_a_policy_and_its_control_are_paired_by_problem():
+    """On the same problems alike: no interval is narrower than theirs."""
+    rng = np.random.default_rng(0)
+    judged = [
+        Attempt(
+            text="", ids=[0] * len(depths), depths=depths,
+            verdict=Verdict(kind=kind, reward=0.0),
+        )
+        for depths, kind in (
+            ([8, *rng.choice([1, 2, 4, 8], n).tolist()], ("strict", "wrong")[n % 2])
+            for n in rng.integers(1, 12, 60)
+        )
+    ]  # fmt: skip
+    order = rng.permutation(60)
+    alike, apart = (
+        compared("sample", "shuffled", judged, others, 8, 0)
+        for others in (judged, [judged[place] for place in order])
+    )
+    for found in (alike, apart):
+        assert (found.accuracy_difference, found.problems) == (0.0, 60)
+        assert abs(found.depth_fraction_difference) < 1e-12
+    for name in ("accuracy_difference_ci95", "depth_fraction_difference_ci95"):
+        (low, high), (lower, higher) = getattr(alike, name), getattr(apart, name)
+        assert high - low < 0.5 * (higher - lower), name
 
 
 def test_shuffling_deals_out_the_same_depths():

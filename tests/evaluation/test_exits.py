@@ -82,6 +82,6 @@ def test_exits_and_leaving_by_hand(continuation, monkeypatch):
     assert leaving.depth_fraction == pytest.approx(depth_N.mean() / LAYERS)
     assert leaving.kl_nats == pytest.approx(np.mean(left_kl_N), rel=1e-3)
     assert leaving.same_token == pytest.approx(np.mean(left_same_N))
-    if (stayed_N := depth_N == LAYERS).any():
-        stayed_same = left_same_N[stayed_N].mean()
-        assert leaving.same_token_full_depth == pytest.approx(stayed_same)
+    stayed_N = depth_N == LAYERS
+    assert stayed_N.any(), "some run all layers"
+    assert leaving.same_token_full_depth == pytest.approx(left_same_N[stayed_N].mean())

@@ -346,6 +346,26 @@ def test_policies_are_compared_on_the_problems_that_both_have():
     assert paired("sample", "no_chain", ours, Scores.shares([3], [1])) is None
 
 
+@pytest.mark.parametrize("kind", ["share", "difference", "lost"])
+def test_scores_are_paired_by_problem_whatever_their_order(kind):
+    rng = np.random.default_rng(0)
+    number_N, second_N = rng.permutation(40), rng.uniform(0.5, 1.0, 40)
+    first_N = np.round(rng.uniform(size=40)) if kind == "share" else second_N * rng.uniform(size=40)
+
+    def scores(order):
+        return Scores(kind=kind, numbers=number_N[order].tolist(),
+                      first=first_N[order].tolist(), second=second_N[order].tolist())  # fmt: skip
+
+    def width(ours, theirs):
+        low, high = paired("sample", "no_chain", ours, theirs).difference_ci95
+        return high - low
+
+    ours = scores(np.arange(40))
+    same = width(ours, scores(rng.permutation(40)))
+    other = dataclasses.replace(ours, numbers=np.roll(number_N, 1).tolist())
+    assert same == width(ours, ours) < 0.8 * width(ours, other)
+
+
 def test_draws_depend_on_the_problem_alone_and_what_has_no_chain_is_left_out():
     whole = transcripts_of(SCRIPTS["depends on every step"])
     texts = ["#### 7", "3\n8\n", "3\n8\n#### 8"]  # no chain, no answer, and a wrong one

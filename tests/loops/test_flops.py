@@ -189,6 +189,34 @@ def test_compute_that_is_left_is_the_sum_of_its_parts(rank):
         assert found == pytest.approx(layers + read * decision / (24 * layer)), policy
 
 
+def test_a_step_is_the_sum_of_its_passes():
+    """Three completions of 4, 2 and 3 tokens after prompts of 5, 5 (one, shared) and 6."""
+    head = ExitSettings(kind="linear", continuation="linear")
+    ours = ModelFlops(arch=ARCH, exit_layers=EXITS, exit_head=head, lora=ADAPTERS, full=False)
+    width, keys, queries, new = 256, 2 * 48, 8 * 48, 9
+    size = PassSize.of_branches([5, 5, 6], [4, 2, 3], np.array([True, False, True]))
+    tokens, pairs = 5 + 6 + new, 15 + 21 + (20 + 10) + (10 + 3) + (18 + 6)
+    assert size == (tokens, pairs)
+    base = 2 * width * (2 * queries + 2 * keys + 3 * 704)
+    adapters = 2 * 16 * ((width + queries) * 2 + (width + keys) + (width + 704) * 2)
+    pair, logit = 4 * queries, 2 * width * 640
+    heads, maps = 2 * 2 * width, 3 * 2 * width**2
+    plain = 3 * (base * tokens + pair * pairs)
+    adapted = plain + 3 * adapters * tokens
+    backward = 3 * ((base + 2 * adapters) * tokens + 2 * pair * pairs)
+    # Heads train, the continuation and the output head do not.
+    student = adapted + backward + (3 * heads + 2 * maps) * tokens + 2 * logit * new
+    assert ours.rl_step(size, new, updates=2) == plain + logit * new + 2 * student
+    measured = plain + 3 * logit * new + 2 * 2 * width**2 * new
+    assert ours.sft_step(size, new, samples=4, target="teacher") == measured + 4 * student
+    assert ours.sft_step(size, new, samples=4, target="own") == measured + adapted + 4 * student
+    assert ours.lens_step(7) == 3 * heads * 7
+    assert ours.finetune_step(size, new) == adapted + backward + 2 * logit * new
+    full = dataclasses.replace(ours, lora=None, full=True)
+    backward = 3 * (2 * base * tokens + 2 * pair * pairs)
+    assert full.finetune_step(size, new) == plain + backward + 3 * logit * new
+
+
 def test_mfu_is_a_share_of_the_chips_peak():
     with compiling_for("tpu", "TPU v5 lite"):
         assert mfu(197e12, 2.0, 4) == {"mfu": pytest.approx(1 / 8)}

@@ -48,7 +48,7 @@ BEST_BY = {"rl": "val/reward", "sft": "-loss", "pretrain": "-loss/text"}
 
 
 def best_settings(command):
-    settings = BEST | {"checkpoint__best_metric": BEST_BY[command]}
+    settings = BEST | {"checkpoint__best_metric": BEST_BY[command], "rl__temperature": 0.7}
     if command == "pretrain":
         settings |= {"pretrain__layers": 3, "pretrain__width": 16, "pretrain__mlp_width": 24}
     return settings
@@ -170,7 +170,7 @@ def test_a_run_that_collapses_stops_with_the_last_good_checkpoint(model_dir, tmp
         observe(self, step, *args, **kwargs)
         self.good_step = min(step, 2)
         self.failing = PATIENCE if step >= 4 else 0
-        return "text collapse: as told" if self.failing else ""
+        return "text collapse: as told" if self.must_stop else ""
 
     def noted(self, trainer, state, before):
         steps.append(int(state.step))
@@ -190,6 +190,8 @@ def test_a_run_that_collapses_stops_with_the_last_good_checkpoint(model_dir, tmp
         with pytest.raises(Collapsed, match=r"after step 4: .*no checkpoint from before the "):
             run("rl", model_dir, tmp_path / "gone", steps=4, checkpoint__keep=1, **settings)
     assert not (tmp_path / "gone" / "model").exists()
+    run("rl", model_dir, tmp_path / "on", steps=5, rl__stop_on_collapse=False, **settings)
+    assert steps == [2, 2, 5]
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from jexit.loops.rl import Judged
 from jexit.loops.setup import load_model, load_task, sample_policy, with_trained_exits
 from jexit.loops.stage import Stage
 from jexit.model.policies import Sample
-from jexit.tasks.base import turns
+from jexit.tasks.base import Rewards, turns
 from jexit.tasks.exploretom import ExploreToM
 from jexit.tasks.gsm8k import Gsm8k
 from jexit.tasks.sums import Sums
@@ -148,13 +148,18 @@ def test_a_generated_task_has_the_configs_settings():
     config = TaskConfig(
         name="tom",
         options={"steps": "coarse", "people_max": 4, "moves_max": 5, "kinds": ("memory", "belief")},
+        reward_strict=2.0,
         reward_lenient=0.25,
+        reward_none=-3.0,
         time_limit=7.0,
     )
     task = load_task(config, "train")
     assert isinstance(task, Tom)
     assert (task.mode, task.people, task.moves) == ("coarse", (3, 4), (3, 5))
-    assert (task.kinds, task.rewards.lenient) == (("memory", "belief"), 0.25)
+    assert (task.kinds, task.rewards) == (
+        ("memory", "belief"),
+        Rewards(strict=2.0, lenient=0.25, none=-3.0),
+    )
     assert task.time_limit == 7.0
     assert len(load_task(TaskConfig(name="tom"), "train").kinds) == 6
     sums = load_task(TaskConfig(options={"steps": "3", "operands_min": 4}), "train")

@@ -1,11 +1,17 @@
 """Completions of one prompt that share a row: nothing changes but the work."""
 
 import numpy as np
+from random_models import random_model
 
+import jexit
+from jexit.config import TINY_PATH, LoRA
 from jexit.data.teacher_store import Trajectory
+from jexit.data.tokenizer import Tokenizer
 from jexit.dist import host_rows
+from jexit.io.model_dir import save_model
 from jexit.loops.sft import exit_states
-from jexit.loops.trajectories import Trajectories
+from jexit.loops.stage import Stage
+from jexit.loops.trajectories import Trajectories, teacher_trajectories
 from jexit.steps.state import split_model
 from small_runs import make_config, small_model
 
@@ -55,6 +61,29 @@ def test_a_shared_prompt_gives_the_states_of_prompts_of_their_own(model_dir):
         found[completions] = both[np.lexsort(np.round(both, 3).T)]
     assert found[4].shape == found[1].shape and len(found[1]) > 60
     np.testing.assert_allclose(found[4], found[1], atol=1e-4)
+
+
+def test_trajectories_are_the_base_models_at_full_depth(tmp_path):
+    """Greedy ones of a model whose adapters and exits would write something else."""
+    tokenizer = Tokenizer.load(TINY_PATH)
+    model = random_model(
+        vocab_size=tokenizer.vocab_size, layers=3, exit_layers=(1, 2),
+        lora=LoRA(rank=2, alpha=4.0, targets=("q", "v", "up")),
+    )  # fmt: skip
+    save_model(tmp_path / "model", model, tokenizer)
+    config = make_config(
+        "sft", tmp_path / "model", sft__temperature=0.0, lora__alpha=4.0,
+        lora__targets=("q", "v", "up"),
+    )  # fmt: skip
+    stage = Stage.open(config, tmp_path / "run", updates=config.steps)
+    made = [one for row in teacher_trajectories(stage).rows for one in row]
+    (batch,) = [stage.prompts(0, host_rows(6))]
+    asked = {"max_new_tokens": config.sft.max_new_tokens, "temperature": 0.0}
+    prompts = [problem.messages for problem in batch.problems]
+    base = jexit.generate(model, tokenizer, prompts, adapters=False, **asked)
+    longer = [ids for ids in base.tokens if len(ids) > 1]
+    assert sorted(one.completion for one in made) == sorted(longer) and len(longer) > 3
+    assert base.tokens != jexit.generate(model, tokenizer, prompts, **asked).tokens
 
 
 def test_positions_are_those_whose_pass_could_leave(model_dir):

@@ -59,8 +59,8 @@ def test_what_has_no_place_is_not_written():
 
 def test_heads_are_repeated_where_devices_are_more():
     """So that each device holds the heads of its own queries."""
-    for tensor, expected in ((1, 2), (2, 2), (8, 2), (4, 4)):
+    for tensor, heads in ((1, 2), (2, 2), (4, 4), (8, 8)):
         with use_mesh(make_mesh(tensor=tensor)):
-            assert cache_heads(8, 2) == (expected if tensor in (1, 2, 4) else 8)
+            assert cache_heads(8, 2) == heads
     with use_mesh(make_mesh(tensor=4)):
         assert cache_heads(6, 2) == 2, "six queries do not divide over four devices"

@@ -8,11 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import saved_models
-import torch
 from flax import nnx
 from random_models import random_model
 
-import hf_models
 import jexit
 from convert import to_hf
 from jexit.config import ExitSettings
@@ -112,6 +110,7 @@ def test_a_skipped_layer_moves_the_residual_linearly(linear, tokens_BT):
 
 
 def test_equals_a_loop_over_the_layers_of_hugging_face(tmp_path, tokens_BT):
+    torch, hf_models = pytest.importorskip("torch"), pytest.importorskip("hf_models")
     theirs = hf_models.make_model("qwen2", num_hidden_layers=LAYERS, tie_word_embeddings=True)
     hf_models.save(tmp_path, theirs)
     ours, _ = load(tmp_path, dtype="float32", exit_layers=EXITS, exit_head=LINEAR)

@@ -4,7 +4,7 @@ import pytest
 
 from jexit.loops.compilations import Compilations
 from jexit.model.policies import Full, Sample, Threshold
-from jexit.rollout import EngineSize, generate, stream, texts
+from jexit.rollout import EngineSize, generate, rollout, stream, texts
 
 
 class Letters:
@@ -53,6 +53,29 @@ def test_lists_line_up_and_settings_count(model, free):
     assert made(chat=False) != free.texts
     greedy = generate(model, Letters(), PROMPTS, max_new_tokens=40, size=SMALL).texts
     assert greedy == made(seed=6, policy=Full(), temperature=0.0)
+
+
+def test_what_generate_is_given_is_what_the_engine_decodes_with(model):
+    """Truncated sampling, in rows of their own; the base model without its adapters."""
+    asked = {"policy": Sample(1.5, 0.1), "max_new_tokens": 12, "temperature": 1.5}
+    prompts = Letters().encode_prompts(PROMPTS)
+    for settings in ({"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.3}, {"adapters": False}):
+        made = generate(model, Letters(), PROMPTS, seed=5, size=SMALL, **asked, **settings)
+        wanted = rollout(
+            model, prompts, key=5, size=SMALL, eos_ids=Letters.eos_ids, pad_id=60, **asked,
+            **settings,
+        )  # fmt: skip
+        for row, length in enumerate(wanted.lengths_B):
+            assert made.tokens[row] == wanted.completion(row), settings
+            assert made.depths[row] == wanted.depths_BT[row, :length].tolist()
+            assert made.logprobs[row] == wanted.logprobs_BT[row, :length].tolist()
+            assert made.depth_logprobs[row] == wanted.depth_logprobs_BT[row, :length].tolist()
+    greedy = generate(model, Letters(), PROMPTS, max_new_tokens=12, size=SMALL)
+    for settings in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}):
+        hot = {"temperature": 2.0, "max_new_tokens": 12, "size": SMALL}
+        assert generate(model, Letters(), PROMPTS, **hot, **settings).tokens == greedy.tokens
+    base = generate(model, Letters(), PROMPTS, max_new_tokens=12, size=SMALL, adapters=False)
+    assert base.tokens != greedy.tokens
 
 
 @pytest.mark.slow

@@ -44,6 +44,37 @@ def test_what_it_refuses(capsys, flags, said):
     assert error.startswith("jexit: ") and said in error and error.count("\n") == 1, error
 
 
+def test_its_options_reach_the_server_and_the_pool(monkeypatch, capsys):
+    """The key comes from the environment where no option gives one."""
+    asked = {}
+
+    def opened(path, **settings):
+        asked.update(settings, path=path)
+
+    monkeypatch.setattr(serve_pool, "open_pool", opened)
+
+    def server(*flags):
+        return serve._server(serve._parser().parse_args([f"--model={MODEL}", *flags]))
+
+    monkeypatch.delenv(serve.KEY_VARIABLE, raising=False)
+    assert (server().api_key, server().most_waiting) == ("", 256)
+    assert asked == {
+        "path": MODEL, "name": "", "policy": "full", "max_prompt_tokens": None,
+        "max_new_tokens": None, "rows": 0,
+    }  # fmt: skip
+    flags = ("--name=mine", "--policy=sample", "--max-prompt-tokens=7", "--max-new-tokens=9")
+    found = server(*flags, "--rows=3", "--max-waiting=5", "--api-key=secret")
+    assert (found.api_key, found.most_waiting) == ("secret", 5)
+    assert asked == {
+        "path": MODEL, "name": "mine", "policy": "sample", "max_prompt_tokens": 7,
+        "max_new_tokens": 9, "rows": 3,
+    }  # fmt: skip
+    monkeypatch.setenv(serve.KEY_VARIABLE, "from the environment")
+    assert server().api_key == "from the environment"
+    with pytest.raises(ValueError, match="--max-waiting is 0, but it must be at least 1"):
+        server("--max-waiting=0")
+
+
 def test_a_port_in_use_is_refused_before_anything_is_compiled(capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -19,7 +19,8 @@ def client(served):
 
 
 def ask(client, prompt, **settings):
-    extra = {name: settings.pop(name) for name in ("policy", "hazards") if name in settings}
+    own = ("policy", "hazards", "top_k", "min_p")
+    extra = {name: settings.pop(name) for name in own if name in settings}
     settings = {"temperature": 0, "max_tokens": 48} | settings
     messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     return client.chat.completions.create(
@@ -54,6 +55,8 @@ def test_an_answer_is_what_generate_returns(client, loaded, policy, idle):
         assert usage.completion_tokens == len(made.tokens[row]) and usage.layers_run == sum(
             made.depths[row]
         )
+        asked = tokenizer.encode_prompt([{"role": "user", "content": prompt}])
+        assert usage.prompt_tokens == len(asked)
         assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
         if policy == "threshold:0.5":
             hazard_TE = np.asarray(choice.hazards, float)
@@ -118,6 +121,19 @@ def test_conversations_and_parts_of_messages(client, loaded):
     assert ask(client, split).choices[0].message.content == whole
 
 
+def test_truncated_sampling_of_one_token_is_greedy(client):
+    for field in ({"top_k": 1}, {"min_p": 1.0}):
+        for prompt in PROMPTS[:2]:
+            greedy = ask(client, prompt).choices[0].message.content
+            hot = ask(client, prompt, temperature=2.0, seed=3, **field)
+            assert hot.choices[0].message.content == greedy, field
+    assert ask(client, prompt, temperature=2.0, seed=3, top_p=1e-6).choices[0].message.content == (
+        greedy
+    )
+    free = {ask(client, prompt, temperature=2.0, seed=n).choices[0].message.content for n in (3, 4)}
+    assert free != {greedy}
+
+
 def test_plain_completions_take_texts_and_token_ids(client, loaded):
     model, tokenizer = loaded
     texts = ["sum 12\n", "sum 481\n"]
@@ -132,7 +148,8 @@ def test_plain_completions_take_texts_and_token_ids(client, loaded):
             assert choice.text == made.texts[row] and choice.depths == made.depths[row]
             assert choice.logprobs.tokens == tokenizer.tokens(made.tokens[row])
             for token, at in zip(choice.logprobs.tokens, choice.logprobs.text_offset, strict=True):
-                assert choice.text[at:].startswith(token) or at == len(choice.text)
+                end = token in tokenizer.tokens(tokenizer.eos_ids)
+                assert at == len(choice.text) if end else choice.text[at:].startswith(token)
             np.testing.assert_allclose(
                 choice.logprobs.token_logprobs, made.logprobs[row], 0, LOGPROBS
             )

@@ -1,13 +1,20 @@
-"""Updates that are not finite are skipped whole; the continuation has a norm of its own."""
+"""Schedules and updates by hand; what is not finite is skipped whole; the continuation's norm."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from steps import toy
 
 from jexit.config import OptimConfig, SFTConfig
-from jexit.steps.optim import STILL, apply_gradients, make_optimizer, split_for_training
+from jexit.steps.optim import (
+    STILL,
+    apply_gradients,
+    make_optimizer,
+    schedule,
+    split_for_training,
+)
 from jexit.steps.sft import make_sft_step
 from jexit.steps.state import new_state, parameter_labels
 
@@ -62,6 +69,57 @@ def without_schedules(tree):
         return isinstance(leaf, optax.ScaleByScheduleState)
 
     return jax.tree.map(part, tree, is_leaf=is_schedule), counts
+
+
+def test_learning_rates_warm_up_and_fall():
+    """Over four of twelve steps from a fifth of the peak, then to a tenth of it."""
+    for kind, at in (
+        ("constant", {6: 1.0, 8: 1.0, 12: 1.0}),
+        ("linear", {6: 0.775, 8: 0.55, 12: 0.1, 20: 0.1}),
+        ("cosine", {6: 0.1 + 0.45 * (1 + np.sqrt(0.5)), 8: 0.55, 12: 0.1, 20: 0.1}),
+    ):
+        config = OptimConfig(schedule=kind, warmup_steps=4, final_fraction=0.1)
+        rate = schedule(config, 3.0, 12)
+        for step, share in ({0: 0.2, 1: 0.4, 3: 0.8, 4: 1.0} | at).items():
+            assert float(rate(step)) == pytest.approx(3.0 * share), (kind, step)
+    without = schedule(OptimConfig(schedule="linear", warmup_steps=0, final_fraction=0.0), 3.0, 12)
+    assert [float(without(step)) for step in (0, 6, 12)] == pytest.approx([3.0, 1.5, 0.0])
+
+
+def test_two_updates_are_those_of_clipped_adamw_by_hand():
+    """Every kind at its own rate; biases do not decay."""
+    labels = {"exits": {"w1": "exit_hidden", "w2": "exit", "b2": "exit_bias"}} | {"q": LABELS["q"]}
+    params = parameters() | {"exits": {name: jnp.full(5, 0.5) for name in ("w1", "w2", "b2")}}
+    config = OptimConfig(
+        lora_lr=0.01, exit_lr=0.02, exit_hidden=0.5, exit_bias=3.0, b1=0.8, b2=0.9, eps=1e-3,
+        weight_decay=0.1, clip_norm=1.0, schedule="linear", warmup_steps=0, final_fraction=0.0,
+    )  # fmt: skip
+    rates = {"w1": 0.01, "w2": 0.02, "b2": 0.06, "lora_a": 0.01}
+    optimizer = make_optimizer(config, 10, labels)
+    state = new_state(jax.tree.map(jnp.copy, params), optimizer)
+    wanted = {"w1": 0.5, "w2": 0.5, "b2": 0.5, "lora_a": -2.0}
+    mean, square = dict.fromkeys(wanted, 0.0), dict.fromkeys(wanted, 0.0)
+    for step, values in enumerate(
+        ({"w1": 3.0, "w2": -1.0, "b2": 2.0, "lora_a": 0.5},  # norm 8.5, which is clipped
+         {"w1": 0.1, "w2": 0.2, "b2": -0.1, "lora_a": 0.05}),
+    ):  # fmt: skip
+        given = {
+            "exits": {name: jnp.full(5, values[name]) for name in ("w1", "w2", "b2")},
+            "q": {"lora_a": jnp.full((2, 3), values["lora_a"])},
+        }
+        norm = np.sqrt(sum(n * values[k] ** 2 for k, n in zip(values, (5, 5, 5, 6), strict=True)))
+        state, metrics = one_update(state, optimizer, given)
+        assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-5)
+        for name, value in values.items():
+            g = value / max(norm, 1.0)
+            mean[name] = 0.8 * mean[name] + 0.2 * g
+            square[name] = 0.9 * square[name] + 0.1 * g * g
+            m, v = mean[name] / (1 - 0.8 ** (step + 1)), square[name] / (1 - 0.9 ** (step + 1))
+            decay = 0.1 * wanted[name] if name != "b2" else 0.0
+            wanted[name] -= rates[name] * (1 - step / 10) * (m / (np.sqrt(v) + 1e-3) + decay)
+    found = state.trainable["exits"] | state.trainable["q"]
+    for name, value in wanted.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-5, err_msg=name)
 
 
 def test_an_update_that_is_not_finite_is_skipped_whole():

@@ -12,12 +12,21 @@ import pytest
 from steps import toy
 
 from jexit.config import RLConfig
+from jexit.losses.rloo import Reward
 from jexit.model.exits import depth_log_prob
 from jexit.model.policies import Full, Prescribed, Sample
 from jexit.model.transformer import logits_of, run
 from jexit.rollout import rollout
 from jexit.steps.completions import pack_completions, pad_completions
-from jexit.steps.rl import Penalties, RLBatch, make_rl_step, policy_loss, score
+from jexit.steps.rl import (
+    Penalties,
+    RLBatch,
+    advantages,
+    depth_metrics,
+    make_rl_step,
+    policy_loss,
+    score,
+)
 
 LAYERS, NEW, EOS = toy.LAYERS, 3, 0
 PROMPT = [1]
@@ -87,7 +96,10 @@ def batch_of(paths, verifier, log_pi, depth_logprobs):
 @pytest.mark.parametrize(
     "options",
     [
-        {"kl_coef": 40.0, "temperature": 0.7, "min_hazard": 0.1, "hazard_temperature": 1.5},
+        {
+            "kl_coef": 40.0, "temperature": 0.7, "min_hazard": 0.1, "hazard_temperature": 1.5,
+            "depth_entropy_coef": 0.3,
+        },
         *(
             pytest.param(options, marks=pytest.mark.slow)
             for options in (
@@ -99,11 +111,12 @@ def batch_of(paths, verifier, log_pi, depth_logprobs):
         ),
     ],
     ids=lambda options: "-".join(map(str, options)),
-)
+)  # fmt: skip
 def test_expected_gradient_equals_that_of_the_enumerated_return(options):
     """All texts of up to three tokens, ended by EOS or cut off, at all depths.
 
-    The reward's own KL term counts as a constant, as in any policy gradient.
+    The reward's own KL term counts as a constant, as in any policy gradient, and the bonus on the
+    entropy of depths is that of the texts that were drawn.
     """
     split = toy.make_split(vocab_size=2)
     config = RLConfig(
@@ -130,7 +143,12 @@ def test_expected_gradient_equals_that_of_the_enumerated_return(options):
 
     def expected_return(trainable):
         tokens, depths = log_probs(split, trainable, paths, config)
-        return jnp.sum(jnp.exp(jnp.sum(tokens + depths, axis=1)) * returns)
+        probability = jnp.exp(jnp.sum(tokens + depths, axis=1))
+        fixed, fixed_depths = jax.lax.stop_gradient((probability, depths))
+        # -P log P of every depth, given what comes before it: their sum is an entropy.
+        surprise = -jnp.exp(depths - fixed_depths) * depths
+        bonus = fixed * jnp.sum(surprise, axis=1)
+        return jnp.sum(probability * returns + config.depth_entropy_coef * bonus)
 
     exact = jax.jit(jax.grad(expected_return))(split.trainable)
     probability = jnp.exp(jnp.sum(log_pi + depth_logprobs, axis=1))
@@ -156,6 +174,7 @@ def test_expected_gradient_equals_that_of_the_enumerated_return(options):
     toy.assert_close(found, exact, rtol=2e-3, atol=1e-5)
 
 
+PENALTIES = Penalties(0.5, 0.1)
 BASE = RLConfig(rollouts=3, max_new_tokens=10, temperature=0.8, min_hazard=0.05)
 
 
@@ -195,7 +214,7 @@ def update(config, *, micro_batches=1):
     """A batch's gradient (or, of several updates, what they take off together) and metrics."""
     split = toy.make_split()
     step = make_rl_step(split, toy.DESCENT, config, micro_batches=micro_batches)
-    return lambda batch: toy.taken_off(step, split, batch, Penalties(0.5, 0.1), jax.random.key(0))
+    return lambda batch: toy.taken_off(step, split, batch, PENALTIES, jax.random.key(0))
 
 
 MASKED = dataclasses.replace(BASE, mask_truncated=True, kl_coef=0.0, depth_entropy_coef=0.1)
@@ -272,12 +291,141 @@ def test_rollouts_that_share_rows_and_prompts_teach_the_same(prompts_are_shared,
         np.testing.assert_allclose(value, shared_metrics[name], rtol=1e-3, atol=1e-5, err_msg=name)
 
 
+def surrogate(batch, config, term):
+    """The gradient of Σ w · term(log π(y, d), that in sampling, A), from whole log-soft-maxes."""
+    split, rows = toy.make_split(), batch.rows
+    teacher = split.teacher(split.trainable)
+    depth_BC = rows.by_row(batch.depth_JW)
+    law = {"temperature": config.hazard_temperature, "min_hazard": config.min_hazard}
+
+    @jax.jit
+    @jax.grad
+    def gradient(trainable):
+        scored, _ = score(teacher, batch, PENALTIES, config, 1)
+        policy = Prescribed(rows.input_depths(depth_BC, LAYERS))
+        logp_BCV, out = toy.whole(split.student(trainable), rows, policy)
+        logp_BCV = jax.nn.log_softmax(logp_BCV / config.temperature)
+        token_BC = jnp.take_along_axis(logp_BCV, rows.completion_tokens_BC[..., None], -1)[..., 0]
+        z_BCE = rows.window(out.hazard_logits_BTE)
+        depth_logp_BC = depth_log_prob(depth_BC, z_BCE, toy.EXITS, LAYERS, **law)
+        pair_BC = token_BC + jnp.where(rows.action_BC, depth_logp_BC, 0.0)
+        terms_BC = term(pair_BC, scored.behaviour_BC, scored.advantage_BC)
+        return jnp.sum(jnp.where(rows.token_BC, scored.weight_BC * terms_BC, 0.0))
+
+    return gradient
+
+
 def test_several_updates_use_the_clipped_ratio():
-    config = dataclasses.replace(WITH_BONUS, updates_per_batch=2)
-    (twice, metrics), (once, _) = (update(c)(rolled_batch()) for c in (config, WITH_BONUS))
+    """The second of two updates, at the parameters that the first has left."""
+    clip, batch = 0.02, rolled_batch()
+    config = dataclasses.replace(BASE, updates_per_batch=2, clip=clip)
+    (twice, metrics), (once, _) = (update(c)(batch) for c in (config, BASE))
     assert float(metrics["sampler_gap"]) < 1e-4  # that of the first
     second = jax.tree.map(jnp.subtract, twice, once)
-    assert float(optax.global_norm(second)) > 0.1 * float(optax.global_norm(once))
+    moved = jax.tree.map(jnp.subtract, toy.make_split().trainable, once)
+
+    def clipped(pair, behaviour, advantage):
+        ratio = jnp.exp(pair - behaviour)
+        return -jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - clip, 1 + clip) * advantage)
+
+    def free(pair, behaviour, advantage):
+        return -jnp.exp(pair - behaviour) * advantage
+
+    toy.assert_close(second, surrogate(batch, config, clipped)(moved), rtol=1e-3, atol=1e-5)
+    without = surrogate(batch, config, free)(moved)
+    apart = optax.global_norm(jax.tree.map(jnp.subtract, second, without))
+    assert float(apart) > 0.1 * float(optax.global_norm(without))
+
+
+def test_the_importance_cap_weights_what_another_policy_drew():
+    config, batch = dataclasses.replace(BASE, importance_cap=1.2), rolled_batch()
+    shift_J = jnp.where(jnp.arange(len(batch.lengths_J)) % 2, 0.5, -0.3)  # ratios e^0.5 and e^-0.3
+    batch = dataclasses.replace(batch, logprobs_JW=batch.logprobs_JW - shift_J[:, None])
+
+    def weighted(pair, behaviour, advantage):
+        ratio = jax.lax.stop_gradient(jnp.exp(pair - behaviour))
+        return -jnp.minimum(ratio, 1.2) * advantage * pair
+
+    wanted = surrogate(batch, config, weighted)(toy.make_split().trainable)
+    toy.assert_close(update(config)(batch)[0], wanted, rtol=1e-3, atol=1e-6)
+
+
+def test_advantages_by_hand():
+    """Two rollouts of three and two tokens, verifier rewards 1 and 0, λ = 0.5, T_ref = 4."""
+    share_JW = jnp.array([[1.0, 0.5, 0.5], [1.0, 0.25, 0.0]])
+    token_JW = jnp.array([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]])
+    spent = (share_JW, token_JW.at[:, 0].set(0.0), token_JW)
+    depth_J = -0.5 * jnp.array([2.0, 1.25]) / 4
+    zero_J = jnp.zeros(2)
+    reward = Reward(jnp.array([1.0, 0.0]) + depth_J, depth_J, zero_J, zero_J)
+
+    def found(**settings):
+        config = RLConfig(rollouts=2, depth_norm="total", length_ref=4.0, **settings)
+        return advantages(reward, spent, None, 0.5, config)
+
+    whole = (1 - 0.25) + 0.15625
+    np.testing.assert_allclose(found(), [[whole] * 3, [-whole] * 3], rtol=1e-6)
+    mean = found(advantage="group_mean")
+    np.testing.assert_allclose(mean, [[whole / 2] * 3, [-whole / 2] * 3], rtol=1e-6)
+    # Still to come: 2, 1 and 0.5 layers of L in the first, 1.25, 0.25 and 0 in the second.
+    to_come = np.array([[2, 1, 0.5], [1.25, 0.25, 0]]) * 0.5 / 4
+    causal = (1 - to_come[0]) + to_come[1]
+    np.testing.assert_allclose(found(causal_depth=True), [causal, -causal], rtol=1e-6)
+
+
+def test_metrics_are_those_of_the_rollouts():
+    split, batch = toy.make_split(), rolled_batch()
+    verifier_J = np.float32([*[0.5] * 3, 1, 0, 0, *[0] * 3, 1, 1, 0])  # two groups of four agree
+    batch = dataclasses.replace(batch, verifier_J=jnp.asarray(verifier_J))
+    config = dataclasses.replace(BASE, kl_coef=0.0)
+    teacher = split.teacher(split.trainable)
+    _, metrics = jax.jit(lambda: score(teacher, batch, Penalties(0.0, 0.1), config, 1))()
+    metrics |= depth_metrics(batch, toy.EXITS, LAYERS)
+    lengths = np.asarray(batch.lengths_J)
+    depths = [np.asarray(batch.depth_JW)[row, :n] for row, n in enumerate(lengths)]
+    each, leaving = np.concatenate(depths), np.concatenate([row[1:] for row in depths])
+    assert len({*leaving.tolist()}) == 3
+    t_BCV, _ = toy.whole(teacher, batch.rows, Full(), adapters=False)
+    t_BCV = jax.nn.log_softmax(t_BCV / BASE.temperature)
+    t_JW = jnp.take_along_axis(t_BCV, batch.rows.completion_tokens_BC[..., None], -1)[..., 0]
+    ratios = [
+        np.asarray(batch.logprobs_JW)[row, :n] - np.asarray(t_JW)[row, :n]
+        for row, n in enumerate(lengths)
+    ]
+    totals_PG = (verifier_J - 0.1 * lengths / config.length_ref).reshape(-1, 3)
+    advantage_PG = 1.5 * (totals_PG - totals_PG.mean(1, keepdims=True))
+    wanted = {
+        "depth/mean": each.mean(),
+        "depth/fraction": each.mean() / LAYERS,
+        "depth/p10": np.quantile(each, 0.1),
+        "depth/p90": np.quantile(each, 0.9),
+        "layers/problem": each.sum() / len(lengths),
+        **{f"exit/{layer}": (leaving == layer).mean() for layer in (*toy.EXITS, LAYERS)},
+        "kl/teacher": np.concatenate(ratios).mean(),
+        "groups/zero_std": 0.5,
+        "advantage/std": advantage_PG.std(),
+        "reward/verifier": verifier_J.mean(),
+        "reward/length": -0.1 * lengths.mean() / config.length_ref,
+        "reward/mean": totals_PG.mean(),
+        "completion/length": lengths.mean(),
+        "completion/truncated": np.asarray(batch.truncated_J).mean(),
+    }
+    for name, value in wanted.items():
+        assert float(metrics[name]) == pytest.approx(float(value), rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.parametrize("norm", ["constant", "sequence", "tokens"])
+def test_tokens_are_weighted_by_the_norm(norm):
+    split, batch = toy.make_split(), rolled_batch()
+    config = dataclasses.replace(BASE, norm=norm)
+    scored, _ = score(split.teacher(split.trainable), batch, PENALTIES, config, 1)
+    token_BC, rows = np.asarray(batch.rows.token_BC), len(batch.lengths_J)
+    weight = {
+        "constant": 1 / (rows * BASE.max_new_tokens),
+        "sequence": 1 / (rows * token_BC.sum(1, keepdims=True)),
+        "tokens": 1 / token_BC.sum(),
+    }[norm]
+    np.testing.assert_allclose(scored.weight_BC, token_BC * weight, rtol=1e-6)
 
 
 def test_exact_and_sampled_kl_loss_agree_with_materialised_ones():
@@ -300,8 +448,7 @@ def test_exact_and_sampled_kl_loss_agree_with_materialised_ones():
     def losses(trainable):
         student, teacher = split.student(trainable), split.teacher(trainable)
         scored = {
-            name: score(teacher, batch, Penalties(0.5, 0.1), config, 1)[0]
-            for name, config in configs.items()
+            name: score(teacher, batch, PENALTIES, config, 1)[0] for name, config in configs.items()
         }
         return {
             name: policy_loss(student, scored[name], config, None)

@@ -1,5 +1,7 @@
 """The calibration step against a loss written out with materialised logits."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,6 +76,63 @@ def test_loss_and_gradient(monkeypatch, direction, full, detached):
     assert float(metrics["kl/teacher"]) == pytest.approx(float(kl), rel=1e-4)
     assert float(metrics["loss/exit"]) == pytest.approx(float(exit_loss), rel=1e-4)
     toy.assert_close(found, gradient, rtol=2e-3, atol=2e-5)
+
+
+SHARPNESS = 3.0
+
+
+def targets_by_hand(split, batch, target):
+    """Target hazards [B, C, E], from passes in which every token leaves at the same exit."""
+    student, teacher = split.student(split.trainable), split.teacher(split.trainable)
+    last = (student, True) if target == "own" else (teacher, False)
+    exits = (teacher, False) if target == "teacher" else (student, True)
+
+    def law(model, adapters, policy):
+        return np.float64(toy.whole(model, batch, policy, adapters=adapters)[0])
+
+    t, found = law(*last, Full()), []
+    for layer in toy.EXITS:
+        e = law(*exits, Prescribed(np.full(batch.tokens_BT.shape, layer)))
+        found.append(1 - np.tanh(SHARPNESS * np.sum(np.exp(t) * (t - e), -1) / 2))
+    return np.stack(found, -1)
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["student", *(pytest.param(name, marks=pytest.mark.slow) for name in ("teacher", "own"))],
+)
+def test_heads_learn_the_targets_and_depths_are_drawn_from_them(monkeypatch, target):
+    """A fifth of the draws is uniform; staying counts three times."""
+    split, batch = toy.make_split(), toy.rows()
+    config = SFTConfig(
+        samples=300, explore=0.2, target=target, sharpness=SHARPNESS, exit_loss="expected",
+        stay_weight=3.0,
+    )  # fmt: skip
+    action_BC = np.asarray(batch.action_BC)
+    target_NE = targets_by_hand(split, batch, target)[action_BC]
+    assert target_NE.min() < 0.2 and target_NE.max() > 0.8
+    first_N, second_N = target_NE.T
+    law_NX = np.stack([first_N, (1 - first_N) * second_N, (1 - first_N) * (1 - second_N)], -1)
+    _, metrics = toy.taken_off(
+        make_sft_step(split, toy.DESCENT, config), split, batch, jax.random.key(0)
+    )
+    for layer, share in zip((*toy.EXITS, toy.LAYERS), law_NX.mean(0), strict=True):
+        wanted = 0.8 * share + 0.2 / 3
+        assert float(metrics[f"exit/{layer}"]) == pytest.approx(wanted, abs=0.02), layer
+
+    exits_BC = np.random.default_rng(1).integers(0, 3, size=action_BC.shape)
+    draw(monkeypatch, lambda _: jnp.asarray(exits_BC, jnp.int32))
+    config = dataclasses.replace(config, samples=1)
+    _, metrics = toy.taken_off(
+        make_sft_step(split, toy.DESCENT, config), split, batch, jax.random.key(0)
+    )
+    policy = Prescribed(batch.input_depths(exits_BC + 1, toy.LAYERS))
+    _, result = toy.whole(split.student(split.trainable), batch, policy)
+    z_NE = np.float64(batch.window(result.hazard_logits_BTE))[action_BC]
+    each_NE = target_NE * np.logaddexp(0, -z_NE) + 3 * (1 - target_NE) * np.logaddexp(0, z_NE)
+    reached_NE = np.arange(2) <= exits_BC[action_BC][:, None]
+    truth = np.sum(each_NE * reached_NE) / len(each_NE)
+    assert float(metrics["loss/exit"]) == pytest.approx(truth, rel=1e-3)
 
 
 @pytest.mark.slow

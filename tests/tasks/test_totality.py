@@ -62,8 +62,8 @@ def tasks(tmp_path_factory):
 def check_reading(task, problem, text, number=0):
     """What holds of every text; returns the verdict and the text's totals."""
     kind = task.verify(problem, text).kind
-    for number in (answers.parse_number(text), answers.final_number(text)):
-        assert isinstance(number, Fraction | None)
+    for value in (answers.parse_number(text), answers.final_number(text)):
+        assert isinstance(value, Fraction | None)
     assert task.answerable(text, cut=True) in ("", text)
     totals = task.text_totals([problem], [Attempt(text=text)])
     assert all(total >= 0 and count >= 0 for total, count in totals.values())
