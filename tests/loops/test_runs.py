@@ -71,6 +71,7 @@ def test_an_rl_run_leaves_everything_that_a_run_promises(rl_run, model_dir):
         assert all(map(np.isfinite, row.values()))
         # The trainer's teacher-forced log-probabilities are the sampler's.
         assert row["sampler_gap"] < 1e-4
+        assert row["lr/lora"] == row["lr/exit"] == pytest.approx(0.3)
         assert row["depth/fraction"] == pytest.approx(row["depth/mean"] / 3, rel=1e-5)
         assert sum(row[f"exit/{layers}"] for layers in (1, 2, 3)) == pytest.approx(1.0, abs=1e-5)
     samples = list(map(json.loads, (rl_run / "samples.jsonl").read_text().splitlines()))
