@@ -141,7 +141,7 @@ class Trainer:
         and Interrupted after a signal. While steps are skipped, no checkpoint is written, so the
         newest checkpoint is always good.
         """
-        start, total = int(state.step), self.steps or self.config.steps
+        start, total = int(state.step), self._total
         stop = _StopSignals()
         pending: Pending | None = None
         phase = self.ranked_after if start < self.ranked_after else total
@@ -212,6 +212,10 @@ class Trainer:
         latest = self.checkpoints.latest_step() or 0
         return UserError(f"{error} (the run in {self.workdir} is saved up to step {latest})")
 
+    @property
+    def _total(self) -> int:
+        return self.steps or self.config.steps
+
     def close(self) -> None:
         with waiting("the last checkpoint"):
             self.checkpoints.close()
@@ -254,7 +258,7 @@ class Trainer:
             step, **{short: values.get(name) for name, short in self.shown.items()}
         )
         if step == self.ranked_after:
-            self._progress.extend(self.steps or self.config.steps)
+            self._progress.extend(self._total)
         self._skipping = values["skipped"] > 0
         self._skipped += self._skipping
         if values["skipped"] >= self.config.optim.max_skipped:
