@@ -418,7 +418,8 @@ class SFTConfig:
     """The source of the sequences: the teacher's own generations (generate), or the task's
     references (dataset)."""
     pool: Count = 512
-    """The number of trajectories, which are generated once and cached."""
+    """The number of trajectories, which are generated once and stored in WORKDIR/teacher. A run
+    with another pool or other settings of training can start with a copy of this folder."""
     completions: Annotated[int, Bounds(1, 1_000)] = 1
     """The number of completions per prompt. They share a row and a copy of the prompt, which saves
     work if prompts are long. A very certain model repeats its completions, and repetitions teach

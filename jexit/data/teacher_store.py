@@ -66,10 +66,10 @@ class TeacherStore:
         """Returns whether rows 0 … `rows` - 1 of the batch with number `batch` are stored."""
         return all((batch, row) in self._rows for row in range(rows))
 
-    @property
-    def trajectories(self) -> list[Trajectory]:
-        """All stored trajectories that can be used, ordered by batch number and row."""
-        return [row for _, row in sorted(self._rows.items()) if row is not None]
+    def trajectories(self, batches: int) -> list[Trajectory]:
+        """Returns the usable trajectories of the first `batches` batches, by batch and row."""
+        rows = sorted(self._rows.items())
+        return [row for (batch, _), row in rows if batch < batches and row is not None]
 
     def append(
         self, batch: int, rows: Sequence[int], trajectories: Sequence[Trajectory | None]

@@ -87,8 +87,8 @@ def teacher_trajectories(stage: Stage) -> Trajectories:
 
     `sft.trajectories` selects whether the completions are the teacher's or the data set's
     references. Completions of one token are left out. Trajectories that an earlier run with the
-    same settings has stored in the working directory are read from disk. Raises UserError if no
-    completion has more than one token.
+    same settings has stored in the working directory are read from disk, whatever its pool was.
+    Raises UserError if no completion has more than one token.
     """
     config, sft, split, tokenizer = stage.config, stage.config.sft, stage.split, stage.tokenizer
     prompts = max(1, min(sft.generate_batch, sft.pool) // sft.completions)
@@ -98,7 +98,6 @@ def teacher_trajectories(stage: Stage) -> Trajectories:
         "model": fingerprint((split.fixed.teacher, split.fixed.frozen)),
         "task": dataclasses.asdict(config.task),
         "source": sft.trajectories,
-        "pool": sft.pool,
         "batch_size": batch_size,
         "completions": sft.completions,
         "temperature": sft.temperature,
@@ -126,7 +125,7 @@ def teacher_trajectories(stage: Stage) -> Trajectories:
             progress.update(number)
     barrier("the teacher's trajectories")
     store.read()
-    made = store.trajectories[: sft.pool]
+    made = store.trajectories(batches)[: sft.pool]
     if not made and sft.trajectories == "dataset":
         raise UserError(
             "all reference completions of the task end after one token, but calibration needs "

@@ -22,14 +22,15 @@ def test_batches_come_back_in_order_under_their_own_settings(tmp_path):
     path = filled(tmp_path).path
     store = TeacherStore(tmp_path, SETTINGS)
     assert done(store) == [True, True, False]
-    assert store.trajectories == ALL
+    assert store.trajectories(2) == store.trajectories(3) == ALL
+    assert store.trajectories(1) == BATCHES[0]
     other = TeacherStore(tmp_path, SETTINGS | {"temperature": 0.7})
     assert not any(done(other)) and len(list(tmp_path.iterdir())) == 2
     for content in (b"{}\n[]\n", b"not settings\n", b""):  # a strange header starts anew
         path.write_bytes(content)
         assert not any(done(TeacherStore(tmp_path, SETTINGS)))
         filled(tmp_path)
-        assert TeacherStore(tmp_path, SETTINGS).trajectories == ALL
+        assert TeacherStore(tmp_path, SETTINGS).trajectories(2) == ALL
 
 
 def test_a_file_cut_at_any_byte_continues_from_its_whole_batches(tmp_path):
@@ -63,12 +64,12 @@ def test_several_writers_make_one_pool_and_one_continues_it(tmp_path):
         second.append(number, [0], batch[:1])
     assert not any(done(first))
     first.read()
-    assert done(first) == [True, True, False] and first.trajectories == ALL
+    assert done(first) == [True, True, False] and first.trajectories(2) == ALL
 
     damaged = second.path.read_bytes()[:-3]
     second.path.write_bytes(damaged)
     alone = TeacherStore(tmp_path, SETTINGS)
     assert done(alone) == [True, False, False]
     alone.append(1, [0], BATCHES[1][:1])
-    assert alone.trajectories == ALL
+    assert alone.trajectories(2) == ALL
     assert second.path.read_bytes() == damaged  # another writer's file is only read

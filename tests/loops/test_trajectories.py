@@ -1,5 +1,7 @@
 """Completions of one prompt that share a row: nothing changes but the work."""
 
+import shutil
+
 import numpy as np
 from random_models import random_model
 
@@ -9,6 +11,7 @@ from jexit.data.teacher_store import Trajectory
 from jexit.data.tokenizer import Tokenizer
 from jexit.dist import host_rows
 from jexit.io.model_dir import save_model
+from jexit.loops import trajectories
 from jexit.loops.sft import exit_states
 from jexit.loops.stage import Stage
 from jexit.loops.trajectories import Trajectories, teacher_trajectories
@@ -84,6 +87,34 @@ def test_trajectories_are_the_base_models_at_full_depth(tmp_path):
     longer = [ids for ids in base.tokens if len(ids) > 1]
     assert sorted(one.completion for one in made) == sorted(longer) and len(longer) > 3
     assert base.tokens != jexit.generate(model, tokenizer, prompts, **asked).tokens
+
+
+def test_stored_trajectories_serve_larger_and_smaller_pools(model_dir, tmp_path, monkeypatch):
+    generated = []
+
+    def counted(stage, step, *rest):
+        generated.append(step)
+        return make(stage, step, *rest)
+
+    make = trajectories._generated
+    monkeypatch.setattr(trajectories, "_generated", counted)
+
+    def completions(pool, name, store=None):
+        if store:
+            shutil.copytree(tmp_path / store / "teacher", tmp_path / name / "teacher")
+        config = make_config("sft", model_dir, sft__pool=pool, sft__generate_batch=4)
+        stage = Stage.open(config, tmp_path / name, updates=config.steps)
+        rows = teacher_trajectories(stage).rows
+        return sorted(one.completion for row in rows for one in row)
+
+    first = completions(8, "first")
+    assert len(first) > 4 and generated == [0, 1]
+    larger = completions(12, "larger", "first")
+    assert generated == [0, 1, 2]
+    smaller = completions(6, "smaller", "first")
+    assert generated == [0, 1, 2]
+    assert larger == completions(12, "anew") != first
+    assert smaller == completions(6, "anew too") != first
 
 
 def test_positions_are_those_whose_pass_could_leave(model_dir):
