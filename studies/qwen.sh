@@ -30,6 +30,10 @@ calibrated runs/qwen-lens --config.steps=0
 measured runs/qwen-lens eval "$config:measure"
 measured runs/qwen-lens controls "$config:control"
 measured runs/qwen-lens words "$config:measure" "${words[@]}"
+for pool in 48 96 192; do  # fewer trajectories
+  calibrated "runs/qwen-lens-$pool" --config.steps=0 --config.sft.pool="$pool"
+  measured "runs/qwen-lens-$pool" eval "$config:measure" "${at[@]}"
+done
 calibrated runs/qwen-frozen --config.steps=0 "${frozen[@]}"
 measured runs/qwen-frozen eval "$config:measure" "${frozen[@]}" "${at[@]}"
 measured runs/qwen-frozen words "$config:measure" "${frozen[@]}" "${words[@]}" "${at[@]}"
