@@ -7,12 +7,14 @@
 set -euo pipefail
 checkout="$(dirname "${BASH_SOURCE[0]}")/.."
 config="$checkout/configs/experiments/qwen.py"
-# --config=FILE [FLAGS]: --config must be the first flag.
-run() { bash "$checkout/launch/run.sh" "$1" --config.task.path=data/gsm8k "${@:2}"; }
-# DIR NAME CONFIG [FLAGS]: evaluates the model of a run.
-measured() {
-  [[ -e $1/$2/eval.json ]] ||
-    run --config="$3" --config.model.path="$1" --workdir="$1/$2" "${@:4}"
+gsm8k=(--config.task.path=data/gsm8k)
+words=(--config.task.name=word_problems --config.eval.max_new_tokens=256)
+frozen=(--config.exits.continuation=frozen)
+at=(--config.eval.policies="('threshold:0.5',)" --config.eval.problems=100)
+# DIR CONFIG [FLAGS]: trains.
+trained() {
+  [[ -e $1/after.json ]] ||
+    bash "$checkout/launch/run.sh" --config="$2" --workdir="$1" "${gsm8k[@]}" "${@:3}"
 }
 # DIR [FLAGS]: calibrates; the teacher's trajectories are those of the first.
 calibrated() {
@@ -21,24 +23,26 @@ calibrated() {
     cp -r runs/qwen-lens/teacher "$1/teacher.copy"
     mv "$1/teacher.copy" "$1/teacher"
   fi
-  [[ -e $1/after.json ]] || run --config="$config:calibrate" --workdir="$1" "${@:2}"
+  trained "$1" "$config:calibrate" "${@:2}"
 }
-words=(--config.task.name=word_problems --config.task.path= --config.eval.max_new_tokens=256)
-frozen=(--config.exits.continuation=frozen)
-at=(--config.eval.policies="('threshold:0.5',)" --config.eval.problems=100)
+# NAME MODELS CONFIG [FLAGS]: evaluates models, separated by |.
+measured() {
+  bash "$checkout/launch/sweep.sh" --config="$3" --into="runs/$1" "model.path=$2" "${@:4}"
+}
 calibrated runs/qwen-lens --config.steps=0
-measured runs/qwen-lens eval "$config:measure"
-measured runs/qwen-lens controls "$config:control"
-measured runs/qwen-lens words "$config:measure" "${words[@]}"
-for pool in 48 96 192; do  # fewer trajectories
-  calibrated "runs/qwen-lens-$pool" --config.steps=0 --config.sft.pool="$pool"
-  measured "runs/qwen-lens-$pool" eval "$config:measure" "${at[@]}"
-done
+measured qwen-gsm8k runs/qwen-lens "$config:measure" "${gsm8k[@]}"
+measured qwen-words runs/qwen-lens "$config:measure" "${words[@]}"
 calibrated runs/qwen-frozen --config.steps=0 "${frozen[@]}"
-measured runs/qwen-frozen eval "$config:measure" "${frozen[@]}" "${at[@]}"
-measured runs/qwen-frozen words "$config:measure" "${frozen[@]}" "${words[@]}" "${at[@]}"
-[[ -e runs/qwen-rl/after.json ]] || run --config="$config:reinforce" --workdir=runs/qwen-rl
-measured runs/qwen-rl eval "$config:measure"
-measured runs/qwen-rl controls "$config:control"
+measured qwen-frozen-gsm8k runs/qwen-frozen "$config:measure" "${gsm8k[@]}" "${frozen[@]}" "${at[@]}"
+measured qwen-frozen-words runs/qwen-frozen "$config:measure" "${words[@]}" "${frozen[@]}" "${at[@]}"
+measured qwen-controls runs/qwen-lens "$config:control" "${gsm8k[@]}"
+for pool in 48 96 192; do # fewer trajectories
+  calibrated "runs/qwen-lens-$pool" --config.steps=0 --config.sft.pool="$pool"
+done
+measured qwen-pools "$(printf '%s|' runs/qwen-lens-{48,96})runs/qwen-lens-192" "$config:measure" \
+  "${gsm8k[@]}" "${at[@]}"
+trained runs/qwen-rl "$config:reinforce"
+measured qwen-gsm8k runs/qwen-rl "$config:measure" "${gsm8k[@]}"
+measured qwen-controls runs/qwen-rl "$config:control" "${gsm8k[@]}"
 calibrated runs/qwen-sft
-measured runs/qwen-sft eval "$config:measure"
+measured qwen-gsm8k runs/qwen-sft "$config:measure" "${gsm8k[@]}"

@@ -75,14 +75,20 @@ def test_scripts_sweep_over_models_that_exist_by_then(tmp_path, monkeypatch):
     """Each command that a script gives is checked as if it ran, and its runs are taken as made."""
     checkout, record = tmp_path / "checkout", tmp_path / "record"
     shutil.copytree(ROOT / "studies", checkout / "studies")
-    (checkout / "configs").symlink_to(ROOT / "configs")
+    for name in ("configs", "jexit"):
+        (checkout / name).symlink_to(ROOT / name)
+    for split in ("train", "test"):
+        rows = checkout / "data" / "gsm8k" / f"{split}.jsonl"
+        rows.parent.mkdir(parents=True, exist_ok=True)
+        rows.write_text('{"question": "What is 1 + 1?", "answer": "2\\n#### 2"}\n')
     for stand_in in ("launch/sweep.sh", "launch/run.sh", ".venv/bin/python"):
         path = checkout / stand_in
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(RECORDS)
         path.chmod(0o755)
-    monkeypatch.chdir(ROOT)
-    for script in sorted((ROOT / "studies").glob("*.sh")):
+    monkeypatch.chdir(checkout)
+    scripts = [ROOT / "studies" / f"{study.stem}.sh" for study in STUDIES]
+    for script in filter(pathlib.Path.exists, scripts):
         record.write_text("")
         subprocess.run(
             ["bash", f"studies/{script.name}"], cwd=checkout,

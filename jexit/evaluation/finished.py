@@ -51,7 +51,6 @@ class FinishedPolicies:
     def write(self, policy: str, result: PolicyResult, attempts: Sequence[Attempt]) -> None:
         if not is_primary():
             return
-        self.directory.mkdir(exist_ok=True)
         names, attempts = self._problems, [*attempts]
         record = FinishedPolicy(model=self.model, problems=names, result=result, attempts=attempts)
         record.write(self._path(policy))
