@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Packs the records of finished sweeps, without weights, for publication.
 #
-#   bash studies/pack.sh NAME...      runs/NAME → docs/results/runs/NAME.tar.xz
+#   bash studies/pack.sh NAME...      runs/NAME → docs/results/records/NAME.tar.xz
 #
 # Records are the settings, metrics, completions and the outcome of each problem. Unpacked into the
 # current directory, the study's script treats their runs as finished.
 set -euo pipefail
-target="$(dirname "${BASH_SOURCE[0]}")/../docs/results/runs"
+target="$(dirname "${BASH_SOURCE[0]}")/../docs/results/records"
 mkdir -p "$target"
 for name in "$@"; do
   [[ -d runs/$name ]] || { echo "jexit: runs/$name does not exist; run its study first" >&2; exit 2; }

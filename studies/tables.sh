@@ -3,7 +3,7 @@
 #
 #   bash studies/tables.sh
 #
-# The records are docs/results/runs/*.tar.xz, which studies/pack.sh wrote. Without changes to them or
+# The records are docs/results/records/*.tar.xz, which studies/pack.sh wrote. Without changes to them or
 # to the code, no file changes.
 set -euo pipefail
 checkout="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -14,7 +14,7 @@ python() { PYTHONPATH=$checkout "$venv/bin/python" "$@"; }
 results="$checkout/docs/results"
 records=$(mktemp -d)
 trap 'rm -rf "$records"' EXIT
-for archive in "$results"/runs/*.tar.xz; do tar -xJf "$archive" -C "$records"; done
+for archive in "$results"/records/*.tar.xz; do tar -xJf "$archive" -C "$records"; done
 cd "$records"
 for sweep in runs/*; do
   case $sweep in # the evaluation of the initial checkpoint, with all layers
