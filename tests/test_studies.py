@@ -7,6 +7,9 @@ import pathlib
 import random
 import re
 import shutil
+import subprocess
+import sys
+import tarfile
 import xml.etree.ElementTree as ET
 
 import numpy as np
@@ -319,17 +322,57 @@ def marks_of(path):
     )
 
 
-def test_the_published_tables_and_figures_are_those_of_the_numbers(tmp_path):
+def script(name, checkout, *arguments):
+    """Runs a script of studies/ from a checkout that has the environment of this process."""
+    for folder in ("studies", "jexit"):
+        if not (checkout / folder).exists():
+            (checkout / folder).symlink_to(ROOT / folder)
+    (checkout / "launch").mkdir(exist_ok=True)
+    (checkout / "launch" / "env.sh").write_text(f"venv={sys.prefix}\nensure_env() {{ :; }}\n")
+    command = ["bash", str(checkout / "studies" / name), *arguments]
+    return subprocess.run(command, cwd=checkout, capture_output=True, text=True)
+
+
+def test_records_are_packed_without_weights_and_give_the_same_tables(tmp_path):
+    shutil.copytree(ROOT / "studies", tmp_path / "studies")
+    run = tmp_path / "runs" / "evidence-initial-sums" / "seed=0"
+    write_evaluated(run)
+    (run.parent / "seed=0.json").write_text(json.dumps({"settings": {"seed": "0"}, "run": []}))
+    for weights in ("checkpoints/7/_METADATA.json", "model/jexit.json", "teacher/ab/store.json"):
+        (run / weights).parent.mkdir(parents=True)
+        (run / weights).write_text("{}")
+    (run / "report.html").write_text("")
+    assert script("pack.sh", tmp_path, "evidence-initial-sums").returncode == 0
+    results = tmp_path / "docs" / "results"
+    with tarfile.open(results / "records" / "evidence-initial-sums.tar.xz") as archive:
+        names = {pathlib.PurePath(name).name for name in archive.getnames()}
+    assert names == {"seed=0.json", "config.json", "eval.json", "completions.json"}
+    collect.main([str(run.parent), str(tmp_path / "page")])
+    shutil.rmtree(tmp_path / "runs")
+    made = script("tables.sh", tmp_path)
+    assert made.returncode == 0, made.stderr
+    table = results / "evidence-initial-sums.csv"
+    assert table.read_bytes() == (tmp_path / "page.csv").read_bytes()
+    refused = script("pack.sh", tmp_path, "missing")
+    assert refused.returncode == 2 and "run its study first" in refused.stderr
+
+
+def test_the_published_tables_and_charts_are_those_of_the_records(tmp_path):
     shutil.copytree(ROOT / "docs", tmp_path / "docs", ignore=shutil.ignore_patterns("*.svg"))
+    shutil.copytree(ROOT / "studies", tmp_path / "studies")
     shutil.copy(ROOT / "README.md", tmp_path)
-    assert main([str(tmp_path / "docs" / "results")]) == 0
+    made = script("tables.sh", tmp_path)
+    assert made.returncode == 0, made.stderr
+    for path in (tmp_path / "docs" / "results").iterdir():
+        if path.suffix in (".csv", ".json"):
+            assert path.read_bytes() == (ROOT / "docs" / "results" / path.name).read_bytes()
     for name in ("README.md", "docs/results.md"):
         text = (tmp_path / name).read_text()
         assert text == (ROOT / name).read_text(), name
         pictures = re.findall(r"!\[.*?\]\((?:docs/)?(results/[^)]+)\)", text)
         for picture in pictures:
-            made, kept = (root / "docs" / picture for root in (tmp_path, ROOT))
-            assert text_of(made) == text_of(kept)
-            (told, numbers), (kept_told, kept_numbers) = marks_of(made), marks_of(kept)
+            drawn, kept = (root / "docs" / picture for root in (tmp_path, ROOT))
+            assert text_of(drawn) == text_of(kept)
+            (told, numbers), (kept_told, kept_numbers) = marks_of(drawn), marks_of(kept)
             assert told == kept_told
             np.testing.assert_allclose(numbers, kept_numbers, atol=0.2)

@@ -63,8 +63,8 @@ def get_config(variant: str = "measure"):
         # Most completions of a prompt are equal, but each is trained at depths of its own, and all
         # share one pass over the prompt, which is longer than they are.
         config.sft.completions = 4
-        config.sft.pool = 12_288
-        config.sft.lens_tokens = 196_608
+        config.sft.pool = 8192
+        config.sft.lens_tokens = 131_072
         config.sft.generate_batch = 256
         config.sft.max_new_tokens = 48
         config.sft.samples = 1
