@@ -19,10 +19,12 @@ cd "$records"
 for sweep in runs/*; do
   case $sweep in # the evaluation of the initial checkpoint, with all layers
     *-base | *-initial-*) initial= ;;
+    runs/qwen-gsm8k) initial=runs/qwen-gsm8k/model.path=runs_qwen-lens@full ;;
     runs/smollm2-*) initial=runs/smollm2-base/model.path=runs_smollm2-trunk@full ;;
     runs/evidence-word_problems | *-transfer-word_problems)
       initial=runs/evidence-initial-word_problems/task.name=word_problems@full ;;
-    *) initial=runs/evidence-initial-sums/task.name=sums@full ;;
+    runs/evidence-*) initial=runs/evidence-initial-sums/task.name=sums@full ;;
+    *) initial= ;;
   esac
   python -m studies.collect "$sweep" "$results/${sweep#runs/}" ${initial:+"--initial=$initial"}
 done
