@@ -23,13 +23,13 @@ from jexit.config import config_dict
 
 def get_config(preset: str = "tiny"):
     config = config_dict("sft", preset)
-    config.sft.explore = 0.5
     config.sft.target = "student"
     config.sft.exit_loss = "expected"
     if config.preset == "tiny":
         config.steps = 900
         config.batch_size = 96
         config.task.name = "blend"
+        config.sft.explore = 0.5
         config.sft.samples = 1
         config.sft.sharpness = 60.0  # careful heads: RL then has correct answers to learn from
         config.sft.pool = 8192
@@ -50,11 +50,11 @@ def get_config(preset: str = "tiny"):
     config.model.remat = "block"
     config.sft.max_new_tokens = 512
     config.sft.temperature = 0.7 if config.preset.startswith("qwen3") else 1.0
-    # Adapters learn under depths at the edge of what their exits can do, by a loss whose gradient
-    # is bounded: that of KL(student ‖ teacher) grows with the teacher's certainty, and the
-    # continuation amplifies it.
+    # Adapters learn under depths at the edge of what their exits can do. None is explored: on
+    # SmolLM2-135M, exploring 5 % of them made the KL to the teacher three to six times as large, at
+    # tokens that no head lets leave. The gradient of this loss is bounded; that of KL(student ‖
+    # teacher) grows with the teacher's certainty, and the continuation amplifies it.
     config.sft.direction = "teacher_student"
-    config.sft.explore = 0.05
     config.sft.exit_coef = 0.02  # of the norm that clipping sees; the heads are detached
     # Heads are calibrated last, on the trunk as it then is, and leave where they are sure: a real
     # model passes many exits, and each may leave too early.
