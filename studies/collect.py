@@ -20,6 +20,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from jexit.errors import UserError, command
@@ -70,7 +71,7 @@ def curves(cell: Cell) -> Iterator[dict[str, float]]:
                 values = [record[name] for record in stretch if is_number(record.get(name))]
                 values = [value for value in values if abs(value) <= LARGEST]
                 if values:
-                    means[name] = sum(values) / len(values)
+                    means[name] = fmean(values)
         yield means
 
 

@@ -8,6 +8,7 @@ import io
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 
 from jexit.io.files import write_bytes_atomic
 
@@ -38,7 +39,7 @@ class Column:
         known = [end for pair in whole for end in pair]
         scale, digits = (100.0, 1) if self.share else (1.0, 2)
         mean, low, high = (
-            f"{scale * v:.{digits}f}" for v in (sum(known) / len(known), min(known), max(known))
+            f"{scale * v:.{digits}f}" for v in (fmean(known), min(known), max(known))
         )
         if upper:
             text = f"{low} to {high}"
