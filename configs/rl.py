@@ -8,7 +8,7 @@ layers (from 108 to 67 layers per problem).
 
     python -m jexit.main --config=configs/rl.py:qwen2.5-0.5b
 
-Other presets train the model in runs/sft-PRESET on GSM8K. The smallest has been run on CPU for two
+Other presets train the model in runs/sft-PRESET on GSM8K. qwen2.5-0.5b has been run on CPU for two
 updates with short completions; no whole run has been timed.
 """
 

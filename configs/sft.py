@@ -13,7 +13,7 @@ at explored depths costs accuracy at full depth: the trunk has 95 % on word prob
 
     python -m jexit.main --config=configs/sft.py:qwen2.5-0.5b
 
-Other presets calibrate models/PRESET, which `convert.from_hf` writes, on GSM8K. The smallest has
+Other presets calibrate models/PRESET, which `convert.from_hf` writes, on GSM8K. qwen2.5-0.5b has
 been run on CPU for 24 steps with short completions (docs/models.md lists the options); no whole run
 has been timed.
 """

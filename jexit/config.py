@@ -217,8 +217,8 @@ class ExitSettings(ExitHead, ContinuationSettings):
         """Raises UserError unless the continuation's rank is below the model's width, `width`."""
         if self.continuation_rank >= width:
             raise UserError(
-                f"continuation_rank is {self.continuation_rank}, but it must be smaller than the "
-                f"model's width {width}; lower it, or set it to 0 for full matrices"
+                f"exits.continuation_rank is {self.continuation_rank}, but it must be smaller than "
+                f"the model's width {width}; lower it, or set it to 0 for full matrices"
             )
 
 

@@ -56,6 +56,7 @@ for _policy, _ending in (
     ("threshold:0.5", ", threshold"),
     ("threshold:0.8", ", threshold 0.8"),
 ):
+    COLUMNS[f"compute{_ending}"] = Column(f"{_policy}/compute_fraction")
     for _label, _name in (
         ("over initial", "accuracy_difference"),
         ("saved per token", "saved_per_token"),
@@ -84,7 +85,6 @@ for _policy, _ending in _POLICIES:
         f"{label}{_ending}": Column(f"{_policy}/{place}", share)
         for label, place, share in (
             *((f"by {n} as asked", f"capacity/{n}/obeyed", True) for n in range(2, 6)),
-            ("compute", "compute_fraction", True),
             ("compute per problem", "compute_per_problem", False),
             ("serial depth", "serial_depth/mean", False),
             ("g-mean²", "faithfulness/hint/detail/g_mean2", True),

@@ -300,16 +300,17 @@ def _heads(
     with jax.set_mesh(mesh):
         size = rows_at_a_time(config, config.sft.pool // config.sft.completions)
     batch = _trajectories(config, mesh, size)
-    observe = make_exit_states(split)
+    observe = make_exit_states(split, config.sft.sharpness)
+    given = (state.trainable, split.fixed, batch, abstract_key())
     yield Program(
         name="states at the exits",
         function=observe,
-        arguments=(state.trainable, split.fixed, batch),
+        arguments=given,
         resident=state,
     )
     step = make_lens_step(split, optimizer, config.sft)
     with jax.set_mesh(mesh):
-        made = jax.eval_shape(observe, state.trainable, split.fixed, batch)
+        made = jax.eval_shape(observe, *given)
         kept = -(-config.sft.lens_tokens // data_shards()) * data_shards()
     states = jax.tree.map(lambda leaf: rows(mesh, kept, *leaf.shape[1:], dtype=leaf.dtype), made)
     position_M = jax.ShapeDtypeStruct((HEADS_TOKENS,), jnp.int32)

@@ -192,7 +192,8 @@ def positive(
 def _rope(config: dict[str, Any], where: str) -> tuple[float, RopeScaling | None]:
     """Returns (rope_theta, scaling) of a parsed config.json; the scaling is None for plain RoPE.
 
-    transformers 5 writes `rope_parameters`, and transformers 4 `rope_theta` and `rope_scaling`.
+    transformers 5 writes `rope_parameters`, and transformers 4 `rope_theta` and `rope_scaling`. In
+    a file with both, `rope_scaling` takes precedence, as in transformers 5.
     """
     given: dict[str, Any] = {}
     for key in ("rope_parameters", "rope_scaling"):
@@ -202,6 +203,8 @@ def _rope(config: dict[str, Any], where: str) -> tuple[float, RopeScaling | None
                 f"{where} sets {key} to {part!r}, but it must be a JSON object; copy config.json "
                 "again from the checkpoint"
             )
+        if "type" in part:  # the older name of rope_type
+            part = {"rope_type": part["type"]} | part
         given |= part
     if any(isinstance(value, dict) for value in given.values()):
         raise UserError(
@@ -217,7 +220,7 @@ def _rope(config: dict[str, Any], where: str) -> tuple[float, RopeScaling | None
             f"{where} rotates only a part of each head (partial_rotary_factor {rotated!r}), but "
             "jexit supports only whole heads; use a checkpoint with partial_rotary_factor 1"
         )
-    kind = given.get("rope_type", given.get("type", "default"))
+    kind = given.get("rope_type", "default")
     if kind == "default":
         return theta, None
     if kind not in [*SCALINGS]:  # a list, because `kind` may not be hashable

@@ -47,7 +47,7 @@ def fitted_continuation(stage: Stage, trajectories: Trajectories, trainable: Par
     kernel, bias = (*update, "kernel"), (*update, "bias")
     if kernel not in flat:
         return trainable
-    if any(np.any(whole(flat[name], _WHAT)) for name in (kernel, bias)):
+    if any(whole(jax.jit(jnp.any)(flat[name]), _WHAT) for name in (kernel, bias)):
         return trainable
     sums, held_back = _sums(stage, trajectories, trainable)
     layers = stage.split.student(stage.split.trainable).arch.layers
@@ -79,6 +79,17 @@ def rows_at_a_time(config: Config, rows: int) -> int:
     return max(1, min(rows_of_batch(config), rows // HELD_BACK) // shards) * shards
 
 
+def check_enough(config: Config, rows: int) -> None:
+    """Raises UserError if `rows` rows of trajectories are too few for the fit."""
+    size = rows_at_a_time(config, rows)
+    if rows < 2 * size:
+        raise UserError(
+            f"config.sft.pool is {config.sft.pool} (prompts with trajectories: {rows}), but the "
+            f"fit of the continuation needs at least 2 batches of {size} prompts; set "
+            f"config.sft.pool to {2 * size * config.sft.completions} or more"
+        )
+
+
 def _sums(
     stage: Stage, trajectories: Trajectories, trainable: Params
 ) -> tuple[RidgeSums, RidgeSums]:
@@ -88,14 +99,9 @@ def _sums(
     trajectories fill fewer than 2 batches.
     """
     config, split = stage.config, stage.split
+    check_enough(config, len(trajectories))
     arch, size = split.student(split.trainable).arch, rows_at_a_time(config, len(trajectories))
     batches = len(trajectories) // size
-    if batches < 2:
-        raise UserError(
-            f"config.sft.pool is {config.sft.pool} (prompts with trajectories: "
-            f"{len(trajectories)}), but the fit of the continuation needs at least 2 batches of "
-            f"{size} prompts; set config.sft.pool to {2 * size * config.sft.completions} or more"
-        )
     add, here = make_sums_step(split), host_rows(size)
     sums = RidgeSums.zero(stage.exit_layers, arch.layers, arch.width)
 

@@ -19,7 +19,7 @@ from jexit.config import Config
 from jexit.data.loader import prepared
 from jexit.dist import host_rows, place_rows, waiting
 from jexit.io.progress import Progress
-from jexit.loops.continuation import fitted_continuation, rows_at_a_time
+from jexit.loops.continuation import check_enough, fitted_continuation, rows_at_a_time
 from jexit.loops.flops import PassSize
 from jexit.loops.stage import Stage
 from jexit.loops.trainer import Trainer
@@ -30,11 +30,14 @@ from jexit.steps.optim import make_optimizer
 from jexit.steps.sft import make_sft_step
 from jexit.steps.state import Params, TrainState, new_state, step_key
 
+STATES_STREAM = 3  # stream of `step_key` for the depths of the exits' states
 HEADS_TOKENS = 512  # tokens, each at all exits, in a step that trains the heads alone
 
 
 def calibrate(config: Config, workdir: pathlib.Path) -> None:
     """Calibrates the exits of the model and writes the model to `WORKDIR/model`."""
+    if config.exits.continuation == "linear":  # before the teacher writes
+        check_enough(config, max(1, config.sft.pool // config.sft.completions))
     stage, lens_steps = Stage.open(config, workdir, updates=config.steps), config.sft.lens_steps
     trajectories = teacher_trajectories(stage)
     before = stage.measure_before()
@@ -117,7 +120,8 @@ def exit_states(
     there are `sft.lens_tokens` usable positions or no further trajectories; surplus positions are
     left out of the indices.
     """
-    config, states_of = stage.config, make_exit_states(stage.split)
+    config = stage.config
+    states_of = make_exit_states(stage.split, config.sft.sharpness)
     size = rows_at_a_time(config, len(trajectories))
     here, batches = host_rows(size), max(1, len(trajectories) // size)
     found: list[ExitStates] = []
@@ -128,8 +132,9 @@ def exit_states(
         for step in range(batches):
             batch, rows = trajectories.batch(step, here)
             width = batch.completion_tokens_BC.shape[1]
+            key = step_key(config.seed, step, STATES_STREAM)
             with waiting("the exits' states"):
-                found.append(states_of(trainable, stage.split.fixed, place_rows(batch, here)))
+                found.append(states_of(trainable, stage.split.fixed, place_rows(batch, here), key))
             acts_BC = np.zeros((size, width), bool)
             for acts_C, row in zip(acts_BC, rows, strict=True):
                 # The last pass over a prompt produces a completion's first token and never leaves.

@@ -1,12 +1,14 @@
 """The last phase of calibration, in which only the exit heads train.
 
 Their targets compare each exit with the last layer of the same model, since that is what a token
-that stays will get (the setting `sft.target=own`). Nothing but the heads changes, so the model runs
-over the trajectories once, at full depth and without a backward pass. `ExitStates` stores the
-heads' inputs and the KLs that determine their targets. The heads can then train for many steps,
-because a step on stored inputs costs a thousandth of a pass of the model. The continuation does not
-train either: if it were trained only on the KL after the last layer, the residuals between the
-layers would drift away from those that the keys and values of skipped layers need.
+that stays will get (the setting `sft.target=own`). Both come from passes in which about half of the
+earlier tokens have left: on residuals of full depth alone, heads do not learn which exits to
+distrust after shallow tokens. Nothing but the heads changes, so the model runs over the
+trajectories once, without a backward pass. `ExitStates` stores the heads' inputs and the KLs that
+determine their targets. The heads can then train for many steps, because a step on stored inputs
+costs a thousandth of a pass of the model. The continuation does not train either: if it were
+trained only on the KL after the last layer, the residuals between the layers would drift away from
+those that the keys and values of skipped layers need.
 """
 
 from __future__ import annotations
@@ -18,15 +20,17 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from jexit.axes import Array, Float, Int
+from jexit.axes import Array, Bool, Float, Int, PRNGKey
 from jexit.config import SFTConfig
 from jexit.dist import constrain
-from jexit.losses.sft import hazard_cross_entropy, target_log_hazards
-from jexit.model.exits import log_hazards
+from jexit.losses.sft import draw_exit_indices, hazard_cross_entropy, target_log_hazards
+from jexit.model.exits import depth_of_exit_index, log_hazards
+from jexit.model.policies import Prescribed
+from jexit.model.transformer import exit_hidden_states, run
 from jexit.steps.completions import Completions, flat
 from jexit.steps.optim import Metrics, apply_gradients
 from jexit.steps.state import FixedParams, Params, SplitModel, TrainState
-from jexit.steps.targets import exits_against_last_layer
+from jexit.steps.targets import exits_against_last_layer, kl_and_agreement
 
 
 @struct.dataclass
@@ -37,18 +41,50 @@ class ExitStates:
     kl_NE: Float[Array, "N E"]  # KL(π_L ‖ π_e) in nats, of one model; π_e with the continuation
 
 
-def make_exit_states(split: SplitModel) -> Callable[[Params, FixedParams, Completions], ExitStates]:
-    """Returns the jitted function (trainable, fixed, batch) → `ExitStates`.
+def make_exit_states(
+    split: SplitModel, sharpness: float
+) -> Callable[[Params, FixedParams, Completions, PRNGKey], ExitStates]:
+    """Returns the jitted function (trainable, fixed, batch, key) → `ExitStates`.
 
     The result has N = B·C positions: all completion positions of the batch, row by row and
-    including padding.
+    including padding. The model runs twice over the batch: once half of the positions, which are
+    drawn, run all layers and the others leave at depths drawn from their target hazards, once the
+    reverse. A position's states are those of the pass in which it ran all layers. The target
+    hazards of these draws come from a pass at full depth; `sharpness` is theirs.
     """
 
-    def states(trainable: Params, fixed: FixedParams, batch: Completions) -> ExitStates:
+    def states(
+        trainable: Params, fixed: FixedParams, batch: Completions, key: PRNGKey
+    ) -> ExitStates:
         model = split.student(trainable, fixed)
-        found = exits_against_last_layer(model, batch, model.blocks.continuation)
-        residual_NED = flat(jnp.moveaxis(found.residual_EBCD, 0, 2))
-        return ExitStates(constrain(residual_NED, "B.."), constrain(flat(found.kl_BCE), "B."))
+        half_key, depth_key = jax.random.split(key)
+        layers, continuation = model.arch.layers, model.blocks.continuation
+        full = exits_against_last_layer(model, batch, continuation)
+        hazards = target_log_hazards(full.kl_BCE, sharpness)
+        exits_BC = draw_exit_indices(depth_key, *hazards, samples=1, explore=0.0)[0]
+        drawn_BC = depth_of_exit_index(exits_BC, model.exit_layers, layers)
+
+        def with_all_layers(stays_BC: Bool[Array, "B C"]) -> tuple[Array, Array]:
+            depth_BT = batch.input_depths(jnp.where(stays_BC, layers, drawn_BC), layers)
+            made = run(
+                model,
+                batch.tokens_BT,
+                policy=Prescribed(depth_BT),
+                **batch.layout,
+                residual_layers=model.exit_layers,
+            )
+            return batch.window(made.hidden_BTD), jax.vmap(batch.window)(made.residual_RBTD)
+
+        half_BC = jax.random.bernoulli(half_key, 0.5, drawn_BC.shape)
+        final_BCD, residual_EBCD = jax.tree.map(
+            lambda one, other: jnp.where(half_BC[..., None], one, other),
+            with_all_layers(half_BC),
+            with_all_layers(~half_BC),
+        )
+        hidden_EBCD = exit_hidden_states(model, residual_EBCD, continuation)
+        kl_BCE, _ = kl_and_agreement(final_BCD, hidden_EBCD, model.head_VD)
+        residual_NED = flat(jnp.moveaxis(residual_EBCD, 0, 2))
+        return ExitStates(constrain(residual_NED, "B.."), constrain(flat(kl_BCE), "B."))
 
     return jax.jit(states)
 

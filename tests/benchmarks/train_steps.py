@@ -117,8 +117,8 @@ def measure(arguments: argparse.Namespace, stage: str, implementation: str) -> d
             sums = RidgeSums.zero(model.exit_layers, model.arch.layers, model.arch.width)
             inputs = (sums, split.trainable, split.fixed, batch.rows)
         else:
-            step = make_exit_states(split)
-            inputs = (split.trainable, split.fixed, batch.rows)
+            step = make_exit_states(split, SFTConfig().sharpness)
+            inputs = (split.trainable, split.fixed, batch.rows, key)
         if stage == "heads":
             states = step(*inputs)
             step = make_lens_step(split, optimizer, SFTConfig())

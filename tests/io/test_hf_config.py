@@ -96,6 +96,11 @@ def test_rope_scaling_in_every_spelling():
         # Where the file leaves the original context out, transformers takes all positions for it.
         less = {k: v for k, v in given.items() if k != "original_max_position_embeddings"}
         assert read(QWEN3, rope_scaling=less).rope_scaling.original_max_positions == 40960
+        # Where a file has both, transformers takes rope_scaling.
+        both = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, **three}
+        theirs = transformers.AutoConfig.for_model(**copy.deepcopy(QWEN3 | both))
+        assert theirs.rope_parameters["rope_type"] == kind
+        assert read(QWEN3, **both).rope_scaling == expected
     fine = {"beta_fast": 16, "beta_slow": 2, "attention_factor": 1.5, "truncate": False}
     expected = Yarn(factor=4.0, original_max_positions=32768, **fine)
     assert read(QWEN3, rope_scaling={**YARN, **fine}).rope_scaling == expected
@@ -113,6 +118,14 @@ def test_what_jexit_does_not_compute_is_refused_in_one_sentence():
         (QWEN2, {"use_sliding_window": True}, "sliding window of 32768, but jexit supports"),
         (QWEN3, window, "sliding window of 4096"),
         (QWEN3, {"rope_scaling": {"type": "linear", "factor": 2}}, "has the rope type 'linear'"),
+        (
+            QWEN3,
+            {
+                "rope_parameters": {"rope_type": "default"},
+                "rope_scaling": {"type": "linear", "factor": 2},
+            },
+            "has the rope type 'linear'",
+        ),
         (LLAMA, {"rope_scaling": {"rope_type": ["x"]}}, "only default, llama3 and yarn"),
         (QWEN3, {"rope_scaling": {**LLAMA3, "low_freq_factor": None}}, "low_freq_factor is missi"),
         (QWEN3, {"rope_scaling": {**LLAMA3, "factor": 0}}, "scaling.factor is 0.0, but it must"),

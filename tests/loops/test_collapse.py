@@ -43,6 +43,6 @@ def test_the_defaults_of_real_presets_keep_the_text_of_a_weak_start(tmp_path):
     lengths, rows = reinforced(tmp_path / "real", settings)
     assert lengths[-8:].min() > FULL_DEPTH
     assert all(row["depth_coef"] == row["length_coef"] == 0 for row in rows)
-    # What they are there for: with penalties from the first update nothing is left of the text.
+    # What they are there for: with penalties from the first update the text shrinks.
     lengths, _ = reinforced(tmp_path / "penalised", {})
     assert lengths[-8:].max() < 0.75 * FULL_DEPTH

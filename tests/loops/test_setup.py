@@ -76,6 +76,15 @@ def test_a_model_keeps_what_its_exits_were_trained_under(tmp_path):
     assert (config.rl.min_hazard, config.sft.sharpness) == (0.7, 9.0)
 
 
+def test_only_calibration_gives_frozen_exits_a_linear_continuation(model_dir):
+    linear = {"exits__continuation": "linear"}
+    made, _ = load_model(make_config("sft", model_dir, **linear), trains=True)
+    assert made.exit_head.continuation == "linear"
+    for command in ("rl", "finetune"):
+        with pytest.raises(ValueError, match=r"exits\.continuation=frozen, and only calibration"):
+            load_model(make_config(command, model_dir, **linear), trains=True)
+
+
 @pytest.mark.parametrize("policy", ["sample", "speculate:1"])
 def test_generations_are_printed_under_each_policy(model_dir, capsys, policy):
     config = make_config(

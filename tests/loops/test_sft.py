@@ -154,4 +154,4 @@ def test_too_few_trajectories_for_a_fit_are_one_sentence(model_dir, tmp_path):
         ValueError, match=r"config\.sft\.pool is 1 \(prompts with trajectories: 1\).* at least 2"
     ):
         run("sft", model_dir, tmp_path, **SETTINGS | {"sft__pool": 1})
-    assert not (tmp_path / "model").exists()
+    assert not (tmp_path / "teacher").exists() and not (tmp_path / "config.json").exists()

@@ -54,7 +54,12 @@ def test_a_shared_prompt_gives_the_states_of_prompts_of_their_own(model_dir):
     found = {}
     for completions in (1, 4):
         config = make_config(
-            "sft", model_dir, sft__completions=completions, batch_size=8, sft__lens_tokens=10_000
+            "sft",
+            model_dir,
+            sft__completions=completions,
+            batch_size=8,
+            sft__lens_tokens=10_000,
+            sft__sharpness=1e6,  # nobody leaves, for draws come in the order of the rows
         )
         trajectories = Trajectories.of(config, made(8, lacking=None), 0)
         assert trajectories.shared == (completions > 1)

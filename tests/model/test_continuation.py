@@ -19,6 +19,7 @@ from jexit.io.hf_config import architecture_of_config
 from jexit.io.model_dir import load, save_model
 from jexit.model.exits import maps_to_end
 from jexit.model.transformer import exit_hidden_states, run
+from jexit.rollout import EngineSize, rollout
 from tolerances import LOGITS
 
 LAYERS, EXITS = 5, (1, 2, 4)
@@ -67,6 +68,28 @@ def test_at_its_start_it_is_the_frozen_form_bit_for_bit(tokens_BT):
         assert np.array_equal(a.logits_BTV, b.logits_BTV)
         assert np.array_equal(a.depth_BT, b.depth_BT) and (a.depth_BT < LAYERS).any()
         assert np.array_equal(a.hazard_logits_BTE, b.hazard_logits_BTE)
+
+
+@pytest.mark.parametrize(
+    "settings", [LINEAR, pytest.param(FACTORED, marks=pytest.mark.slow)], ids=["full", "rank 3"]
+)
+@pytest.mark.parametrize("temperature", [1.0, 0.0], ids=["sampled", "greedy"])
+def test_at_its_start_it_decodes_what_the_frozen_form_does_bit_for_bit(settings, temperature):
+    """In the engine, whose layers are run by code of their own."""
+    frozen, fresh = random_model(), at_start(random_model(exit_head=settings))
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8], [9]]
+    made, other = (
+        rollout(
+            model, prompts, size=EngineSize(rows=2, tick_rows=2), policy=jexit.Sample(),
+            max_new_tokens=10, eos_ids=(), pad_id=0, key=0, temperature=temperature, hazards=True,
+        )
+        for model in (frozen, fresh)
+    )  # fmt: skip
+    assert len(np.unique(made.depths_BT)) > 2
+    for field in dataclasses.fields(made):
+        found, wanted = getattr(made, field.name), getattr(other, field.name)
+        if isinstance(found, np.ndarray):
+            np.testing.assert_array_equal(found, wanted, field.name)
 
 
 def test_full_depth_does_not_know_it(model, linear, tokens_BT):
@@ -166,7 +189,9 @@ def test_a_directory_that_gains_it_exports_the_same(settings, tmp_path, tokenize
 
 
 def test_a_rank_that_is_not_below_the_width_is_refused():
-    with pytest.raises(ValueError, match="continuation_rank is 16, but it must be smaller than"):
+    with pytest.raises(
+        ValueError, match=r"exits\.continuation_rank is 16, but it must be smaller than"
+    ):
         random_model(exit_head=ExitSettings(continuation="linear", continuation_rank=16))
 
 

@@ -7,15 +7,18 @@ import pytest
 from steps import toy
 
 from jexit.config import OptimConfig, SFTConfig
+from jexit.losses.sft import draw_exit_indices, target_log_hazards
 from jexit.model.policies import Full, Prescribed
 from jexit.steps.exit_heads import make_exit_states, make_lens_step
 from jexit.steps.optim import make_optimizer
 from jexit.steps.state import parameter_labels
 
+KEY = jax.random.key(5)
+
 
 def states_of(split, batch):
     """(the states of a batch, its positions whose pass could leave)."""
-    states = make_exit_states(split)(split.trainable, split.fixed, batch)
+    states = make_exit_states(split, 2.0)(split.trainable, split.fixed, batch, KEY)
     return states, np.flatnonzero(batch.action_BC).astype(np.int32)
 
 
@@ -23,40 +26,86 @@ def labels_of(split, *, full=False):
     return parameter_labels(split.student(split.trainable), full=full)
 
 
-def by_hand(split, trainable, batch, sharpness):
-    """(KL, cross-entropy) [E], means over action positions, from whole soft-maxes.
+def full_depth_kl(student, batch):
+    """KL(last layer ‖ exit) [B, C, E] at full depth; everybody leaves at an exit in its pass."""
+    t, _ = toy.whole(student, batch, Full())
+    said = [
+        toy.whole(student, batch, Prescribed(np.full(batch.tokens_BT.shape, layer)))[0]
+        for layer in toy.EXITS
+    ]
+    return jnp.stack([jnp.sum(jnp.exp(t) * (t - s), -1) for s in said], axis=-1)
 
-    An exit's logits come from a pass in which everybody leaves there.
+
+def drawn(split, batch):
+    """[B, C]: which half of the positions runs all layers first, and the others' depths."""
+    half_key, depth_key = jax.random.split(KEY)
+    hazards = target_log_hazards(full_depth_kl(split.student(split.trainable), batch), 2.0)
+    exits_BC = draw_exit_indices(depth_key, *hazards, samples=1, explore=0.0)[0]
+    depth_BC = np.asarray([*toy.EXITS, toy.LAYERS])[exits_BC]
+    half_BC = np.asarray(jax.random.bernoulli(half_key, 0.5, depth_BC.shape))
+    for part_BC in (half_BC, ~half_BC):
+        assert (depth_BC < toy.LAYERS)[batch.action_BC & part_BC].any()
+    return half_BC, depth_BC
+
+
+def by_hand(split, trainable, batch, half_BC, drawn_BC):
+    """(KL, hazard logits) [B, C, E], one position at a time, from whole soft-maxes.
+
+    A position runs all layers, or leaves at an exit; of the others, those in its half run all
+    layers, and the rest have the depths that are drawn.
     """
-    student = split.student(trainable)
-    t, full = toy.whole(student, batch, Full())
-    mask = batch.action_BC / batch.action_BC.sum()
-    kls, entropies = [], []
-    for exit_index, exit_layer in enumerate(toy.EXITS):
-        s, _ = toy.whole(student, batch, Prescribed(np.full(batch.tokens_BT.shape, exit_layer)))
-        kl_BC = jnp.sum(jnp.exp(t) * (t - s), -1)
-        z_BC = batch.window(full.hazard_logits_BTE)[..., exit_index]
-        target = jax.lax.stop_gradient(1.0 - jnp.tanh(sharpness * kl_BC / 2))
-        h = jax.nn.sigmoid(z_BC)
-        entropies.append(jnp.sum(mask * -(target * jnp.log(h) + (1 - target) * jnp.log(1 - h))))
-        kls.append(jnp.sum(mask * kl_BC))
-    return jnp.stack(kls), jnp.stack(entropies)
+    student, layers = split.student(trainable), toy.LAYERS
+    kls, logits = [], []
+    for c in range(drawn_BC.shape[1]):
+        stays_BC = half_BC == half_BC[:, c : c + 1]
+        found = []
+        for depth in (layers, *toy.EXITS):
+            depth_BC = jnp.where(stays_BC, layers, drawn_BC).at[:, c].set(depth)
+            policy = Prescribed(batch.input_depths(depth_BC, layers))
+            found.append(toy.whole(student, batch, policy))
+        t, *said = (log_BCV[:, c] for log_BCV, _ in found)
+        kls.append(jnp.stack([jnp.sum(jnp.exp(t) * (t - s), -1) for s in said], axis=-1))
+        logits.append(batch.window(found[0][1].hazard_logits_BTE)[:, c])
+    return jnp.stack(kls, axis=1), jnp.stack(logits, axis=1)
+
+
+def test_states_are_those_of_a_position_that_stays_among_others_that_left():
+    split, batch = toy.make_split(continuation="linear"), toy.rows()
+    depths = drawn(split, batch)
+    kl_BCE, z_BCE = jax.jit(lambda params: by_hand(split, params, batch, *depths))(split.trainable)
+    states, position_V = states_of(split, batch)
+    heads = split.student(split.trainable).exits
+    for e in range(len(toy.EXITS)):
+        z_N = heads(states.residual_NED[:, e], jnp.int32(e))
+        np.testing.assert_allclose(
+            z_N[position_V], z_BCE[..., e].reshape(-1)[position_V], rtol=1e-4, atol=1e-4
+        )
+    truth_VE = kl_BCE.reshape(-1, len(toy.EXITS))[position_V]
+    np.testing.assert_allclose(states.kl_NE[position_V], truth_VE, rtol=1e-3, atol=1e-5)
+    alone_BCE = full_depth_kl(split.student(split.trainable), batch)
+    alone_VE = alone_BCE.reshape(-1, len(toy.EXITS))[position_V]
+    assert np.abs(alone_VE - truth_VE).max() > 0.01  # the others' depths matter
 
 
 @pytest.mark.parametrize(
     "full", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["lora", "full"]
 )
 def test_loss_and_gradient(full):
-    split, batch = toy.make_split(full=full, continuation="linear"), toy.rows()
+    split = toy.make_split(full=full, continuation="linear")
+    states, position_V = states_of(split, toy.rows())
+    residual_VED, kl_VE = states.residual_NED[position_V], states.kl_NE[position_V]
 
     def loss(trainable):
-        kls, entropies = by_hand(split, trainable, batch, 2.0)
-        return 0.7 * jnp.mean(entropies), (kls, entropies)
+        heads = split.student(trainable).exits
+        z_VE = jnp.stack([heads(residual_VED[:, e], jnp.int32(e)) for e in range(2)], axis=1)
+        target_VE, h_VE = 1.0 - jnp.tanh(2.0 * kl_VE / 2), jax.nn.sigmoid(z_VE)
+        entropies = -(target_VE * jnp.log(h_VE) + (1 - target_VE) * jnp.log(1 - h_VE)).mean(0)
+        return 0.7 * jnp.mean(entropies), (kl_VE.mean(0), entropies)
 
     wanted = jax.jit(jax.value_and_grad(loss, has_aux=True))
     (value, (kls, entropies)), gradient = wanted(split.trainable)
     step = make_lens_step(split, toy.DESCENT, SFTConfig(exit_coef=0.7, sharpness=2.0))
-    taken, metrics = toy.taken_off(step, split, *states_of(split, batch))
+    taken, metrics = toy.taken_off(step, split, states, position_V)
     for name, truth in (
         ("loss", value),
         ("kl/exits", jnp.mean(kls)),
