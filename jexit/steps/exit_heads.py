@@ -3,9 +3,9 @@
 Their targets compare each exit with the last layer of the same model, since that is what a token
 that stays will get (the setting `sft.target=own`). Both come from passes in which about half of the
 earlier tokens have left: on residuals of full depth alone, heads do not learn which exits to
-distrust after shallow tokens. Nothing but the heads changes, so the model runs over the
-trajectories once, without a backward pass. `ExitStates` stores the heads' inputs and the KLs that
-determine their targets. The heads can then train for many steps, because a step on stored inputs
+distrust after shallow tokens. Nothing but the heads changes, so these passes are made once, without
+a backward pass. `ExitStates` stores the heads' inputs and the KLs that determine their targets. The
+heads can then train for many steps, because a step on stored inputs
 costs a thousandth of a pass of the model. The continuation does not train either: if it were
 trained only on the KL after the last layer, the residuals between the layers would drift away from
 those that the keys and values of skipped layers need.
