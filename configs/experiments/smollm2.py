@@ -60,7 +60,6 @@ def get_config(variant: str = "measure"):
         config.sft.sharpness = 60.0
         config.sft.stay_weight = 6.0
         config.sft.pool = 8192
-        config.sft.lens_tokens = 131_072
         config.sft.generate_batch = 256
         config.sft.max_new_tokens = 48
         config.sft.samples = 1
@@ -77,7 +76,7 @@ def get_config(variant: str = "measure"):
     if variant == "reinforce":
         config.model.path = "runs/smollm2-sft/seed=1"
         config.model.remat = "none"
-        config.steps = 96
+        config.steps = 48  # by then λ had moved the depth as far as it did in 96
         config.batch_size = 16
         config.rl.rollouts = 6
         config.rl.max_new_tokens = 48
