@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from jexit.aot.engine import EnginePrograms
 from jexit.aot.program import Program, abstract_key, placed, placed_parameters, rows
-from jexit.config import Config, check_exits, control_of
+from jexit.config import Config, ExitSettings, check_exits, control_of
 from jexit.data.tokenizer import Tokenizer
 from jexit.dist import data_shards
 from jexit.errors import UserError
@@ -37,7 +37,7 @@ from jexit.model.policies import Full, Policy, Prescribed, policy_of
 from jexit.model.transformer import Transformer
 from jexit.presets import PRESETS, Architecture
 from jexit.steps.completions import Completions, bucket_length
-from jexit.steps.exit_heads import make_exit_states, make_lens_step
+from jexit.steps.exit_heads import ExitStates, make_exit_states, make_lens_step
 from jexit.steps.finetune import make_finetune_step
 from jexit.steps.optim import make_optimizer
 from jexit.steps.pretrain import PretrainBatch, make_pretrain_step
@@ -49,8 +49,10 @@ from jexit.steps.state import FixedParams, SplitModel, new_state, parameter_labe
 
 def exit_share(config: Config) -> float:
     """Returns the fraction of the model's layers that have an exit, a number from 0 to 1."""
-    layers = config.pretrain.layers if config.command == "pretrain" else architecture(config).layers
-    return len(check_exits(config.exits.layers, layers)) / layers
+    if config.command == "pretrain":
+        layers = config.pretrain.layers
+        return len(check_exits(config.exits.layers, layers)) / layers
+    return len(_exits(config)[0]) / architecture(config).layers
 
 
 def programs(config: Config, mesh: Mesh) -> Iterator[Program]:
@@ -206,16 +208,30 @@ def architecture(config: Config) -> Architecture:
     return source.architecture
 
 
+def _exits(config: Config) -> tuple[tuple[int, ...], ExitSettings]:
+    """Returns the exit layers and the exits' settings of the config's model.
+
+    They are those of the model directory, if the config has no preset and does not train exits.
+    """
+    if config.preset not in PRESETS and config.command not in ("sft", "rl"):
+        source = open_model(config.model.path)
+        if source.exit_layers:
+            return source.exit_layers, source.exit_head
+    settings = ExitSettings() if config.command == "finetune" else config.exit_settings
+    return check_exits(config.exits.layers, architecture(config).layers), settings
+
+
 def _abstract_model(config: Config) -> Transformer:
     """Returns the config's model with abstract arrays; `auto` as the dtype means bfloat16."""
     arch = architecture(config)
+    exit_layers, exit_head = _exits(config)
     dtype = jnp.bfloat16 if config.dtype == "auto" else jnp.dtype(config.dtype)
 
     def build() -> Transformer:
         return Transformer(
             arch,
-            exit_layers=check_exits(config.exits.layers, arch.layers),
-            exit_head=config.exit_settings,
+            exit_layers=exit_layers,
+            exit_head=exit_head,
             lora=config.adapters,
             dtype=dtype,
             execution=execution_of(config),
@@ -300,19 +316,18 @@ def _heads(
     with jax.set_mesh(mesh):
         size = rows_at_a_time(config, config.sft.pool // config.sft.completions)
     batch = _trajectories(config, mesh, size)
-    observe = make_exit_states(split, config.sft.sharpness)
-    given = (state.trainable, split.fixed, batch, abstract_key())
+    add = make_exit_states(split, config.sft.sharpness)
+    with jax.set_mesh(mesh):
+        states = jax.eval_shape(jax.jit(lambda: ExitStates.empty(split, config.sft.lens_tokens)))
+    states = jax.tree.map(lambda leaf: rows(mesh, *leaf.shape, dtype=leaf.dtype), states)
+    place_M = jax.ShapeDtypeStruct((batch.completion_tokens_BC.size,), jnp.int32)
     yield Program(
         name="states at the exits",
-        function=observe,
-        arguments=given,
+        function=add,
+        arguments=(states, state.trainable, split.fixed, batch, place_M, abstract_key()),
         resident=state,
     )
     step = make_lens_step(split, optimizer, config.sft)
-    with jax.set_mesh(mesh):
-        made = jax.eval_shape(observe, *given)
-        kept = -(-config.sft.lens_tokens // data_shards()) * data_shards()
-    states = jax.tree.map(lambda leaf: rows(mesh, kept, *leaf.shape[1:], dtype=leaf.dtype), made)
     position_M = jax.ShapeDtypeStruct((HEADS_TOKENS,), jnp.int32)
     yield Program(
         name="calibration step of the heads",

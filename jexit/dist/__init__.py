@@ -14,6 +14,7 @@ from jexit.dist.mesh import (
     use_mesh,
 )
 from jexit.dist.multihost import (
+    arrays_from_primary,
     barrier,
     from_primary,
     gather,

@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
@@ -368,6 +369,18 @@ def _whole(array: jax.Array) -> Any:
     if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
         return jax.device_get(array)
     return multihost_utils.process_allgather(array, tiled=True)
+
+
+def arrays_from_primary(place: str, tree: Any) -> Any:
+    """Returns the primary host's `tree` of NumPy arrays on every host.
+
+    The arrays must be small and have the same shapes and dtypes on every host. `place` names this
+    call in error messages.
+    """
+    if not several_hosts():
+        return tree
+    with waiting(place):
+        return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))
 
 
 def ended(error: BaseException) -> str | None:

@@ -12,6 +12,7 @@ import numpy as np
 from jexit.axes import Array
 from jexit.config import Config
 from jexit.dist import (
+    arrays_from_primary,
     data_shards,
     host_rows,
     is_primary,
@@ -53,8 +54,13 @@ def fitted_continuation(stage: Stage, trajectories: Trajectories, trainable: Par
     layers = stage.split.student(stage.split.trainable).arch.layers
     rank = stage.config.exits.continuation_rank
     found = fit(sums, held_back, stage.exit_layers, layers, rank=rank)
+    # Every host has solved, so that none waits; different machines may round differently.
+    *maps, b_LD = (
+        np.stack([arrays_from_primary(_WHAT, matrix) for matrix in stacked])
+        for stacked in (*found.maps, found.b_LD)
+    )
     names = (("blocks", "continuation", "reduce", "kernel"), kernel) if rank else (kernel,)
-    fitted = dict(zip(names, found.maps, strict=True)) | {bias: found.b_LD}
+    fitted = dict(zip(names, maps, strict=True)) | {bias: b_LD}
     if is_primary():
         tokens, first = int(sums.count + held_back.count), stage.exit_layers[0]
         shares = ", ".join(f"{1 - share:.2f}" for share in found.unexplained_L)

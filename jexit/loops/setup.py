@@ -25,21 +25,24 @@ from jexit.tasks.base import Rewards
 def load_model(config: Config, *, trains: bool) -> tuple[Transformer, Tokenizer]:
     """Loads the model and the tokenizer that `config` names.
 
-    With `trains`, the model also gets the adapters and exit heads of `config`. Raises UserError if
-    `trains` asks for full fine-tuning of a model that has adapters, if exits with a frozen
-    continuation would get a linear one without calibration, or if the chat template does not
-    support `config.task.system` and `config.task.thinking`.
+    With `trains`, the model also gets the adapters of `config` and, except in fine-tuning, which
+    trains no exits, the exit heads. Raises UserError if `trains` asks for full fine-tuning of a
+    model that has adapters, if exits with a frozen continuation would get a linear one without
+    calibration, or if the chat template does not support `config.task.system` and
+    `config.task.thinking`.
     """
     model = config.model
-    source = open_model(model.path)
-    frozen = bool(source.exit_layers) and source.exit_head.continuation == "frozen"
-    if trains and config.command != "sft" and frozen and config.exits.continuation == "linear":
-        raise UserError(
-            f"config.exits.continuation is linear, but {model.path} has exits.continuation=frozen, "
-            "and only calibration fits linear maps; set config.exits.continuation to frozen, or "
-            "calibrate the model again (configs/sft.py)"
-        )
-    trained = {"exit_head": config.exit_settings, "lora": config.adapters} if trains else {}
+    trained = {"lora": config.adapters} if trains else {}
+    if trains and config.command != "finetune":
+        trained["exit_head"] = config.exit_settings
+    if trains and config.command == "rl" and config.exits.continuation == "linear":
+        source = open_model(model.path)
+        if source.exit_layers and source.exit_head.continuation == "frozen":
+            raise UserError(
+                f"config.exits.continuation is linear, but {model.path} has "
+                "exits.continuation=frozen, and only calibration fits linear maps; set "
+                "config.exits.continuation to frozen, or calibrate the model again (configs/sft.py)"
+            )
     loaded, tokenizer = load(
         model.path,
         dtype=config.dtype,

@@ -11,8 +11,6 @@ import dataclasses
 import pathlib
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jexit.config import Config
@@ -48,7 +46,7 @@ def calibrate(config: Config, workdir: pathlib.Path) -> None:
     heads_only = dataclasses.replace(config.optim, lora_lr=0.0, full_lr=0.0, continuation_lr=0.0)
     lens = make_optimizer(heads_only, max(lens_steps, 1), stage.labels)
     lens_fn = make_lens_step(stage.split, lens, config.sft)
-    remembered: tuple[ExitStates, np.ndarray] | None = None
+    remembered: tuple[ExitStates, int] | None = None
     shown = {name: name for name in ("kl/exits", "kl/teacher", "loss/exit", "depth/fraction")}
     trainer = Trainer(
         config,
@@ -96,9 +94,9 @@ def calibrate(config: Config, workdir: pathlib.Path) -> None:
             state = state.replace(opt_state=stage.optimizer.init(state.trainable))
         if remembered is None:
             remembered = exit_states(stage, trajectories, state.trainable)
-        states, position_V = remembered
+        states, positions = remembered
         trainer.shapes(("heads",))
-        position_M = np.random.default_rng((config.seed, step)).choice(position_V, HEADS_TOKENS)
+        position_M = np.random.default_rng((config.seed, step)).choice(positions, HEADS_TOKENS)
         with waiting(f"step {step + 1}"):
             state, metrics = lens_fn(state, stage.split.fixed, states, position_M)
         rates = stage.learning_rates(step - config.steps, updates=lens_steps)
@@ -113,37 +111,36 @@ def calibrate(config: Config, workdir: pathlib.Path) -> None:
 
 def exit_states(
     stage: Stage, trajectories: Trajectories, trainable: Params
-) -> tuple[ExitStates, np.ndarray]:
-    """Returns the training data of the exit heads, and the int32 indices of its usable positions.
+) -> tuple[ExitStates, int]:
+    """Returns the training data of the exit heads, and the number of positions in it.
 
-    A position is usable if its pass could leave early. The model runs once over trajectories until
-    there are `sft.lens_tokens` usable positions or no further trajectories; surplus positions are
-    left out of the indices.
+    Only positions whose pass could leave early are stored, in the order of the trajectories, until
+    there are `sft.lens_tokens` or no further trajectories. Surplus room follows them.
     """
     config = stage.config
-    states_of = make_exit_states(stage.split, config.sft.sharpness)
     size = rows_at_a_time(config, len(trajectories))
     here, batches = host_rows(size), max(1, len(trajectories) // size)
-    found: list[ExitStates] = []
-    number_V = np.zeros(0, np.int32)
     actions = sum(len(one.completion) - 1 for row in trajectories.rows for one in row)
-    end, most = 0, min(config.sft.lens_tokens, actions)
+    most, count = min(config.sft.lens_tokens, actions), 0
+    states = ExitStates.empty(stage.split, most)
+    add = make_exit_states(stage.split, config.sft.sharpness)
     with Progress(most, description="the exits' states") as progress:
         for step in range(batches):
             batch, rows = trajectories.batch(step, here)
-            width = batch.completion_tokens_BC.shape[1]
-            key = step_key(config.seed, step, STATES_STREAM)
-            with waiting("the exits' states"):
-                found.append(states_of(trainable, stage.split.fixed, place_rows(batch, here), key))
-            acts_BC = np.zeros((size, width), bool)
+            acts_BC = np.zeros((size, batch.completion_tokens_BC.shape[1]), bool)
             for acts_C, row in zip(acts_BC, rows, strict=True):
                 # The last pass over a prompt produces a completion's first token and never leaves.
                 passes = np.concatenate([np.arange(len(one.completion)) for one in row])
                 acts_C[: len(passes)] = passes > 0
-            number_V = np.concatenate([number_V, end + np.flatnonzero(acts_BC).astype(np.int32)])
-            end += size * width
-            progress.update(min(len(number_V), most))
-            if len(number_V) >= most:
+            place_M = np.full(acts_BC.size, len(states.kl_NE), np.int32)  # no place
+            acting = np.flatnonzero(acts_BC)[: most - count]
+            place_M[acting] = count + np.arange(len(acting))
+            key = step_key(config.seed, step, STATES_STREAM)
+            with waiting("the exits' states"):
+                given = (trainable, stage.split.fixed, place_rows(batch, here), place_M, key)
+                states = add(states, *given)
+            count += len(acting)
+            progress.update(count)
+            if count == most:
                 break
-    states = jax.tree.map(lambda *parts: jnp.concatenate(parts), *found)
-    return states, number_V[:most]
+    return states, count

@@ -5,10 +5,10 @@ that stays will get (the setting `sft.target=own`). Both come from passes in whi
 earlier tokens have left: on residuals of full depth alone, heads do not learn which exits to
 distrust after shallow tokens. Nothing but the heads changes, so these passes are made once, without
 a backward pass. `ExitStates` stores the heads' inputs and the KLs that determine their targets. The
-heads can then train for many steps, because a step on stored inputs
-costs a thousandth of a pass of the model. The continuation does not train either: if it were
-trained only on the KL after the last layer, the residuals between the layers would drift away from
-those that the keys and values of skipped layers need.
+heads can then train for many steps, because a step on stored inputs costs a thousandth of a pass of
+the model. The continuation does not train either: if it were trained only on the KL after the last
+layer, the residuals between the layers would drift away from those that the keys and values of
+skipped layers need.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from flax import struct
 
 from jexit.axes import Array, Bool, Float, Int, PRNGKey
 from jexit.config import SFTConfig
-from jexit.dist import constrain
+from jexit.dist import constrain, data_shards
 from jexit.losses.sft import draw_exit_indices, hazard_cross_entropy, target_log_hazards
 from jexit.model.exits import depth_of_exit_index, log_hazards
 from jexit.model.policies import Prescribed
@@ -40,21 +40,35 @@ class ExitStates:
     residual_NED: Array  # the heads' inputs
     kl_NE: Float[Array, "N E"]  # KL(π_L ‖ π_e) in nats, of one model; π_e with the continuation
 
+    @classmethod
+    def empty(cls, split: SplitModel, positions: int) -> ExitStates:
+        """Returns room for `positions` positions, rounded up to equal parts for all devices."""
+        model = split.student(split.trainable)
+        shape = (-(-positions // data_shards()) * data_shards(), len(model.exit_layers))
+        residual_NED = jnp.zeros((*shape, model.arch.width), model.dtype)
+        return cls(constrain(residual_NED, "B.."), constrain(jnp.zeros(shape), "B."))
+
 
 def make_exit_states(
     split: SplitModel, sharpness: float
-) -> Callable[[Params, FixedParams, Completions, PRNGKey], ExitStates]:
-    """Returns the jitted function (trainable, fixed, batch, key) → `ExitStates`.
+) -> Callable[[ExitStates, Params, FixedParams, Completions, Int[Array, "M"], PRNGKey], ExitStates]:
+    """Returns the jitted step (states, trainable, fixed, batch, place_M, key) → states.
 
-    The result has N = B·C positions: all completion positions of the batch, row by row and
-    including padding. The model runs twice over the batch: once half of the positions, which are
-    drawn, run all layers and the others leave at depths drawn from their target hazards, once the
-    reverse. A position's states are those of the pass in which it ran all layers. The target
-    hazards of these draws come from a pass at full depth; `sharpness` is theirs.
+    The step stores the states of the M = B·C completion positions of the batch, padding included,
+    row by row: those of position i as number place_M[i] of `states`, or not at all if there is no
+    such number. The model runs twice over the batch: once half of the positions, which are drawn,
+    run all layers and the others leave at depths drawn from their target hazards, once the reverse.
+    A position's states are those of the pass in which it ran all layers. The target hazards of
+    these draws come from a pass at full depth; `sharpness` is theirs.
     """
 
-    def states(
-        trainable: Params, fixed: FixedParams, batch: Completions, key: PRNGKey
+    def step(
+        states: ExitStates,
+        trainable: Params,
+        fixed: FixedParams,
+        batch: Completions,
+        place_M: Int[Array, "M"],
+        key: PRNGKey,
     ) -> ExitStates:
         model = split.student(trainable, fixed)
         half_key, depth_key = jax.random.split(key)
@@ -83,10 +97,13 @@ def make_exit_states(
         )
         hidden_EBCD = exit_hidden_states(model, residual_EBCD, continuation)
         kl_BCE, _ = kl_and_agreement(final_BCD, hidden_EBCD, model.head_VD)
-        residual_NED = flat(jnp.moveaxis(residual_EBCD, 0, 2))
-        return ExitStates(constrain(residual_NED, "B.."), constrain(flat(kl_BCE), "B."))
+        residual_NED = states.residual_NED.at[place_M].set(
+            flat(jnp.moveaxis(residual_EBCD, 0, 2)), mode="drop"
+        )
+        kl_NE = states.kl_NE.at[place_M].set(flat(kl_BCE), mode="drop")
+        return ExitStates(constrain(residual_NED, "B.."), constrain(kl_NE, "B."))
 
-    return jax.jit(states)
+    return jax.jit(step, donate_argnums=0)
 
 
 def make_lens_step(

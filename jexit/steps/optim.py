@@ -91,11 +91,13 @@ def split_for_training(
 ) -> tuple[SplitModel, Params]:
     """Splits a model (see `split_model`); returns it and the labels for `make_optimizer`.
 
-    A continuation with the learning rate 0 is labelled `STILL`, and has no gradient.
+    Exit heads and a continuation whose learning rate is 0 are labelled `STILL`, and have no
+    gradient.
     """
     labels = parameter_labels(model, full=full)
-    if not config.continuation_lr:
-        labels = jax.tree.map(lambda kind: STILL if kind == "continuation" else kind, labels)
+    still = () if config.continuation_lr else ("continuation",)
+    still += () if config.exit_lr else ("exit", "exit_bias", "exit_hidden")
+    labels = jax.tree.map(lambda kind: STILL if kind in still else kind, labels)
     trains = jax.tree.map(lambda label: label != STILL, labels)
     split = split_model(model, full=full, keep_teacher=keep_teacher)
     return split._replace(trains=trains), labels

@@ -80,7 +80,7 @@ def measure(arguments: argparse.Namespace, stage: str, implementation: str) -> d
     from jexit.kernels import using
     from jexit.loops.sft import HEADS_TOKENS
     from jexit.loops.trainer import peak_memory
-    from jexit.steps.exit_heads import make_exit_states, make_lens_step
+    from jexit.steps.exit_heads import ExitStates, make_exit_states, make_lens_step
     from jexit.steps.optim import make_optimizer, split_for_training
     from jexit.steps.ridge import RidgeSums, make_sums_step
     from jexit.steps.rl import Penalties, make_rl_step
@@ -118,11 +118,14 @@ def measure(arguments: argparse.Namespace, stage: str, implementation: str) -> d
             inputs = (sums, split.trainable, split.fixed, batch.rows)
         else:
             step = make_exit_states(split, SFTConfig().sharpness)
-            inputs = (split.trainable, split.fixed, batch.rows, key)
+            positions = batch.rows.completion_tokens_BC.size
+            states = ExitStates.empty(split, positions)
+            place_M = jnp.arange(positions)
+            inputs = (states, split.trainable, split.fixed, batch.rows, place_M, key)
         if stage == "heads":
             states = step(*inputs)
             step = make_lens_step(split, optimizer, SFTConfig())
-            position_M = jnp.arange(HEADS_TOKENS) % len(states.kl_NE)
+            position_M = jnp.arange(HEADS_TOKENS) % positions
             inputs = (state, split.fixed, states, position_M)
         compiled = step.lower(*inputs).compile()
 
@@ -131,8 +134,7 @@ def measure(arguments: argparse.Namespace, stage: str, implementation: str) -> d
         begin = time.perf_counter()
         result = jax.block_until_ready(compiled(carried, *others))
         seconds.append(time.perf_counter() - begin)
-        if stage != "states":  # which changes nothing
-            carried = result if stage == "fit" else result[0]
+        carried = result if stage in ("fit", "states") else result[0]
     return {
         "temp_gib": compiled.memory_analysis().temp_size_in_bytes / 2**30,
         "peak_gib": peak_memory()["memory/host_peak_gib"],

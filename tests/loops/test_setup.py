@@ -4,6 +4,7 @@ import json
 import random
 import types
 
+import jax
 import numpy as np
 import pytest
 from saved_models import TRAINED
@@ -17,8 +18,9 @@ from jexit.io.model_dir import load, save_model
 from jexit.loops.generate import print_generations
 from jexit.loops.rl import Judged
 from jexit.loops.setup import load_model, load_task, sample_policy, with_trained_exits
-from jexit.loops.stage import Stage
+from jexit.loops.stage import Stage, trained_parts
 from jexit.model.policies import Sample
+from jexit.steps.optim import STILL
 from jexit.tasks.base import Rewards, turns
 from jexit.tasks.exploretom import ExploreToM
 from jexit.tasks.gsm8k import Gsm8k
@@ -80,9 +82,25 @@ def test_only_calibration_gives_frozen_exits_a_linear_continuation(model_dir):
     linear = {"exits__continuation": "linear"}
     made, _ = load_model(make_config("sft", model_dir, **linear), trains=True)
     assert made.exit_head.continuation == "linear"
-    for command in ("rl", "finetune"):
-        with pytest.raises(ValueError, match=r"exits\.continuation=frozen, and only calibration"):
-            load_model(make_config(command, model_dir, **linear), trains=True)
+    with pytest.raises(ValueError, match=r"exits\.continuation=frozen, and only calibration"):
+        load_model(make_config("rl", model_dir, **linear), trains=True)
+    made, _ = load_model(make_config("finetune", model_dir, **linear), trains=True)
+    assert made.exit_head.continuation == "frozen"
+
+
+def test_fine_tuning_makes_no_maps_for_exits_that_it_does_not_train(tmp_path):
+    tokenizer = Tokenizer.load("jexit/assets/tiny")
+    model = random_model(small_model(tokenizer.vocab_size).arch, 0.2, exit_layers=(1, 2))
+    save_model(tmp_path / "base", model, tokenizer, with_exits=False)
+    config = make_config("finetune", tmp_path / "base", exits__continuation="linear", lora__rank=0)
+    made, _ = load_model(config, trains=True)
+    split, labels, optimizer = trained_parts(made, config, 3)
+    assert "continuation" not in split.trainable["blocks"]
+    still = jax.tree.map(lambda label: label == STILL, labels)
+    assert all(jax.tree.leaves(still["exits"])) and not any(jax.tree.leaves(still["blocks"]))
+    moments = [leaf.shape for leaf in jax.tree.leaves(optimizer.init(split.trainable))]
+    for leaf in jax.tree.leaves(split.trainable["exits"]):
+        assert leaf.shape not in moments
 
 
 @pytest.mark.parametrize("policy", ["sample", "speculate:1"])

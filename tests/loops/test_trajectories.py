@@ -63,9 +63,9 @@ def test_a_shared_prompt_gives_the_states_of_prompts_of_their_own(model_dir):
         )
         trajectories = Trajectories.of(config, made(8, lacking=None), 0)
         assert trajectories.shared == (completions > 1)
-        states, number_V = exit_states(Watched(config, split), trajectories, split.trainable)
+        states, count = exit_states(Watched(config, split), trajectories, split.trainable)
         # As sets, for the rows come in another order.
-        both = np.concatenate([states.kl_NE, states.residual_NED[:, 0]], axis=1)[number_V]
+        both = np.concatenate([states.kl_NE, states.residual_NED[:, 0]], axis=1)[:count]
         found[completions] = both[np.lexsort(np.round(both, 3).T)]
     assert found[4].shape == found[1].shape and len(found[1]) > 60
     np.testing.assert_allclose(found[4], found[1], atol=1e-4)

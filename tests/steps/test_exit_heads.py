@@ -9,7 +9,7 @@ from steps import toy
 from jexit.config import OptimConfig, SFTConfig
 from jexit.losses.sft import draw_exit_indices, target_log_hazards
 from jexit.model.policies import Full, Prescribed
-from jexit.steps.exit_heads import make_exit_states, make_lens_step
+from jexit.steps.exit_heads import ExitStates, make_exit_states, make_lens_step
 from jexit.steps.optim import make_optimizer
 from jexit.steps.state import parameter_labels
 
@@ -18,8 +18,14 @@ KEY = jax.random.key(5)
 
 def states_of(split, batch):
     """(the states of a batch, its positions whose pass could leave)."""
-    states = make_exit_states(split, 2.0)(split.trainable, split.fixed, batch, KEY)
+    place_M = np.arange(batch.action_BC.size, dtype=np.int32)
+    states = stored(split, batch, ExitStates.empty(split, place_M.size), place_M)
     return states, np.flatnonzero(batch.action_BC).astype(np.int32)
+
+
+def stored(split, batch, states, place_M):
+    add = make_exit_states(split, 2.0)
+    return add(states, split.trainable, split.fixed, batch, place_M, KEY)
 
 
 def labels_of(split, *, full=False):
@@ -85,6 +91,20 @@ def test_states_are_those_of_a_position_that_stays_among_others_that_left():
     alone_BCE = full_depth_kl(split.student(split.trainable), batch)
     alone_VE = alone_BCE.reshape(-1, len(toy.EXITS))[position_V]
     assert np.abs(alone_VE - truth_VE).max() > 0.01  # the others' depths matter
+
+
+def test_states_take_their_places_and_leave_others_alone():
+    split, batch = toy.make_split(continuation="linear"), toy.rows()
+    whole, position_V = states_of(split, batch)
+    kept = jax.tree.map(lambda values: values[:8] + 7.0, whole)
+    before = jax.tree.map(np.array, kept)
+    place_M = np.full(batch.action_BC.size, 8, np.int32)
+    place_M[position_V[:3]] = [5, 2, 6]
+    found = stored(split, batch, kept, place_M)
+    for values, old, new in zip(*map(jax.tree.leaves, (found, before, whole)), strict=True):
+        wanted = np.array(old)
+        wanted[[5, 2, 6]] = new[position_V[:3]]
+        np.testing.assert_allclose(values, wanted, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
