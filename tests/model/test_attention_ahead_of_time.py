@@ -3,11 +3,6 @@
 import compilers
 import pytest
 
-TPU, GPU = (
-    [pytest.mark.tpu_aot, compilers.needs_libtpu],
-    [pytest.mark.gpu_aot, compilers.needs_cuda_plugin],
-)
-
 
 def compiled(topology, *options):
     """Forward and backward of one layer's attention, in a process of their own."""
@@ -16,14 +11,10 @@ def compiled(topology, *options):
     return row
 
 
-@pytest.mark.parametrize(
-    "topology",
-    [
-        pytest.param("v5e:2x2", marks=TPU),
-        pytest.param("v5p:2x2x1", marks=[*TPU, pytest.mark.slow]),
-        pytest.param("v6e:2x2", marks=[*TPU, pytest.mark.slow]),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.tpu_aot
+@compilers.needs_libtpu
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_splash_attention_holds_no_scores(topology):
     """Temporaries of at most three float32 arrays of the queries' size.
 

@@ -45,6 +45,7 @@ def evaluated(model, **settings):
     return log
 
 
+@pytest.mark.slow
 def test_the_provider_decodes_and_the_task_measures(wanted):
     made, correct = wanted
     log = evaluated(

@@ -121,6 +121,7 @@ def test_conversations_and_parts_of_messages(client, loaded):
     assert ask(client, split).choices[0].message.content == whole
 
 
+@pytest.mark.slow
 def test_truncated_sampling_of_one_token_is_greedy(client):
     for field in ({"top_k": 1}, {"min_p": 1.0}):
         for prompt in PROMPTS[:2]:
