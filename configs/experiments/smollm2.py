@@ -58,7 +58,7 @@ def get_config(variant: str = "measure"):
         config.model.path = "runs/smollm2-trunk/model"
         # Adapters learn at 32 to 40 % of the layers; heads leave later.
         config.sft.sharpness = 60.0
-        config.sft.stay_weight = 6.0
+        config.sft.stay_weight = 9.0
         config.sft.pool = 8192
         config.sft.generate_batch = 256
         config.sft.max_new_tokens = 48
@@ -76,7 +76,7 @@ def get_config(variant: str = "measure"):
     if variant == "reinforce":
         config.model.path = "runs/smollm2-sft/seed=1"
         config.model.remat = "none"
-        config.steps = 48  # by then λ had moved the depth as far as it did in 96
+        config.steps = 96
         config.batch_size = 16
         config.rl.rollouts = 6
         config.rl.max_new_tokens = 48
