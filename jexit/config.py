@@ -402,7 +402,7 @@ class SFTConfig:
     target: HazardTarget = "teacher"
     """The model at whose exits the target hazards are measured: the teacher, as published, or the
     student, whose exits improve. They are compared with the teacher's last layer; with own, exits
-    of the student are compared with its own, as in the phase of lens_steps always."""
+    of the student are compared with its own."""
     direction: Literal["student_teacher", "teacher_student", "jeffreys"] = "student_teacher"
     """The direction of the KL between student and teacher: KL(student ‖ teacher),
     KL(teacher ‖ student), or the sum of both (jeffreys)."""
@@ -414,6 +414,9 @@ class SFTConfig:
     steps=0, the trunk does not change."""
     lens_tokens: Annotated[int, Bounds(1, 2**26)] = 65_536
     """The number of tokens, stored at all exits, on which the heads train in the lens steps."""
+    kl_tolerance: Positive = 0.05
+    """μ in the heads' loss of the lens steps, in nats: hazards exceed ½ where leaving is expected
+    to cost a KL to the last layer below μ."""
     trajectories: Literal["generate", "dataset"] = "generate"
     """The source of the sequences: the teacher's own generations (generate), or the task's
     references (dataset)."""

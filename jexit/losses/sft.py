@@ -71,6 +71,24 @@ def hazard_cross_entropy(
     return -(target * log_hazard + stay_weight * (1.0 - target) * log_rest)
 
 
+def leaving_cost(
+    log_hazard: Float[Array, "*A"],
+    log_rest: Float[Array, "*A"],
+    kl_nats: Float[Array, "*A"],
+    *,
+    tolerance: float,
+) -> Float[Array, "*A"]:
+    """Returns −[log h + min(KL, 2)/μ · log(1 − h)] of a hazard h and the KL of leaving there.
+
+    `log_hazard` is log h, `log_rest` is log(1 − h), `kl_nats` is KL(π_L ‖ π_e), and μ is
+    `tolerance`, in nats. For inputs that a head cannot distinguish, the best h is μ/(μ + E[KL]), so
+    that h > ½ exactly where leaving costs less than μ on average. This weighs errors as the text
+    does: a cross-entropy to target hazards counts a KL of 10 nats hardly more than one of 0.1. The
+    bound of 2 nats, where the text is lost anyway, keeps rare tokens from dominating the gradient.
+    """
+    return -(log_hazard + jnp.clip(kl_nats, 0.0, 2.0) / tolerance * log_rest)
+
+
 def expected_exit_loss(
     log_hazard: Float[Array, "*A E"],
     log_rest: Float[Array, "*A E"],

@@ -1,14 +1,13 @@
 """The last phase of calibration, in which only the exit heads train.
 
-Their targets compare each exit with the last layer of the same model, since that is what a token
-that stays will get (the setting `sft.target=own`). Both come from passes in which about half of the
-earlier tokens have left: on residuals of full depth alone, heads do not learn which exits to
-distrust after shallow tokens. Nothing but the heads changes, so these passes are made once, without
-a backward pass. `ExitStates` stores the heads' inputs and the KLs that determine their targets. The
-heads can then train for many steps, because a step on stored inputs costs a thousandth of a pass of
-the model. The continuation does not train either: if it were trained only on the KL after the last
-layer, the residuals between the layers would drift away from those that the keys and values of
-skipped layers need.
+They learn what leaving costs: the KL of each exit to the last layer of the same model, since that
+is what a token that stays will get. Both come from passes in which about half of the earlier tokens
+have left: on residuals of full depth alone, heads do not learn which exits to distrust after
+shallow tokens. Nothing but the heads changes, so these passes are made once, without a backward
+pass. `ExitStates` stores the heads' inputs and the KLs. The heads can then train for many steps,
+because a step on stored inputs costs a thousandth of a pass of the model. The continuation does not
+train either: if it were trained only on the KL after the last layer, the residuals between the
+layers would drift away from those that the keys and values of skipped layers need.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from flax import struct
 from jexit.axes import Array, Bool, Float, Int, PRNGKey
 from jexit.config import SFTConfig
 from jexit.dist import constrain, data_shards
-from jexit.losses.sft import draw_exit_indices, hazard_cross_entropy, target_log_hazards
+from jexit.losses.sft import draw_exit_indices, leaving_cost, target_log_hazards
 from jexit.model.exits import depth_of_exit_index, log_hazards
 from jexit.model.policies import Prescribed
 from jexit.model.transformer import exit_hidden_states, run
@@ -112,9 +111,8 @@ def make_lens_step(
     """Returns the jitted step (state, fixed, states, position_M) → (state, metrics) for the heads.
 
     `position_M` are M indices of positions in `states`. The loss is w_exit times the mean of
-    H(h*_e, h_e) over these positions and all exits e. H is `hazard_cross_entropy`, w_exit is
-    `config.exit_coef`, and the target is h*_e = 1 − tanh(k·KL_e / 2), with k = `config.sharpness`.
-    `optimizer` must leave all other parameters unchanged.
+    `leaving_cost` over these positions and all exits, where w_exit is `config.exit_coef` and μ is
+    `config.kl_tolerance`. `optimizer` must leave all other parameters unchanged.
     """
     exit_layers = split.student(split.trainable).exit_layers
 
@@ -122,7 +120,6 @@ def make_lens_step(
         state: TrainState, fixed: FixedParams, states: ExitStates, position_M: Int[Array, "M"]
     ) -> tuple[TrainState, Metrics]:
         residual_MED, kl_ME = states.residual_NED[position_M], states.kl_NE[position_M]
-        target_ME, _ = target_log_hazards(kl_ME, config.sharpness)
 
         def loss_fn(params: Params) -> tuple[Array, Metrics]:
             heads = split.student(params, fixed).exits
@@ -130,7 +127,7 @@ def make_lens_step(
                 [heads(residual_MED[:, e], jnp.int32(e)) for e in range(len(exit_layers))], axis=1
             )
             exit_loss = jnp.mean(
-                hazard_cross_entropy(*log_hazards(z_ME), target_ME, stay_weight=config.stay_weight)
+                leaving_cost(*log_hazards(z_ME), kl_ME, tolerance=config.kl_tolerance)
             )
             return config.exit_coef * exit_loss, {"loss/exit": exit_loss}
 

@@ -62,6 +62,21 @@ def test_the_weight_of_staying_divides_the_odds():
     assert all(float(loss(best + step)) > float(loss(best)) for step in (-0.1, 0.1))
 
 
+def test_the_best_hazard_is_a_half_where_leaving_costs_the_tolerance():
+    """Over inputs that a head cannot tell apart the best hazard is μ/(μ + E[KL]), KL up to 2."""
+    kl = jnp.array([0.001, 0.02, 0.3, 7.0])
+    for tolerance, mean in ((0.05, (0.001 + 0.02 + 0.3 + 2.0) / 4), (0.58025, 0.58025)):
+
+        def loss(z, tolerance=tolerance):
+            return sft.leaving_cost(*log_hazards(z), kl, tolerance=tolerance).mean()
+
+        hazard = tolerance / (tolerance + mean)
+        best = jnp.log(hazard / (1 - hazard))
+        assert abs(float(jax.grad(loss)(best))) < 1e-6
+        assert all(float(loss(best + step)) > float(loss(best)) for step in (-0.1, 0.1))
+    assert hazard == 0.5
+
+
 def test_exits_beyond_the_own_one_do_not_count():
     leave, _ = sft.target_log_hazards(jnp.array([1.5, 0.7, 0.2]), 1.0)
     gradient = jax.grad(lambda z: sft.expected_exit_loss(*log_hazards(z), leave, jnp.int32(1)))(
