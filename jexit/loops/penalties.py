@@ -138,7 +138,7 @@ class FailureWatch:
     best_accuracy: float = 0.0
     length: float = float("nan")
     first_length: float = 0.0
-    good_step: int = 0  # the last step at which accuracy and length were near their earlier values
+    good_step: int = 0  # the last step whose model had nearly its earlier accuracy and length
     failing: int = 0  # consecutive updates with a collapse
     warned: set[str] = dataclasses.field(default_factory=set)
 
@@ -151,17 +151,18 @@ class FailureWatch:
         for name, value in zip(self._STORED, state["watch"], strict=True):
             setattr(self, name, type(getattr(self, name))(value))
 
-    def observe(self, step: int, depth_fraction: float, length: float) -> str:
-        """Records the rollouts of an update; returns the reason to stop the run, or "" to go on.
+    def observe(self, step: int, accuracy: float, depth_fraction: float, length: float) -> str:
+        """Records the rollouts of update `step`; returns the reason to stop the run, or "".
 
+        The rollouts have this `accuracy`, and were made by the model after update `step` − 1.
         `depth_fraction` is mean depth / layers, and `length` the mean number of tokens.
         """
-        accuracy, floor = self.schedule.accuracy, self.schedule.floor
+        average, floor = self.schedule.accuracy, self.schedule.floor
         self.length = _moved(self.length, length)
-        self.best_accuracy = max(self.best_accuracy, accuracy)
+        self.best_accuracy = max(self.best_accuracy, average)
         self.first_length = self.first_length or length
         due_length = floor.length or self.first_length
-        worse = accuracy < 0.5 * self.best_accuracy
+        worse = average < 0.5 * self.best_accuracy
         short = self.length < 0.4 * due_length
         shallow = depth_fraction < self.first_exit_fraction + 0.05
         failures = {
@@ -171,7 +172,7 @@ class FailureWatch:
             "text collapse: completions have shrunk and accuracy has halved; lower "
             "config.rl.length_coef or raise config.rl.warmup_steps, and raise "
             "config.task.reward_none to at least config.task.reward_wrong": short
-            and accuracy < 0.5 * max(self.best_accuracy, floor.rollouts),
+            and average < 0.5 * max(self.best_accuracy, floor.rollouts),
         }
         shut = {
             "shut exits: hardly any token leaves early; raise config.rl.min_hazard or "
@@ -184,8 +185,10 @@ class FailureWatch:
                 self.warned.add(message)
         failed = [text for text, holds in failures.items() if holds]
         self.failing = self.failing + 1 if failed else 0
-        if accuracy >= 0.8 * self.best_accuracy and self.length >= 0.6 * due_length:
-            self.good_step = step
+        # Averages lag behind a sudden collapse, and single batches are noisy: both must be good.
+        accurate = min(average, accuracy) >= 0.9 * self.best_accuracy
+        if accurate and min(self.length, length) >= 0.6 * due_length:
+            self.good_step = step - 1
         return failed[0] if self.must_stop else ""
 
     @property

@@ -104,7 +104,8 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
             )
         schedule.observe(totals.accuracy)
         mean_length = totals.tokens / totals.rows
-        failure = watch.observe(step + 1, totals.mean_depth(layers) / layers, mean_length)
+        depth_fraction = totals.mean_depth(layers) / layers
+        failure = watch.observe(step + 1, totals.accuracy, depth_fraction, mean_length)
         if step % config.log.samples_every == 0:
             count = min(config.log.samples, rollouts.rows)
             rows = np.linspace(0, rollouts.rows - 1, count).astype(int)
