@@ -56,11 +56,8 @@ def get_config(preset: str = "tiny"):
     # teacher) grows with the teacher's certainty, and the continuation amplifies it.
     config.sft.direction = "teacher_student"
     config.sft.exit_coef = 0.02  # of the norm that clipping sees; the heads are detached
-    # Heads are calibrated last, on the trunk as it then is, and leave where they are sure: a real
-    # model passes many exits, and each may leave too early.
-    config.sft.lens_steps = 3000
+    config.sft.lens_steps = 3000  # heads are calibrated last, on the trunk as it then is
     config.sft.sharpness = 10.0
-    config.sft.stay_weight = 19.0
     config.rl.hazard_temperature = 0.5
     config.optim.exit_lr = 3e-3
     config.optim.warmup_steps = 20

@@ -392,10 +392,6 @@ class SFTConfig:
     in nats."""
     exit_coef: Coefficient = 1.0
     """The weight of the heads' loss. The KL between student and teacher has weight 1."""
-    stay_weight: Annotated[float, Bounds(1, 1_000_000)] = 1.0
-    """The weight of staying relative to leaving in the heads' cross-entropy. It divides the odds of
-    the hazards, which add up over the exits when depths are sampled. A value other than 1 requires
-    exit_loss=expected."""
     explore: Share = 0.0
     """The probability that a depth is drawn uniformly, so that the student also learns to finish at
     exits where the teacher could not; published: 0. A value above 0 requires exit_loss=expected."""
@@ -778,12 +774,6 @@ def _calibration(config: Config) -> Iterator[str]:
             f"config.sft.explore is {sft.explore:g}, but config.sft.exit_loss=sampled would teach "
             "the heads the explored depths instead of the targets; set "
             "config.sft.exit_loss=expected or config.sft.explore=0"
-        )
-    if sft.stay_weight != 1 and sft.exit_loss == "sampled":
-        yield (
-            f"config.sft.stay_weight is {sft.stay_weight:g}, but config.sft.exit_loss=sampled "
-            "scores the drawn depths and has no such weight; set "
-            "config.sft.exit_loss=expected or config.sft.stay_weight=1"
         )
     if config.lora.rank == 0 and sft.target == "student":
         yield (

@@ -220,7 +220,6 @@ CONTRADICTIONS = [
         "sft does not measure that in its last phase, which trains the heads alone; choose one of",
     ),
     ("rl", {"eval__split": "test"}, "split is 'test', but a training run "),
-    ("sft", {"sft__stay_weight": 9.0}, "stay_weight is 9, but config.sft.exit_loss=sampled"),
     ("sft", {"sft__explore": 0.5}, "explore is 0.5, but config.sft.exit_loss=sampled"),
     ("sft", {"sft__completions": 3}, "config.optim.accumulate=1 × config.sft.completions=3"),
     ("sft", {"batch_size": 12, "sft__completions": 3}, "sft.generate_batch is 64, but it must be"),

@@ -63,7 +63,7 @@ def get_config(variant: str = "measure"):
         config.checkpoint.every = 2
         return config
     config.model.path = "runs/qwen-lens"
-    # With staying weighed 19 to 1 a hazard over .5 is one over .95 without, .3 one over .9.
+    # Leaving is expected to cost at most 0.0125, 0.05 and 0.12 nats at hazards over .8, .5 and .3.
     at = "threshold:0.5"
     config.eval.measured = at
     if variant == "control":  # on fewer problems, as most completions run into the limit
@@ -71,7 +71,7 @@ def get_config(variant: str = "measure"):
         config.eval.policies = (at, f"shuffled:{at}", f"fixed:matched:{at}")
         return config
     config.eval.problems = 200
-    config.eval.policies = ("full", at, "threshold:0.3", "threshold:0.15")
+    config.eval.policies = ("full", at, "threshold:0.8", "threshold:0.3")
     config.eval.measures = ("exits",)
     config.eval.heat_maps = 4
     return config

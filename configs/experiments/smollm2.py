@@ -58,7 +58,6 @@ def get_config(variant: str = "measure"):
         config.model.path = "runs/smollm2-trunk/model"
         # Adapters learn at 32 to 40 % of the layers; heads leave later.
         config.sft.sharpness = 60.0
-        config.sft.stay_weight = 9.0
         config.sft.pool = 8192
         config.sft.generate_batch = 256
         config.sft.max_new_tokens = 48
@@ -128,7 +127,6 @@ def _published(config):
         config.sft.lens_steps = 0
         config.sft.target = "teacher"
         config.sft.sharpness = 1.0
-        config.sft.stay_weight = 1.0
         config.sft.exit_loss = "sampled"
         config.sft.exit_coef = 1.0
         config.sft.direction = "student_teacher"

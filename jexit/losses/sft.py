@@ -52,25 +52,6 @@ def draw_exit_indices(
     return jnp.where(explored, uniform, drawn).astype(jnp.int32)
 
 
-def hazard_cross_entropy(
-    log_hazard: Float[Array, "*A"],
-    log_rest: Float[Array, "*A"],
-    target_leave: Float[Array, "*A"],
-    *,
-    stay_weight: float = 1.0,
-) -> Float[Array, "*A"]:
-    """Returns −[h* log h + w (1 − h*) log(1 − h)] of a hazard h and its target h*.
-
-    `log_hazard` is log h, `log_rest` is log(1 − h), `target_leave` is log h*, and w is
-    `stay_weight`. For inputs that a head cannot distinguish, the best h at w = 1 is the mean of the
-    targets; for other w, the odds of that mean are divided by w. A w above 1 suits sampling: a
-    token passes many exits and may leave too early at each of them, so heads should let it leave
-    only when they are certain.
-    """
-    target = jnp.exp(target_leave)
-    return -(target * log_hazard + stay_weight * (1.0 - target) * log_rest)
-
-
 def leaving_cost(
     log_hazard: Float[Array, "*A"],
     log_rest: Float[Array, "*A"],
@@ -94,18 +75,18 @@ def expected_exit_loss(
     log_rest: Float[Array, "*A E"],
     target_leave: Float[Array, "*A E"],
     exit_index: Int[Array, "*A"],
-    *,
-    stay_weight: float = 1.0,
 ) -> Float[Array, "*A"]:
-    """Returns the sum of `hazard_cross_entropy` over the exits that a token reached.
+    """Returns −[h* log h + (1 − h*) log(1 − h)], summed over the exits that a token reached.
 
-    The token reached the exits e ≤ `exit_index` and left at the last of them; index E means that it
-    reached all and never left. Later exits do not count, because their inputs come from the
-    continuation. With w = `stay_weight` = 1 and depths d drawn from the target hazards, this loss
-    has the same expected value as −log P_student(d), with less noise. If depths are drawn otherwise
-    (explored), each hazard is still compared with its own target.
+    `log_hazard` is log h, `log_rest` is log(1 − h), and `target_leave` is log h*. The token reached
+    the exits e ≤ `exit_index` and left at the last of them; index E means that it reached all and
+    never left. Later exits do not count, because their inputs come from the continuation. With
+    depths d drawn from the target hazards, this loss has the same expected value as −log
+    P_student(d), with less noise. If depths are drawn otherwise (explored), each hazard is still
+    compared with its own target.
     """
     exits = log_hazard.shape[-1]
     reached = jnp.arange(exits) <= exit_index[..., None]
-    each = hazard_cross_entropy(log_hazard, log_rest, target_leave, stay_weight=stay_weight)
+    target = jnp.exp(target_leave)
+    each = -(target * log_hazard + (1.0 - target) * log_rest)
     return jnp.sum(jnp.where(reached, each, 0.0), axis=-1)

@@ -129,9 +129,7 @@ def calibration_loss(
     ).reshape(depth_BC.shape)
     z_BCE = rows.window(result.hazard_logits_BTE)
     if config.exit_loss == "expected":
-        exit_BC = expected_exit_loss(
-            *log_hazards(z_BCE), item.leave_BCE, exits_BC, stay_weight=config.stay_weight
-        )
+        exit_BC = expected_exit_loss(*log_hazards(z_BCE), item.leave_BCE, exits_BC)
     else:
         exit_BC = -depth_log_prob(depth_BC, z_BCE, exit_layers, layers)
 

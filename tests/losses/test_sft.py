@@ -48,20 +48,6 @@ def test_expected_exit_loss_is_the_mean_of_the_sampled_one():
     np.testing.assert_allclose(*gradients, rtol=1e-5, atol=1e-6)
 
 
-def test_the_weight_of_staying_divides_the_odds():
-    """Over inputs that a head cannot tell apart the best hazard has the odds of the mean target."""
-    weight = 19.0
-    leave, _ = sft.target_log_hazards(jnp.array([0.02, 0.5, 3.0, 0.001]), 10.0)
-
-    def loss(z):
-        return sft.hazard_cross_entropy(*log_hazards(z), leave, stay_weight=weight).mean()
-
-    share = float(jnp.exp(leave).mean())
-    best = jnp.log(share / (1 - share) / weight)
-    assert abs(float(jax.grad(loss)(best))) < 1e-6
-    assert all(float(loss(best + step)) > float(loss(best)) for step in (-0.1, 0.1))
-
-
 def test_the_best_hazard_is_a_half_where_leaving_costs_the_tolerance():
     """Over inputs that a head cannot tell apart the best hazard is μ/(μ + E[KL]), KL up to 2."""
     kl = jnp.array([0.001, 0.02, 0.3, 7.0])

@@ -102,12 +102,11 @@ def targets_by_hand(split, batch, target):
     ["student", *(pytest.param(name, marks=pytest.mark.slow) for name in ("teacher", "own"))],
 )
 def test_heads_learn_the_targets_and_depths_are_drawn_from_them(monkeypatch, target):
-    """A fifth of the draws is uniform; staying counts three times."""
+    """A fifth of the draws is uniform."""
     split, batch = toy.make_split(), toy.rows()
     config = SFTConfig(
-        samples=300, explore=0.2, target=target, sharpness=SHARPNESS, exit_loss="expected",
-        stay_weight=3.0,
-    )  # fmt: skip
+        samples=300, explore=0.2, target=target, sharpness=SHARPNESS, exit_loss="expected"
+    )
     action_BC = np.asarray(batch.action_BC)
     target_NE = targets_by_hand(split, batch, target)[action_BC]
     assert target_NE.min() < 0.2 and target_NE.max() > 0.8
@@ -129,7 +128,7 @@ def test_heads_learn_the_targets_and_depths_are_drawn_from_them(monkeypatch, tar
     policy = Prescribed(batch.input_depths(exits_BC + 1, toy.LAYERS))
     _, result = toy.whole(split.student(split.trainable), batch, policy)
     z_NE = np.float64(batch.window(result.hazard_logits_BTE))[action_BC]
-    each_NE = target_NE * np.logaddexp(0, -z_NE) + 3 * (1 - target_NE) * np.logaddexp(0, z_NE)
+    each_NE = target_NE * np.logaddexp(0, -z_NE) + (1 - target_NE) * np.logaddexp(0, z_NE)
     reached_NE = np.arange(2) <= exits_BC[action_BC][:, None]
     truth = np.sum(each_NE * reached_NE) / len(each_NE)
     assert float(metrics["loss/exit"]) == pytest.approx(truth, rel=1e-3)
