@@ -411,14 +411,15 @@ class SFTConfig:
     lens_tokens: Annotated[int, Bounds(1, 2**26)] = 65_536
     """The number of tokens, stored at all exits, on which the heads train in the lens steps."""
     kl_tolerance: Positive = 0.05
-    """μ in the heads' loss of the lens steps, in nats: hazards exceed ½ where leaving is expected
-    to cost a KL to the last layer below μ."""
+    """κ in the heads' loss of the lens steps, in nats: hazards exceed ½ where leaving is expected
+    to cost a KL to the last layer below κ."""
     trajectories: Literal["generate", "dataset"] = "generate"
     """The source of the sequences: the teacher's own generations (generate), or the task's
     references (dataset)."""
     pool: Count = 512
     """The number of trajectories, which are generated once and stored in WORKDIR/teacher. A run
-    with another pool or other settings of training can start with a copy of this folder."""
+    with another pool of at least generate_batch, or other settings of training, can start with a
+    copy of this folder."""
     completions: Annotated[int, Bounds(1, 1_000)] = 1
     """The number of completions per prompt. They share a row and a copy of the prompt, which saves
     work if prompts are long. A very certain model repeats its completions, and repetitions teach
@@ -483,7 +484,8 @@ class RLConfig:
     hazard_temperature: Temperature = 1.0
     """The temperature that divides the heads' logits wherever depths are sampled."""
     warmup_steps: StepsOrZero = 0
-    """The number of updates over which λ and μ rise linearly to their full values."""
+    """The number of updates over which λ and μ rise linearly to their full values. Updates at which
+    accuracy is below accuracy_floor do not count."""
     dual_ascent: bool = False
     """Whether λ and μ rise by dual_rate per update while accuracy is at or above the floor, and
     fall by it otherwise."""

@@ -3,7 +3,7 @@
     python -m convert.from_hf --source=Qwen/Qwen2.5-Coder-0.5B-Instruct --target=models/qwen
     bash studies/qwen.sh
 
-The second command runs all stages below in order, and resumes where it was stopped. docs/tasks.md
+The second command runs all stages below, and resumes where it was stopped. docs/tasks.md
 explains how to obtain GSM8K.
 """
 

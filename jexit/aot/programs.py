@@ -82,10 +82,10 @@ def programs(config: Config, mesh: Mesh) -> Iterator[Program]:
             )
         if config.exits.continuation == "linear":
             yield _fit(config, mesh, split, state)
-        if config.sft.lens_steps:
-            yield from _heads(config, mesh, split, state, optimizer)
         if config.steps:
             yield _calibration(config, mesh, split, state, optimizer)
+        if config.sft.lens_steps:
+            yield from _heads(config, mesh, split, state, optimizer)
     if config.command == "rl":
         yield from rollouts.programs(
             "rollout",
@@ -312,7 +312,7 @@ def _fit(config: Config, mesh: Mesh, split: SplitModel, state: Any) -> Program:
 def _heads(
     config: Config, mesh: Mesh, split: SplitModel, state: Any, optimizer: Any
 ) -> Iterator[Program]:
-    """Yields the steps that compute hidden states at the exits and train only the exit heads."""
+    """Yields the steps that store residuals and KLs at the exits and train only the exit heads."""
     with jax.set_mesh(mesh):
         size = rows_at_a_time(config, config.sft.pool // config.sft.completions)
     batch = _trajectories(config, mesh, size)

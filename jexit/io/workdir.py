@@ -93,7 +93,8 @@ def _locked(workdir: pathlib.Path) -> Iterator[None]:
 def check_same_run(workdir: pathlib.Path, config: Config) -> None:
     """Raises UserError if `workdir` contains a run with another config or another task file.
 
-    The settings in `CONTINUABLE` (such as the number of steps) may differ.
+    The settings in `CONTINUABLE` may differ. The number of steps may not if another phase of
+    calibration follows them.
     """
     path = workdir / "config.json"
     if not path.exists():
@@ -111,6 +112,12 @@ def check_same_run(workdir: pathlib.Path, config: Config) -> None:
                 f"{workdir} contains a run with config.{key}={was}, but this run has {now}; choose "
                 "another --workdir, or use the same settings to continue that run"
             )
+    if config.sft.lens_steps and config.command == "sft" and old["steps"] != config.steps:
+        raise UserError(
+            f"{workdir} contains a run with config.steps={old['steps']}, but this run has "
+            f"{config.steps}, and the phase of config.sft.lens_steps follows them; choose another "
+            "--workdir, or use the same steps to continue that run"
+        )
     code = workdir / CODE
     if code.exists() and code.read_text().strip() != code_hash(
         config.task.name, config.task.options

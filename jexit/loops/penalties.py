@@ -36,8 +36,9 @@ class AccuracyFloor:
 class PenaltySchedule:
     """Computes the coefficients λ (depth) and μ (length) of the RL penalties for the next update.
 
-    Without `dual_ascent`, λ and μ rise linearly over the warm-up; they are 0 while accuracy, a
-    moving average over updates, is below the floor or not known yet. With `dual_ascent`, a
+    Without `dual_ascent`, λ and μ are 0 while accuracy, a moving average over updates, is below the
+    floor or not known yet. Otherwise they rise linearly over the warm-up, which counts the updates
+    that reached the floor. With `dual_ascent`, a
     multiplier in [0, 1] scales λ and μ. It rises by `dual_rate` per update while accuracy is at or
     above the floor, and falls by `dual_rate` otherwise (projected dual ascent on the constraint
     accuracy ≥ floor).
@@ -47,37 +48,39 @@ class PenaltySchedule:
     floor: AccuracyFloor
     accuracy: float = float("nan")
     multiplier: float = 0.0
+    reached: int = 0  # updates after which accuracy was not below the floor
 
-    def penalties(self, step: int) -> Penalties:
-        share = self.share(step)
+    def penalties(self) -> Penalties:
+        share = self.share()
         return Penalties(
             np.float32(share * self.config.depth_coef), np.float32(share * self.config.length_coef)
         )
 
-    def share(self, step: int) -> float:
-        """Returns the factor in [0, 1] that scales λ and μ at update `step`, counted from 0."""
+    def share(self) -> float:
+        """Returns the factor in [0, 1] that scales λ and μ at the next update."""
         rl = self.config
         if rl.dual_ascent:
             return self.multiplier
-        ramp = min(1.0, (step + 1) / rl.warmup_steps) if rl.warmup_steps else 1.0
+        ramp = min(1.0, (self.reached + 1) / rl.warmup_steps) if rl.warmup_steps else 1.0
         floor = self.floor.rollouts
         under_floor = floor > 0 and not self.accuracy >= floor
         return 0.0 if under_floor else ramp
 
     def observe(self, accuracy: float) -> None:
-        """Updates the moving average and the multiplier with the `accuracy` of one batch."""
+        """Updates the moving average and what follows from it with one batch's `accuracy`."""
         self.accuracy = _moved(self.accuracy, accuracy)
         over = self.accuracy >= self.floor.rollouts
+        self.reached += over
         change = self.config.dual_rate if over else -self.config.dual_rate
         self.multiplier = float(np.clip(self.multiplier + change, 0.0, 1.0))
 
     def state(self) -> dict[str, np.ndarray]:
-        values = [self.accuracy, self.multiplier, *dataclasses.astuple(self.floor)]
+        values = [self.reached, self.accuracy, self.multiplier, *dataclasses.astuple(self.floor)]
         return {"penalties": np.asarray(values, np.float64)}
 
     def load(self, state: dict[str, np.ndarray]) -> None:
-        self.accuracy, self.multiplier, *floor = (float(value) for value in state["penalties"])
-        self.floor = AccuracyFloor(*floor)
+        reached, self.accuracy, self.multiplier, *floor = map(float, state["penalties"])
+        self.reached, self.floor = int(reached), AccuracyFloor(*floor)
 
 
 def penalised_reward(

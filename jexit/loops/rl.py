@@ -97,7 +97,7 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
         packed = shapes.fit(totals.lengths)
         batch = rl_batch(own, tokenizer.pad_id, packed)
         trainer.shapes((packed.shape, rollouts.shape))
-        penalties = schedule.penalties(step)
+        penalties = schedule.penalties()
         with waiting(f"step {step + 1}"):
             state, metrics = step_fn(
                 state, split.fixed, batch, penalties, step_key(config.seed, step)

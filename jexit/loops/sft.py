@@ -15,7 +15,7 @@ import numpy as np
 
 from jexit.config import Config
 from jexit.data.loader import prepared
-from jexit.dist import host_rows, place_rows, waiting
+from jexit.dist import host_rows, place_parameters, place_rows, waiting
 from jexit.io.progress import Progress
 from jexit.loops.continuation import check_enough, fitted_continuation, rows_at_a_time
 from jexit.loops.flops import PassSize
@@ -91,7 +91,8 @@ def calibrate(config: Config, workdir: pathlib.Path) -> None:
     def heads_step(state: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
         nonlocal remembered
         if step == config.steps > 0:  # the new phase starts with fresh moments
-            state = state.replace(opt_state=stage.optimizer.init(state.trainable))
+            moments = place_parameters(stage.optimizer.init(state.trainable))
+            state = state.replace(opt_state=moments)
         if remembered is None:
             remembered = exit_states(stage, trajectories, state.trainable)
         states, positions = remembered
@@ -106,7 +107,9 @@ def calibrate(config: Config, workdir: pathlib.Path) -> None:
     def one_step(state: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
         return (adapters_step if step < config.steps else heads_step)(state, step)
 
-    stage.finish(trainer, trainer.chosen(trainer.run(state, one_step)), before)
+    state = trainer.chosen(trainer.run(state, one_step))
+    remembered = None  # frees the devices' memory for the evaluation
+    stage.finish(trainer, state, before)
 
 
 def exit_states(
@@ -114,8 +117,8 @@ def exit_states(
 ) -> tuple[ExitStates, int]:
     """Returns the training data of the exit heads, and the number of positions in it.
 
-    Only positions whose pass could leave early are stored, in the order of the trajectories, until
-    there are `sft.lens_tokens` or no further trajectories. Surplus room follows them.
+    Only positions whose pass could leave early are stored, in the order of the batches, which is
+    shuffled, until there are `sft.lens_tokens` or no further batches. Surplus room follows them.
     """
     config = stage.config
     size = rows_at_a_time(config, len(trajectories))

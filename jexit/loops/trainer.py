@@ -167,7 +167,7 @@ class Trainer:
                 done = step + 1 == total
                 # A signal to one host stops all of them after the same step.
                 signals = list(filter(None, gather(f"the end of step {step + 1}", stop.name)))
-                due = done or self.checkpoints.due(step + 1)
+                due = done or step + 1 == self.ranked_after or self.checkpoints.due(step + 1)
                 if due and self.measure is not None:
                     try:
                         metrics |= self.measure(state)

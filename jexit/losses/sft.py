@@ -59,13 +59,13 @@ def leaving_cost(
     *,
     tolerance: float,
 ) -> Float[Array, "*A"]:
-    """Returns −[log h + min(KL, 2)/μ · log(1 − h)] of a hazard h and the KL of leaving there.
+    """Returns −[log h + c/κ · log(1 − h)], c = min(KL, 2), of a hazard h and the KL of leaving.
 
-    `log_hazard` is log h, `log_rest` is log(1 − h), `kl_nats` is KL(π_L ‖ π_e), and μ is
-    `tolerance`, in nats. For inputs that a head cannot distinguish, the best h is μ/(μ + E[KL]), so
-    that h > ½ exactly where leaving costs less than μ on average. This weighs errors as the text
-    does: a cross-entropy to target hazards counts a KL of 10 nats hardly more than one of 0.1. The
-    bound of 2 nats, where the text is lost anyway, keeps rare tokens from dominating the gradient.
+    `log_hazard` is log h, `log_rest` is log(1 − h), `kl_nats` is KL(π_L ‖ π_e), and κ is
+    `tolerance`, in nats. For inputs that a head cannot distinguish, the best h is κ/(κ + E[c]), so
+    that h > ½ exactly where leaving costs less than κ on average. A cross-entropy to target hazards
+    counts a KL of 2 nats hardly more than one of 0.1. The bound keeps rare tokens with a very large
+    KL from dominating the gradient. At 2 nats, the token that all layers prefer is unlikely.
     """
     return -(log_hazard + jnp.clip(kl_nats, 0.0, 2.0) / tolerance * log_rest)
 

@@ -264,7 +264,7 @@ def reliability(entries: Sequence[HazardCalibration]) -> list[Chart]:
             Axis.of_shares("mean hazard in the bin"),
             Axis.of_shares("mean target"),
             note=f"Targets have sharpness {entry.sharpness:g}. On the diagonal, the mean hazard "
-            "equals the mean target.",
+            "equals the mean target, unless the heads were trained by what leaving costs.",
             width=380.0,
             height=340.0,
         )

@@ -110,9 +110,9 @@ def make_lens_step(
 ) -> Callable[[TrainState, FixedParams, ExitStates, Int[Array, "M"]], tuple[TrainState, Metrics]]:
     """Returns the jitted step (state, fixed, states, position_M) → (state, metrics) for the heads.
 
-    `position_M` are M indices of positions in `states`. The loss is w_exit times the mean of
-    `leaving_cost` over these positions and all exits, where w_exit is `config.exit_coef` and μ is
-    `config.kl_tolerance`. `optimizer` must leave all other parameters unchanged.
+    `position_M` are M indices of positions in `states`. The loss is the mean of `leaving_cost` over
+    these positions and all exits, with the tolerance `config.kl_tolerance`. `optimizer` must leave
+    all other parameters unchanged.
     """
     exit_layers = split.student(split.trainable).exit_layers
 
@@ -129,7 +129,7 @@ def make_lens_step(
             exit_loss = jnp.mean(
                 leaving_cost(*log_hazards(z_ME), kl_ME, tolerance=config.kl_tolerance)
             )
-            return config.exit_coef * exit_loss, {"loss/exit": exit_loss}
+            return exit_loss, {"loss/exit": exit_loss}
 
         (loss, metrics), gradients = split.value_and_grad(loss_fn)(state.trainable)
         state, update_metrics = apply_gradients(state, optimizer, gradients, loss)

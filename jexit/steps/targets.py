@@ -1,7 +1,7 @@
 """Compares every exit with the last layer, and computes the target hazards that follow.
 
 Calibration and evaluation use the same code, so hazards are measured against the targets from which
-they were learned.
+they were learned. Only the heads of a lens phase have another optimum (`losses.sft.leaving_cost`).
 """
 
 from __future__ import annotations

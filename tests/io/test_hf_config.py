@@ -143,6 +143,7 @@ def test_what_jexit_does_not_compute_is_refused_in_one_sentence():
         (QWEN3, {"vocab_size": None}, "has no vocab_size"),
         (LLAMA, {"hidden_act": "gelu"}, "hidden_act to 'gelu', but jexit supports only silu"),
         (QWEN3, {"attention_bias": True}, "attention_bias to True, but jexit does not"),
+        (LLAMA, {"attention_bias": True}, "attention_bias to True, but jexit does not"),
         (LLAMA, {"mlp_bias": True}, "mlp_bias to True, but jexit does not support these biases"),
         (QWEN3, {"quantization_config": {"bits": 4}}, "quantised weights, which jexit does not"),
         (QWEN3, {"num_key_value_heads": 5}, "32 query heads cannot be divided evenly among 5"),

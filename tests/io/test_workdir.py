@@ -55,6 +55,18 @@ def test_a_run_continues_with_the_same_config(tmp_path):
         check_same_run(workdir, config(rl__clip=0.3))
 
 
+def test_calibration_goes_on_with_other_steps_only_if_no_phase_follows_them(tmp_path):
+    for lens_steps in (0, 7):
+        settings = {"command": "sft", "sft__lens_steps": lens_steps}
+        start_run(tmp_path / str(lens_steps), config(steps=20, **settings))
+        check_same_run(tmp_path / str(lens_steps), config(steps=20, **settings))
+        if not lens_steps:
+            check_same_run(tmp_path / "0", config(steps=30, **settings))
+            continue
+        with pytest.raises(UserError, match=r"steps=20, but this run has 30, and the phase of"):
+            check_same_run(tmp_path / "7", config(steps=30, **settings))
+
+
 def test_another_config_is_refused_by_its_first_difference(tmp_path, full_disk):
     start_run(tmp_path, config())
     before = (tmp_path / "config.json").read_bytes()

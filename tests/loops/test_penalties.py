@@ -22,7 +22,10 @@ def schedule_of(rl):
 
 def test_penalties_rise_linearly_over_the_warm_up():
     schedule = schedule_of(RLConfig(depth_coef=0.8, length_coef=0.4, warmup_steps=4))
-    penalties = [schedule.penalties(step) for step in range(6)]
+    penalties = []
+    for _ in range(6):
+        penalties.append(schedule.penalties())
+        schedule.observe(0.0)
     assert [float(p.depth_coef) for p in penalties] == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8])
     assert [float(p.length_coef) for p in penalties] == pytest.approx(
         [0.1, 0.2, 0.3, 0.4, 0.4, 0.4]
@@ -31,14 +34,25 @@ def test_penalties_rise_linearly_over_the_warm_up():
 
 def test_penalties_are_withheld_while_average_accuracy_is_under_the_floor():
     schedule = schedule_of(RLConfig(depth_coef=1.0, accuracy_floor=0.5))
-    assert schedule.share(0) == 0.0  # nothing is known yet
+    assert schedule.share() == 0.0  # nothing is known yet
     for accuracy in (1.0, 0.0):
         schedule.observe(accuracy)
     assert schedule.accuracy == pytest.approx(0.8)
-    assert schedule.share(2) == 1.0  # one bad batch does not lift the pressure
+    assert schedule.share() == 1.0  # one bad batch does not lift the pressure
     for _ in range(10):
         schedule.observe(0.1)
-    assert schedule.share(12) == 0.0
+    assert schedule.share() == 0.0
+
+
+def test_the_warm_up_counts_the_updates_that_reached_the_floor():
+    """A weak start would otherwise meet the whole penalty at once."""
+    schedule = schedule_of(RLConfig(depth_coef=1.0, accuracy_floor=0.5, warmup_steps=4))
+    shares = []
+    for accuracy in (0.1, 0.1, 0.1, 0.1, 0.1, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0):
+        schedule.observe(accuracy)
+        shares.append(schedule.share())
+    # Moving average: .1 five times, then .28 .424 .539 .631 .705 .764 .811
+    assert shares == [0.0] * 7 + [0.5, 0.75, 1.0, 1.0, 1.0]
 
 
 def test_dual_ascent_climbs_over_the_floor_and_falls_under_it():
@@ -47,10 +61,10 @@ def test_dual_ascent_climbs_over_the_floor_and_falls_under_it():
     shares = []
     for accuracy in (0.9, 0.9, 0.9, 0.0, 0.0, 0.0, 0.0, 0.0):
         schedule.observe(accuracy)
-        shares.append(schedule.share(0))
+        shares.append(schedule.share())
     # Moving average: .9 .9 .9 .72 .576 .461 .369 .295
     assert shares == pytest.approx([0.25, 0.5, 0.75, 1.0, 0.75, 0.5, 0.25, 0.0])
-    assert float(schedule.penalties(0).depth_coef) == 0.0
+    assert float(schedule.penalties().depth_coef) == 0.0
 
 
 def test_its_state_survives_a_checkpoint_with_the_floor_of_the_initial_model():

@@ -2,6 +2,7 @@
 
 import shutil
 
+import jax
 import numpy as np
 from random_models import random_model
 
@@ -12,6 +13,7 @@ from jexit.data.tokenizer import Tokenizer
 from jexit.dist import host_rows
 from jexit.io.model_dir import save_model
 from jexit.loops import trajectories
+from jexit.loops.continuation import rows_at_a_time
 from jexit.loops.sft import exit_states
 from jexit.loops.stage import Stage
 from jexit.loops.trajectories import Trajectories, teacher_trajectories
@@ -69,6 +71,26 @@ def test_a_shared_prompt_gives_the_states_of_prompts_of_their_own(model_dir):
         found[completions] = both[np.lexsort(np.round(both, 3).T)]
     assert found[4].shape == found[1].shape and len(found[1]) > 60
     np.testing.assert_allclose(found[4], found[1], atol=1e-4)
+
+
+def test_states_end_at_the_number_of_tokens_that_was_asked_for(model_dir):
+    """In the middle of the second batch, and at the end of the first."""
+    split = split_model(small_model(11), full=False)
+
+    def states(tokens):
+        config = make_config("sft", model_dir, batch_size=8, sft__lens_tokens=tokens)
+        trajectories = Trajectories.of(config, made(8, lacking=None), 0)
+        here = host_rows(rows_at_a_time(config, len(trajectories)))
+        first, second = (int(trajectories.batch(i, here)[0].action_BC.sum()) for i in (0, 1))
+        return exit_states(Watched(config, split), trajectories, split.trainable), first, second
+
+    (whole, positions), first, second = states(10_000)
+    assert positions > first + second and second > 2
+    for tokens in (first + second // 2, first):
+        (some, count), *_ = states(tokens)
+        assert count == tokens == len(some.kl_NE)
+        for part, all_of_it in zip(*map(jax.tree.leaves, (some, whole)), strict=True):
+            np.testing.assert_array_equal(part, all_of_it[:tokens])
 
 
 def test_trajectories_are_the_base_models_at_full_depth(tmp_path):

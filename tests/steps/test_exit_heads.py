@@ -120,11 +120,11 @@ def test_loss_and_gradient(full):
         z_VE = jnp.stack([heads(residual_VED[:, e], jnp.int32(e)) for e in range(2)], axis=1)
         h_VE = jax.nn.sigmoid(z_VE)
         costs = -(jnp.log(h_VE) + jnp.minimum(kl_VE, 2.0) / 0.1 * jnp.log(1 - h_VE)).mean(0)
-        return 0.7 * jnp.mean(costs), (kl_VE.mean(0), costs)
+        return jnp.mean(costs), (kl_VE.mean(0), costs)
 
     wanted = jax.jit(jax.value_and_grad(loss, has_aux=True))
     (value, (kls, costs)), gradient = wanted(split.trainable)
-    step = make_lens_step(split, toy.DESCENT, SFTConfig(exit_coef=0.7, kl_tolerance=0.1))
+    step = make_lens_step(split, toy.DESCENT, SFTConfig(kl_tolerance=0.1))
     taken, metrics = toy.taken_off(step, split, states, position_V)
     for name, truth in (
         ("loss", value),

@@ -17,6 +17,7 @@ from jexit.loops.packing import Lengths, PackedShapes
 from jexit.model.policies import Sample
 from jexit.rollout import rollout
 from jexit.steps.completions import pack_completions, pad_completions
+from jexit.steps.exit_heads import ExitStates, make_exit_states, make_lens_step
 from jexit.steps.optim import apply_gradients
 from jexit.steps.rl import Penalties, RLBatch, make_rl_step
 from jexit.steps.sft import make_sft_step
@@ -127,6 +128,34 @@ def test_a_step_on_a_mesh_is_the_step_on_one_device(split, update, sizes, micro_
     if sizes[1] * sizes[2] > 1:
         for tree in (spread.trainable, spread.opt_state):
             assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(tree))
+
+
+@ON_MESHES
+def test_the_heads_on_a_mesh_are_those_on_one_device(split, sizes):
+    """What the exits say, stored by position, and a step on some of these positions."""
+
+    def update(split):
+        batch = place_rows(pad_completions(*texts(16), 0))
+        place_M = np.random.default_rng(2).permutation(batch.action_BC.size).astype(np.int32)
+        states = ExitStates.empty(split, batch.action_BC.size - 8)  # the last have no place
+        add = make_exit_states(split, 2.0)
+        key = jax.random.key(1)
+        states = add(states, split.trainable, split.fixed, batch, place_M, key)
+        optimizer = optax.adam(1e-2)
+        step = make_lens_step(split, optimizer, SFTConfig())
+        state = toy.start(split, optimizer)
+        return states, step(state, split.fixed, states, np.arange(0, 64, 3))
+
+    kept, (alone, metrics_alone) = update(split)
+    with use_mesh(make_mesh(*sizes)):
+        spread_states, (spread, metrics_spread) = update(placed(split))
+    for one, many in zip(*map(jax.tree.leaves, (kept, spread_states)), strict=True):
+        np.testing.assert_allclose(np.asarray(many), np.asarray(one), rtol=1e-3, atol=1e-4)
+    for name in ("loss", "kl/exits"):
+        assert float(metrics_spread[name]) == pytest.approx(float(metrics_alone[name]), rel=2e-4)
+    for one, many in zip(*map(jax.tree.leaves, (alone, spread)), strict=True):
+        if jnp.issubdtype(one.dtype, jnp.floating):
+            assert relative_error(np.asarray(many), np.asarray(one)) < GRADIENT
 
 
 @ON_MESHES
