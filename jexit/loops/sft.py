@@ -16,6 +16,7 @@ import numpy as np
 from jexit.config import Config
 from jexit.data.loader import prepared
 from jexit.dist import host_rows, place_parameters, place_rows, waiting
+from jexit.io.model_source import open_model
 from jexit.io.progress import Progress
 from jexit.loops.continuation import check_enough, fitted_continuation, rows_at_a_time
 from jexit.loops.flops import PassSize
@@ -34,7 +35,8 @@ HEADS_TOKENS = 512  # tokens, each at all exits, in a step that trains the heads
 
 def calibrate(config: Config, workdir: pathlib.Path) -> None:
     """Calibrates the exits of the model and writes the model to `WORKDIR/model`."""
-    if config.exits.continuation == "linear":  # before the teacher writes
+    fitted = open_model(config.model.path).exit_head.continuation == "linear"
+    if config.exits.continuation == "linear" and not fitted:  # before the teacher writes
         check_enough(config, max(1, config.sft.pool // config.sft.completions))
     stage, lens_steps = Stage.open(config, workdir, updates=config.steps), config.sft.lens_steps
     trajectories = teacher_trajectories(stage)
@@ -58,8 +60,8 @@ def calibrate(config: Config, workdir: pathlib.Path) -> None:
     )
     state = trainer.restore(new_state(stage.split.trainable, stage.optimizer))
     if int(state.step) == 0:
-        fitted = fitted_continuation(stage, trajectories, state.trainable)
-        state = state.replace(trainable=fitted)
+        trainable = fitted_continuation(stage, trajectories, state.trainable)
+        state = state.replace(trainable=trainable)
 
     here = host_rows(rows_of_batch(config))
 

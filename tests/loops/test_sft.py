@@ -6,6 +6,7 @@ import pytest
 
 import jexit
 from jexit.config import CheckpointConfig
+from jexit.errors import UserError
 from jexit.io.checkpoint import Checkpoints
 from jexit.loops import sft, trajectories
 from jexit.loops.trainer import Interrupted
@@ -75,6 +76,21 @@ def test_a_run_stopped_at_any_step_ends_like_one_that_was_not(
     assert measured(tmp_path) == measured(both_phases)
     assert_same_model(tmp_path, both_phases)
     assert any(name.startswith("blocks.continuation") for name in parameters(tmp_path))
+
+
+def test_too_few_trajectories_for_the_fit_are_refused_at_once(model_dir, tmp_path):
+    with pytest.raises(UserError, match=r"config\.sft\.pool is 1 .* needs at least 2 batches of 1"):
+        run("sft", model_dir, tmp_path / "run", **SETTINGS | {"sft__pool": 1, "batch_size": 1})
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_fitted_continuation_needs_no_trajectories_for_a_fit(frozen_phase, tmp_path):
+    few = FROZEN | {"sft__pool": 3, "batch_size": 3}
+    run("sft", frozen_phase, tmp_path, **few)
+    ours, theirs = parameters(tmp_path), parameters(frozen_phase)
+    maps = [name for name in ours if "continuation" in name]
+    assert maps and all(np.array_equal(ours[name], theirs[name]) for name in maps)
 
 
 @pytest.mark.slow
