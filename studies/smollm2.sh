@@ -8,7 +8,7 @@ set -euo pipefail
 checkout="$(dirname "${BASH_SOURCE[0]}")/.."
 config="$checkout/configs/experiments/smollm2.py"
 calibrated=(runs/smollm2-sft/seed={1,2,3})
-reinforced=(runs/smollm2-rl/rl.depth_coef={0,4},seed={1,2,3})
+reinforced=(runs/smollm2-rl/rl.depth_coef={0,10},seed={1,2,3})
 # NAME MODELS [FLAGS]: measures what answers owe to the chains of thought.
 chain() {
   bash "$checkout/launch/sweep.sh" --config="$config:chain" --into="runs/$1" "model.path=$2" "${@:3}"
@@ -22,7 +22,7 @@ bash "$checkout/launch/sweep.sh" --config="$config:calibrate" --eval="$config:me
   --into=runs/smollm2-sft seed=1,2,3 "$@"
 bash "$checkout/launch/sweep.sh" --config="$config:reinforce" --eval="$config:measure" \
   --into=runs/smollm2-rl --config.model.path=runs/smollm2-sft/seed={seed} \
-  rl.depth_coef=0,2,4 seed=1,2,3 "$@"
+  rl.depth_coef=0,4,10 seed=1,2,3 "$@"
 (IFS='|' && chain smollm2-sft-chain "${calibrated[*]}" "$@")
 (IFS='|' && chain smollm2-rl-chain "${reinforced[*]}" "$@")
 bash "$checkout/launch/sweep.sh" --config="$config:published_calibrate" --eval="$config:measure" \
