@@ -29,12 +29,12 @@ sweep --config="$config:measure_word_problems" --into=runs/evidence-initial-word
 
 # What both penalties save, and none.
 sweep --config="$config:reinforce" --eval="$config:measure" --into=runs/evidence-sums \
-  rl.depth_norm=total rl.depth_coef=0,0.2,0.8,2 $seeds "$@"
+  rl.depth_norm=total rl.depth_coef=0,0.8,2 $seeds "$@"
 sweep --config="$config:reinforce" --eval="$config:measure" --into=runs/evidence-sums \
-  rl.depth_norm=mean rl.depth_coef=0.2,0.8,2 $seeds "$@"
+  rl.depth_norm=mean rl.depth_coef=0.8,2 $seeds "$@"
 sweep --config="$config:reinforce" --eval="$config:measure_word_problems" \
   --into=runs/evidence-word_problems --config.task.name=word_problems \
-  --config.rl.length_ref=18.0 rl.depth_norm=total rl.depth_coef=0,0.2,0.8,2 $seeds "$@"
+  --config.rl.length_ref=18.0 rl.depth_norm=total rl.depth_coef=0,0.8,2 $seeds "$@"
 
 # A length penalty that pulls the other way: depth and text compete.
 sweep --config="$config:reinforce" --eval="$config:measure" --into=runs/evidence-length \
