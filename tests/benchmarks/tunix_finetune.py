@@ -1,6 +1,6 @@
 """Speed of a fine-tuning step against google-tunix's PEFT trainer, as a ratio.
 
-    python -m pip install google-tunix     # into an environment of its own, beside jexit
+    python -m pip install google-tunix     # into an environment of its own, before jexit
     python tests/benchmarks/tunix_finetune.py [--rows 16] [--full]
 
 A Qwen2 model of 4 layers and width 256 with random weights over a vocabulary of 32,000, on the CPU
@@ -120,6 +120,7 @@ def with_tunix(
     *,
     full: bool,
 ) -> Callable[[], float]:
+    import jax
     import optax
     import qwix
     from tunix.sft import peft_trainer, utils
@@ -130,7 +131,9 @@ def with_tunix(
         provider = qwix.LoraProvider(
             module_path=".*q_proj|.*k_proj|.*v_proj|.*o_proj", rank=8, alpha=16.0
         )
-        model = qwix.apply_lora_to_model(model, provider, **model.get_model_input())
+        devices = np.asarray(jax.devices()[:1]).reshape(1, 1)
+        with jax.set_mesh(jax.sharding.Mesh(devices, ("fsdp", "tp"))):
+            model = qwix.apply_lora_to_model(model, provider, **model.get_model_input())
     trainer = peft_trainer.PeftTrainer(
         model, optax.adamw(1e-4), peft_trainer.TrainingConfig(eval_every_n_steps=10**9)
     ).with_gen_model_input_fn(

@@ -1,6 +1,6 @@
 """Decoding speed against google-tunix's sampler, on the same converted weights, as a ratio.
 
-    python -m pip install google-tunix     # into an environment of its own, beside jexit
+    python -m pip install google-tunix     # into an environment of its own, before jexit
     python tests/benchmarks/tunix_sampler.py [--batch 8] [--new-tokens 64]
 
 A Qwen2 model of 4 layers and width 128 with random weights is written as Hugging Face safetensors
