@@ -5,6 +5,7 @@ import os
 import pathlib
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 
@@ -47,6 +48,14 @@ def _no_programs_left_behind() -> Iterator[None]:
     """
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def _no_module_path_left_behind() -> Iterator[None]:
+    """Loading a task file adds its folder, in which a later test would find another's modules."""
+    before = [*sys.path]
+    yield
+    sys.path[:] = before
 
 
 @pytest.fixture

@@ -124,15 +124,14 @@ def with_tunix(
     import optax
     import qwix
     from tunix.sft import peft_trainer, utils
-    from tunix_sampler import tunix_model
+    from tunix_sampler import tunix_mesh, tunix_model
 
     model = tunix_model(folder, arch)
     if not full:
         provider = qwix.LoraProvider(
             module_path=".*q_proj|.*k_proj|.*v_proj|.*o_proj", rank=8, alpha=16.0
         )
-        devices = np.asarray(jax.devices()[:1]).reshape(1, 1)
-        with jax.set_mesh(jax.sharding.Mesh(devices, ("fsdp", "tp"))):
+        with jax.set_mesh(tunix_mesh()):  # flax makes the adapters with their shardings
             model = qwix.apply_lora_to_model(model, provider, **model.get_model_input())
     trainer = peft_trainer.PeftTrainer(
         model, optax.adamw(1e-4), peft_trainer.TrainingConfig(eval_every_n_steps=10**9)

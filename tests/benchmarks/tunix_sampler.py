@@ -41,7 +41,7 @@ def main() -> None:
     from jexit.presets import Architecture
 
     arch = Architecture(
-        family="qwen2", vocab_size=512, width=128, layers=4, query_heads=4, kv_heads=4,
+        family="qwen2", vocab_size=576, width=128, layers=4, query_heads=4, kv_heads=4,
         head_dim=32, mlp_width=512, rope_theta=1e6, rms_norm_eps=1e-6, tied=True,
         max_positions=1024,
     )  # fmt: skip
@@ -110,9 +110,15 @@ def with_jexit(folder: str, prompts: list[list[int]], new: int) -> Callable[[], 
     return lambda: rollout(split, prompts, **settings).tokens_BT
 
 
+def tunix_mesh() -> object:
+    """A mesh of one device, with the axes that tunix's models are sharded over."""
+    import jax
+
+    return jax.sharding.Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
+
+
 def tunix_model(folder: str, arch: object) -> object:
     """tunix's Qwen2 model of a checkpoint, in float32 on one device."""
-    import jax
     import jax.numpy as jnp
     from tunix.models.qwen2.model import ModelConfig
     from tunix.models.qwen2.params import create_model_from_safe_tensors
@@ -123,8 +129,7 @@ def tunix_model(folder: str, arch: object) -> object:
         num_kv_heads=arch.kv_heads, rope_theta=int(arch.rope_theta), norm_eps=arch.rms_norm_eps,
         use_tied_embedding=arch.tied,
     )  # fmt: skip
-    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
-    return create_model_from_safe_tensors(folder, config, mesh, dtype=jnp.float32)
+    return create_model_from_safe_tensors(folder, config, tunix_mesh(), dtype=jnp.float32)
 
 
 def with_tunix(

@@ -97,8 +97,7 @@ def test_another_config_is_refused_by_its_first_difference(tmp_path, full_disk):
             check_same_run(tmp_path, config())
 
 
-def test_another_version_of_the_users_task_does_not_continue_by_itself(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "path", [*sys.path])  # to which a task file's folder is added
+def test_another_version_of_the_users_task_does_not_continue_by_itself(tmp_path):
     file, run = tmp_path / "mine.py", tmp_path / "run"
     file.write_text("task = None")
     start_run(run, config(task__name=f"{file}:task"))

@@ -42,8 +42,7 @@ task = jexit.rows_task(train=rows, rewards=[has, broken])
 
 
 @pytest.fixture
-def task_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "path", [*sys.path])
+def task_file(tmp_path):
     return tmp_path / "mine.py"
 
 

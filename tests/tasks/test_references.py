@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-import sys
 
 import pytest
 
@@ -22,7 +21,6 @@ MADE = "task = jexit.rows_task(train=ROWS, rewards=right)\n"
 @pytest.fixture
 def write(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
 
     def written(text, name="mine.py"):
         pathlib.Path(name).write_text(text)
